@@ -1,0 +1,3 @@
+//! `moeft-merge`: arguments -> recipe -> plan -> run -> report.
+
+fn main() {}
