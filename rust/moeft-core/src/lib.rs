@@ -2,3 +2,7 @@
 //!
 //! Pure Rust: no Python, no command line, no printing. The Python extension (`moeft-py`) and the
 //! standalone binary (`moeft-merge`) are thin layers over this crate.
+
+mod error;
+
+pub use error::{Error, Result};

@@ -1,5 +1,7 @@
 //! The Python extension module `moeft._core`: buffers in, one core call with the GIL released, one error table.
 
+mod error;
+
 use pyo3::prelude::*;
 
 /// Native core of moeft. Private: use the public functions of the `moeft` package.

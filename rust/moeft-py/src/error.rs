@@ -1,0 +1,24 @@
+//! The one table from errors of the core to Python exceptions.
+
+use moeft_core::Error;
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+
+/// Result of a core call, on its way to Python.
+pub trait IntoPyResult<T> {
+    /// Turns an error of the core into the Python exception that means the same.
+    fn into_py(self) -> PyResult<T>;
+}
+
+impl<T> IntoPyResult<T> for moeft_core::Result<T> {
+    fn into_py(self) -> PyResult<T> {
+        self.map_err(|error| match &error {
+            Error::InvalidArgument { .. } => PyValueError::new_err(error.to_string()),
+            Error::Io { path, source, .. } => match source.raw_os_error() {
+                Some(code) => PyOSError::new_err((code, error.to_string(), path.display().to_string())),
+                None => PyOSError::new_err(error.to_string()),
+            },
+            _ => PyRuntimeError::new_err(error.to_string()),
+        })
+    }
+}
