@@ -1,0 +1,65 @@
+# `make help` lists the targets. Everything happens in VENV, which is made when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUST := Cargo.toml Cargo.lock $(shell find rust python/moeft/families -name '*.rs' -o -name '*.toml')
+STAMP := $(VENV)/.installed
+EXTENSION := $(VENV)/.built
+
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+# Idle OpenMP workers that spin take the cores from the ones that compute.
+export OMP_WAIT_POLICY := passive
+
+.DEFAULT_GOAL := help
+.PHONY: help build fmt lint test bench docs demo ci clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "moeft needs Python 3.11 or newer, $(PYTHON) is older; set PYTHON=..." >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "moeft needs Rust's cargo on the path to build its core" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(STAMP) $(EXTENSION)
+
+$(EXTENSION): $(RUST) | $(STAMP)
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --quiet
+	@touch $(EXTENSION)
+
+build: $(EXTENSION)  ## build the extension into the virtual environment, and the moeft-merge binary
+	cargo build --release --quiet --package moeft-merge
+
+fmt: $(STAMP)  ## format Rust and Python
+	cargo fmt
+	$(BIN)/ruff check --quiet --fix-only python tests benches
+	$(BIN)/ruff format --quiet python tests benches
+
+lint: $(EXTENSION)  ## clippy, rustfmt, ruff, mypy
+	cargo fmt --check
+	cargo clippy --quiet --workspace --all-targets -- --deny warnings
+	$(BIN)/ruff check python tests benches
+	$(BIN)/ruff format --check python tests benches
+	$(BIN)/mypy
+
+test: build  ## run every Rust and Python test
+	cargo test --workspace --quiet
+	$(BIN)/python -m pytest -q
+
+bench: $(EXTENSION)  ## time the kernels beside their peers and the machine's limits
+	$(BIN)/python benches/cpu.py
+
+docs: $(EXTENSION)  ## build the Rust documentation; warnings are errors
+	RUSTDOCFLAGS='--deny warnings' cargo doc --workspace --no-deps --quiet
+
+demo: $(EXTENSION)  ## fine-tune, merge and prove the embedded MoE, in minutes
+	$(BIN)/moeft demo --out runs/demo
+
+ci:  ## what the continuous integration runs
+	bash .ci/run
+
+clean:  ## remove everything that was built
+	rm -rf $(VENV) target runs python/moeft/*.so

@@ -1,0 +1,1 @@
+"""Where moeft meets transformers and PEFT. The only place that patches either."""

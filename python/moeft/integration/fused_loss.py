@@ -1,0 +1,49 @@
+"""Let a causal language model compute its training loss without full logits."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeft.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+
+
+def fuse_loss(model: nn.Module) -> bool:
+    """Replace the loss of this model instance by :func:`moeft.kernels.linear_cross_entropy`.
+
+    Called with ``labels``, the model then returns the loss and no logits. The forward is replaced on the instance, so
+    that wrappers of the model (DDP, FSDP, PEFT) keep calling it as before.
+
+    Args:
+        model: A causal language model of transformers, without a PEFT wrapper.
+
+    Returns:
+        False if the model computes its loss in a way that this cannot replace: a head that is not a plain linear
+        layer, or an auxiliary router loss.
+    """
+    head = model.get_output_embeddings()
+    plain_head = type(head) is nn.Linear and head.bias is None
+    config = model.config.get_text_config()
+    if not plain_head or getattr(config, "output_router_logits", False) or not hasattr(model, "model"):
+        return False
+    softcap = getattr(config, "final_logit_softcapping", None)
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        if labels is None:
+            return original(*args, **kwargs)
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        hidden = model.model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        labels = labels.to(hidden.device)[:, 1:]
+        loss = linear_cross_entropy(hidden[:, :-1], model.get_output_embeddings().weight, labels, softcap)
+        count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        count = torch.as_tensor(count, device=loss.device).clamp(min=1)
+        return CausalLMOutputWithPast(loss=loss / count)
+
+    model.forward = forward
+    return True

@@ -1,0 +1,158 @@
+"""Add LoRA to a model and save it so that plain PEFT loads it on the 16-bit base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM
+from torch import nn
+
+from moeft import __version__, _core, families
+from moeft.errors import AdapterError
+from moeft.integration import peft_lora
+from moeft.modules.nf4_experts import STACKS
+
+TARGETS = ("attention", "experts", "mlp")
+LAYOUT = "peft-0.19"  # expert factors: A [E * r, in] expert-major, B [out, r * E] expert fastest
+FINGERPRINT_KEY = "moeft.base_fingerprint"
+
+
+class LoraModel(PeftModelForCausalLM):
+    """A PeftModel that stamps the layout and the base's fingerprint into the adapters it saves."""
+
+    def save_pretrained(self, save_directory: str, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """Save the adapter in PEFT's layout; see ``PeftModel.save_pretrained``."""
+        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        if not is_main_process:
+            return
+        stamp = {"moeft.layout": LAYOUT, "moeft.version": __version__}
+        fingerprint = base_fingerprint(self.get_base_model())
+        if fingerprint is not None:
+            stamp[FINGERPRINT_KEY] = fingerprint
+        for file in Path(save_directory).rglob("adapter_model.safetensors"):
+            _core.stamp_metadata(str(file), stamp)
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = ("attention",),
+    *,
+    experts_rank: int | None = None,
+    rslora: bool = False,
+    seed: int | None = None,
+) -> LoraModel:
+    """Add a trainable LoRA adapter and freeze everything else.
+
+    Args:
+        model: A transformers model of a known family, packed or not.
+        rank: Rank r of every factor pair; for experts, of each expert.
+        alpha: The delta is scaled by ``alpha / r``; default ``rank``, a scale of 1.
+        targets: Any of "attention", "experts", "mlp".
+        experts_rank: Another rank for the experts, scaled by the same ``alpha / r``.
+        rslora: Scale by ``alpha / sqrt(r)`` instead.
+        seed: Seed of the initial A, for a reproducible adapter.
+
+    Returns:
+        A PeftModel; ``save_pretrained`` writes PEFT's ``target_parameters`` layout.
+
+    Raises:
+        ValueError: If the rank is not positive or exceeds a targeted weight, or a target is unknown.
+        AdapterError: If a target matches nothing in the model.
+    """
+    family = families.for_model_type(model.config.model_type)  # type: ignore[union-attr]
+    _check(rank, experts_rank, targets)
+    alpha = rank if alpha is None else alpha
+    modules = {t: _linears(model, family, t) for t in targets if t != "experts"}
+    stacks = _stacks(model, family) if "experts" in targets else []
+    for target, found in [*modules.items(), *([("experts", stacks)] if "experts" in targets else [])]:
+        if not found:
+            raise AdapterError(f"target {target!r} matches nothing in this {family.name} model; leave it out")
+    _check_rank_fits(model, rank, [name for names in modules.values() for name in names])
+    experts_rank = experts_rank or rank
+    other = experts_rank != rank
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        target_modules=sorted(name for names in modules.values() for name in names),
+        target_parameters=sorted(stacks) or None,
+        rank_pattern={name: experts_rank for name in stacks} if other else {},
+        alpha_pattern={name: alpha * experts_rank / rank for name in stacks} if other else {},
+        task_type="CAUSAL_LM",
+    )
+    peft_lora.install()
+    with torch.random.fork_rng(enabled=seed is not None), warnings.catch_warnings():
+        if seed is not None:
+            torch.manual_seed(seed)
+        # PEFT looks for rank_pattern keys among modules only and warns about stacks, although it applies them.
+        warnings.filterwarnings("ignore", message=".*rank_pattern.*|.*alpha_pattern.*")
+        return LoraModel(model, config)
+
+
+def load_adapter(model: nn.Module, path: str | Path, trainable: bool = False) -> LoraModel:
+    """Load a saved adapter onto its base, packed or not, using every key.
+
+    Raises:
+        AdapterError: If the adapter belongs to another base, or a key of it or of the model is left over.
+    """
+    from peft import load_peft_weights
+    from safetensors import safe_open
+
+    path = Path(path)
+    with safe_open(path / "adapter_model.safetensors", "pt") as file:
+        stamped = (file.metadata() or {}).get(FINGERPRINT_KEY)
+    actual = base_fingerprint(model)
+    if stamped and actual and stamped != actual:
+        raise AdapterError(
+            f"{path} was trained on a base with fingerprint {stamped}, this base has {actual}; load the right base"
+        )
+    peft_lora.install()
+    loaded = LoraModel.from_pretrained(model, path, is_trainable=trainable)
+    names = {n.replace(".default.", ".") for n, _ in loaded.named_parameters() if ".lora_" in n}
+    names ^= set(load_peft_weights(str(path), device="cpu"))
+    if names:
+        raise AdapterError(f"{len(names)} adapter keys do not match the model, first {sorted(names)[0]}; wrong base?")
+    return loaded
+
+
+def base_fingerprint(model: nn.Module) -> str | None:
+    """Fingerprint of the 16-bit checkpoint a model came from; None if it did not come from a local folder."""
+    config = model.config  # type: ignore[union-attr]
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        return getattr(quantization, "base_fingerprint", None)
+    folder = Path(getattr(config, "_name_or_path", None) or "")
+    return _core.fingerprint(str(folder)) if next(folder.glob("*.safetensors"), None) else None
+
+
+def _check(rank: int, experts_rank: int | None, targets: Sequence[str]) -> None:
+    for name, value in (("rank", rank), ("experts_rank", experts_rank)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}, expected a positive number")
+    unknown = sorted(set(targets) - set(TARGETS))
+    if unknown or not targets:
+        raise ValueError(f"targets is {tuple(targets)}, expected some of {TARGETS}")
+
+
+def _linears(model: nn.Module, family: families.Family, component: str) -> list[str]:
+    paths = family.linears[component]
+    return [name for name, _ in model.named_modules() if family.below_layer(name) in paths]
+
+
+def _stacks(model: nn.Module, family: families.Family) -> list[str]:
+    experts = [name for name, _ in model.named_modules() if family.below_layer(name) == family.experts]
+    return [f"{name}.{stack}" for name in experts for stack in STACKS]
+
+
+def _check_rank_fits(model: nn.Module, rank: int, names: Sequence[str]) -> None:
+    for name in names:
+        module = model.get_submodule(name)
+        smallest = min(module.in_features, module.out_features)
+        if rank > smallest:
+            raise ValueError(f"rank is {rank}, but {name} has only {smallest} rows or columns; choose a smaller rank")

@@ -1,0 +1,91 @@
+"""LoRA on packed weights, as PEFT modules: saved in PEFT's own layout, loaded by plain PEFT on a 16-bit base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft.tuners.lora.layer as peft_layer
+from peft.tuners.lora.model import LoraModel
+from torch import Tensor, nn
+
+from moeft.errors import AdapterError
+from moeft.kernels import ExpertLora, LoraFactors
+from moeft.modules import NF4Experts, NF4Linear
+
+MERGE_REFUSED = (
+    "an adapter cannot be merged into 4-bit weights without rounding them again; "
+    "save it and merge it into the 16-bit base with `moeft merge` or moeft.merging.merge"
+)
+
+
+class PackedLinearLora(peft_layer.Linear):
+    """LoRA beside a packed linear layer."""
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def merge(self, *_: Any, **__: Any) -> None:
+        """Refuse: see the message."""
+        raise AdapterError(MERGE_REFUSED)
+
+
+class ParamWrapper(peft_layer.ParamWrapper):
+    """LoRA on one stack of packed experts, without a delta of the size of the stack.
+
+    PEFT nests one wrapper per stack; the outer one runs the expert block once, with the factors of all. The class
+    bears the name of its base because PEFT recognises wrappers that may be nested by that name.
+    """
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        shape = self.get_base_layer().packed_shapes[self.parameter_name]
+        self.num_experts, in_features, out_features = shape
+        self._param_ndim = len(shape)
+        return in_features, out_features
+
+    def factors(self) -> LoraFactors:
+        """Factors of the active adapter, empty if there is none.
+
+        Raises:
+            AdapterError: If more than one adapter is active on the stack.
+        """
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or not active:
+            return LoraFactors()
+        if len(active) > 1:
+            raise AdapterError(f"adapters {active} are active on one stack of experts, expected one")
+        name = active[0]
+        return LoraFactors(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the expert block with the factors of this wrapper and those nested in it."""
+        self._check_forward_args(x, *args, **kwargs)
+        factors, module = {}, self
+        while isinstance(module, ParamWrapper):
+            factors[module.parameter_name.removesuffix("_proj")] = module.factors()
+            module = module.base_layer
+        return module(x, *args, **kwargs, lora=ExpertLora(**factors))
+
+    def merge(self, *_: Any, **__: Any) -> None:
+        """Refuse: see the message."""
+        raise AdapterError(MERGE_REFUSED)
+
+
+LORA_MODULES = {NF4Experts: ParamWrapper, NF4Linear: PackedLinearLora}
+
+
+def install() -> None:
+    """Let PEFT put our LoRA modules on packed weights, whoever injects an adapter and from whatever config.
+
+    PEFT's registry of custom modules hangs on one config object and is not saved, so a reloaded adapter would take
+    packed bytes for an ordinary weight.
+    """
+    create = LoraModel._create_new_module
+    if getattr(create, "knows_packed_weights", False):
+        return
+
+    def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        lora_config._register_custom_module(LORA_MODULES)
+        return create(lora_config, adapter_name, target, **kwargs)
+
+    create_new_module.knows_packed_weights = True  # type: ignore[attr-defined]
+    LoraModel._create_new_module = staticmethod(create_new_module)

@@ -1,0 +1,81 @@
+"""NF4 on the CPU: tensors handed to the Rust core as buffers, without a copy."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moeft import _core
+from moeft.kernels.nf4.weight import NESTED_BLOCK, Layout
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def quantize(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """As :func:`moeft.kernels.nf4.reference.quantize`, bit for bit."""
+    packed = torch.empty(layout.groups, layout.packed_bytes, dtype=torch.uint8)
+    absmax = torch.empty(layout.groups, layout.blocks, dtype=torch.float32)
+    _core.nf4_quantize(
+        _buffer(values),
+        NAMES[values.dtype],
+        layout.groups,
+        layout.group_len,
+        layout.block_size,
+        packed.view(-1).numpy(),
+        absmax.view(-1).numpy(),
+    )
+    return packed, absmax
+
+
+def dequantize(packed: Tensor, absmax: Tensor, layout: Layout, out: Tensor) -> None:
+    """Restore values into ``out``; as :func:`moeft.kernels.nf4.reference.dequantize`, bit for bit."""
+    _core.nf4_dequantize(
+        packed.detach().contiguous().view(-1).numpy(),
+        absmax.detach().contiguous().view(-1).numpy(),
+        layout.groups,
+        layout.group_len,
+        layout.block_size,
+        _buffer(out),
+        NAMES[out.dtype],
+    )
+
+
+def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pack first-level statistics: uint8 codes, float32 ``absmax2`` [ceil(n / 256)], float32 ``offset`` [1]."""
+    codes = torch.empty(absmax.shape, dtype=torch.uint8)
+    absmax2 = torch.empty(-(-absmax.numel() // NESTED_BLOCK), dtype=torch.float32)
+    offset = _core.nf4_nest(
+        absmax.contiguous().view(-1).numpy(), codes.view(-1).numpy(), absmax2.numpy()
+    )
+    return codes, absmax2, torch.tensor([offset], dtype=torch.float32)
+
+
+def unnest(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+    """As :func:`moeft.kernels.nf4.reference.restore_absmax`, bit for bit."""
+    out = torch.empty(codes.shape, dtype=torch.float32)
+    _core.nf4_unnest(codes.contiguous().view(-1).numpy(), absmax2.numpy(), float(offset), out.view(-1).numpy())
+    return out
+
+
+def first_non_finite(values: Tensor) -> int | None:
+    """Flat position of the first NaN or infinity."""
+    return _core.nf4_first_non_finite(_buffer(values), NAMES[values.dtype])
+
+
+@functools.cache
+def dynamic_map() -> Tensor:
+    """The 256 values of bitsandbytes' dynamic 8-bit code, float32, ascending."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    return unnest(codes, torch.ones(1), torch.zeros(1))
+
+
+def _buffer(tensor: Tensor) -> np.ndarray:
+    """A flat view that numpy can name: 16-bit floats as uint16."""
+    flat = tensor.detach().view(-1)
+    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()

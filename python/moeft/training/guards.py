@@ -1,0 +1,77 @@
+"""Skip optimiser steps whose loss or gradient is not finite, and stop when they do not end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from moeft.errors import TrainingError
+
+
+class NonFiniteGuard(TrainerCallback, ExportableState):
+    """Counts and skips bad steps.
+
+    ``Trainer`` filters NaN from its logs only: one NaN loss reaches the parameters. Removing every gradient before
+    the optimiser runs makes the step a no-op, whatever the optimiser, and leaves its state alone.
+
+    Args:
+        patience: Stop after this many bad steps in a row.
+        on_skip: Called with the step and the reason.
+    """
+
+    def __init__(self, patience: int, on_skip: Callable[[int, str], None] | None = None) -> None:
+        self.patience = patience
+        self.on_skip = on_skip
+        self.skipped_steps = 0
+        self.in_a_row = 0
+        self._bad_loss: Tensor | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Counters that survive a resume."""
+        return {
+            "args": {"patience": self.patience},
+            "attributes": {"skipped_steps": self.skipped_steps, "in_a_row": self.in_a_row},
+        }
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Take note of the loss of one micro-batch."""
+        bad = ~torch.isfinite(loss.detach()).all()
+        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop all gradients if the loss or one of them is not finite.
+
+        Raises:
+            TrainingError: After ``patience`` bad steps in a row.
+        """
+        parameters = [p for group in kwargs["optimizer"].param_groups for p in group["params"] if p.grad is not None]
+        reason = self._what_is_wrong(parameters)
+        self._bad_loss = None
+        if reason is None:
+            self.in_a_row = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None
+        self.skipped_steps += 1
+        self.in_a_row += 1
+        if self.on_skip is not None:
+            self.on_skip(state.global_step + 1, reason)
+        if self.in_a_row >= self.patience:
+            raise TrainingError(
+                f"{self.in_a_row} steps in a row had a {reason}, last step {state.global_step + 1}; "
+                "lower the learning rate, or look at the rows of these batches"
+            )
+
+    def _what_is_wrong(self, parameters: list[Tensor]) -> str | None:
+        if self._bad_loss is not None and bool(self._bad_loss):
+            return "non-finite loss"
+        if parameters:
+            norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+            if not bool(torch.isfinite(norms).all()):
+                return "non-finite gradient"
+        return None

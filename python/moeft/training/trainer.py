@@ -1,0 +1,81 @@
+"""The one subclass of ``transformers.Trainer`` that all tasks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from moeft.integration.fused_loss import fuse_loss
+from moeft.training.guards import NonFiniteGuard
+from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
+
+
+@dataclass
+class MoeConfig(TrainingArguments):
+    """``TrainingArguments`` with the defaults that adapters on quantised experts want."""
+
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "Stop after this many steps in a row with a non-finite loss or gradient."}
+    )
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rows are ours and hold no others."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Loggers besides the run folder."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Keep the count of skipped steps over a resume."}
+    )
+
+
+class MoeTrainer(Trainer):
+    """Trainer with guards and measurements; tasks subclass it.
+
+    Args:
+        events: Where to record the run; nowhere by default.
+        **kwargs: As for ``transformers.Trainer``.
+    """
+
+    args: MoeConfig
+
+    def __init__(self, *, events: EventSink | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self.loss_is_fused = fuse_loss(base)
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs or self.loss_is_fused
+        self.throughput = Throughput()
+        self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip)
+        self.add_callback(self.guard)
+        self.events = events
+        if events is not None:
+            self.add_callback(EventLog(events))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ProgressBar())
+        self.remove_callback(PrinterCallback)
+        if self.args.gradient_checkpointing and hasattr(self.model, "enable_input_require_grads"):
+            # Reentrant checkpointing drops the gradient of a segment whose inputs require none.
+            self.model.enable_input_require_grads()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimiser steps that were skipped because of a non-finite loss or gradient."""
+        return self.guard.skipped_steps
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch."""
+        mask = inputs.get("attention_mask")
+        self.throughput.add(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.see_loss(loss)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log Trainer's figures with throughput and peak memory."""
+        if "loss" in logs:
+            logs |= {"tokens_per_second": self.throughput.read(), "peak_bytes": peak_bytes()}
+        super().log(logs, start_time)
+
+    def _on_skip(self, step: int, reason: str) -> None:
+        if self.events is not None:
+            self.events.event("skipped_step", step=step, reason=reason)
+        self.state.log_history.append({"step": step, "skipped": reason})
