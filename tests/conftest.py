@@ -1,0 +1,38 @@
+"""Settings and fixtures of all tests: threads, offline mode, tiny random models of every family."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("RAYON_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+
+FAMILIES = ("gemma4", "qwen3_moe", "olmoe", "mixtral")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder of a tiny random float32 checkpoint of each family, as transformers saves it."""
+    from tests.tiny_models import save_tiny_model
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: save_tiny_model(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(family: str, checkpoints: dict[str, Path]) -> Path:
+    """Checkpoint folder of the family in turn; read-only by agreement."""
+    return checkpoints[family]
