@@ -1,6 +1,6 @@
 //! Search for values that must not be quantised.
 
-use super::element::{Element, Sealed};
+use super::Element;
 
 /// Position of the first infinite or NaN value, or `None`.
 ///
