@@ -4,5 +4,7 @@
 //! standalone binary (`moeft-merge`) are thin layers over this crate.
 
 mod error;
+pub mod nf4;
+pub mod routing;
 
 pub use error::{Error, Result};
