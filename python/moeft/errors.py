@@ -17,6 +17,14 @@ class RecipeError(MoeftError, ValueError):
     """A recipe has an unknown key, a missing key, or a value that cannot be used."""
 
 
+class RunFolderError(MoeftError, ValueError):
+    """A run folder is busy, finished, damaged, or holds a run of something else."""
+
+
+class MissingExtraError(MoeftError, ImportError):
+    """An optional dependency is needed and absent; the message names the extra that brings it."""
+
+
 class DataError(MoeftError, ValueError):
     """Rows of a data set cannot be used."""
 

@@ -1,0 +1,10 @@
+"""Recipes: YAML files checked against a schema, with ``key=value`` overrides.
+
+:mod:`~moeft.config.document` reads YAML, :mod:`~moeft.config.recipe` checks it, :mod:`~moeft.config.problems` words
+what is wrong with it, and each kind of recipe has a file of its own.
+"""
+
+from moeft.config.recipe import Recipe, Section, json_schema
+from moeft.config.sft import SftRecipe, validate_training_fields
+
+__all__ = ["Recipe", "Section", "SftRecipe", "json_schema", "validate_training_fields"]

@@ -1,0 +1,6 @@
+"""Where a result came from: the run folder, the environment it ran in, and fingerprints of what it read."""
+
+from moeft.provenance.fingerprint import fingerprint
+from moeft.provenance.folder import RunFolder
+
+__all__ = ["RunFolder", "fingerprint"]
