@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from moeft.integration.fused_loss import fuse_loss
+from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
 from moeft.training.guards import NonFiniteGuard
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
 
@@ -74,6 +78,29 @@ class MoeTrainer(Trainer):
         if "loss" in logs:
             logs |= {"tokens_per_second": self.throughput.read(), "peak_bytes": peak_bytes()}
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss over held-out tokens; Trainer's own is a mean over rows of the means of batches."""
+        model = self.model.eval()
+        total, count, rows = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for inputs in dataloader:
+                inputs = self._prepare_inputs(inputs)
+                loss = model(**inputs, **({"num_items_in_batch": 1} if self.loss_is_fused else {})).loss
+                tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+                total += loss.double() * (1 if self.loss_is_fused else tokens)
+                count += tokens
+                rows += inputs["labels"].shape[0]
+        total, count, rows = self.accelerator.reduce(torch.stack((total, count, rows)), "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
 
     def _on_skip(self, step: int, reason: str) -> None:
         if self.events is not None:

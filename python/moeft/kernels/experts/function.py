@@ -74,7 +74,8 @@ class ExpertBlock(torch.autograd.Function):
         weight_R1 = weight_Tk.reshape(-1)[buckets.permutation, None].to(grad_TH.dtype)
         g_RH = grad_TH.index_select(0, token_R)
         grad_act_RI, g_Rr = _linear_backward(g_RH, down, down_lora, buckets.offsets)
-        grad_weight_Tk = (grad_act_RI * act_RI).sum(-1)[buckets.inverse].view(tokens, top_k).to(weight_Tk.dtype)
+        grad_weight_R = torch.linalg.vecdot(grad_act_RI.to(weight_Tk.dtype), act_RI.to(weight_Tk.dtype))
+        grad_weight_Tk = grad_weight_R[buckets.inverse].view(tokens, top_k)
         grad_a_down, grad_b_down = _lora_backward(
             g_RH * weight_R1, act_RI, None if g_Rr is None else g_Rr * weight_R1, act_Rr, down_lora, buckets.offsets
         )

@@ -1,0 +1,207 @@
+"""``moeft sft``: load, add LoRA, measure, train, measure again, save, merge. Each finished step survives a restart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeft.config import SftRecipe, validate_training_fields
+from moeft.provenance import RunFolder
+
+if TYPE_CHECKING:
+    from moeft.training.sft import SFTTrainer
+
+SAMPLES = 4
+
+
+def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
+    """Run a recipe, or continue its interrupted run.
+
+    Args:
+        recipe: The resolved recipe.
+        show: Where to print what is found.
+
+    Returns:
+        The finished run folder: ``adapter/``, ``checkpoints/``, ``metrics.json``, ``rejects.jsonl``, ``run.json`` and
+        ``events.jsonl``; the merged checkpoint lies where the recipe says.
+
+    Raises:
+        MoeftError: If the recipe, the model, the data or the training cannot be used; see the classes.
+    """
+    validate_training_fields(recipe.training)
+    inputs = {"model": recipe.model, **{f"train[{i}]": path for i, path in enumerate(recipe.data.train)}}
+    inputs |= {
+        name: path
+        for name, path in (("eval", recipe.data.eval), ("tool_calls", recipe.evaluation.tool_calls))
+        if path is not None
+    }
+    seed = int(recipe.training.get("seed", 42))
+    with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), inputs, seed) as folder:
+        _Run(recipe, folder, show).execute()
+    return folder
+
+
+class _Run:
+    def __init__(self, recipe: SftRecipe, folder: RunFolder, show: Callable[[str], None]) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.show = show
+        self.metrics: dict[str, Any] = folder.read_json("metrics.json") or {}
+
+    def execute(self) -> None:
+        with self.stage("load"):
+            trainer = self.trainer()
+        if "before" not in self.metrics.get("heldout", {}):
+            with self.stage("measure before"):
+                self.measure(trainer, "before")
+        with self.stage("train"):
+            self.train(trainer)
+        with self.stage("save adapter"):
+            trainer.model.save_pretrained(str(self.folder.path / "adapter"))
+        with self.stage("measure after"):
+            self.measure(trainer, "after")
+        if self.recipe.merge is not None:
+            with self.stage("merge"):
+                self.merge()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self.folder.event("stage", name=name, status="started", seconds=0.0)
+        yield
+        self.folder.event("stage", name=name, status="finished", seconds=time.perf_counter() - start)
+        self.folder.write_json("metrics.json", self.metrics)
+
+    def trainer(self) -> SFTTrainer:
+        import moeft
+        from moeft.training.sft import SFTConfig, SFTTrainer
+
+        recipe = self.recipe
+        wanted = recipe.quantization
+        config = None if wanted is None else moeft.NF4Config(**wanted.model_dump())
+        model, tokenizer = moeft.load(recipe.model, config, recipe.text_only, recipe.dtype)
+        packed = getattr(model.config, "quantization_config", None)
+        audit = moeft.audit(model, strict=bool(packed and packed.experts))
+        self.show(str(audit))
+        self.metrics.setdefault("bytes", {})["after"] = audit.bytes_by_component()
+        lora = recipe.lora
+        model = moeft.add_lora(
+            model,
+            lora.rank,
+            lora.alpha,
+            lora.targets,
+            experts_rank=lora.experts_rank,
+            rslora=lora.rslora,
+            seed=lora.init_seed,
+        )
+        args = SFTConfig(
+            output_dir=str(self.folder.path / "checkpoints"),
+            train_on=recipe.data.train_on,
+            max_length=recipe.data.max_length,
+            on_too_long=recipe.data.on_too_long,
+            **recipe.training,
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=self.training_rows(tokenizer, args),
+            eval_dataset=recipe.data.eval,
+            processing_class=tokenizer,
+            events=self.folder,
+        )
+        self.count_rows(trainer)
+        return trainer
+
+    def training_rows(self, tokenizer: Any, args: Any) -> Any:
+        """Rows of all training files, encoded, with the rejects of all."""
+        from moeft.data.chat import Encoded
+        from moeft.training.sft import encode_dataset
+
+        parts = [encode_dataset(path, tokenizer, args) for path in self.recipe.data.train]
+        return Encoded([e for part in parts for e in part.examples], [r for part in parts for r in part.rejects])
+
+    def count_rows(self, trainer: SFTTrainer) -> None:
+        from moeft.data.rows import write_rejects
+
+        counts = {
+            "train_rows": len(trainer.train_rows.examples),
+            "train_tokens": trainer.train_rows.num_tokens,
+            "trained_tokens": trainer.train_rows.num_trained_tokens,
+            "rejected_rows": len(trainer.train_rows.rejects),
+        }
+        rejects = list(trainer.train_rows.rejects)
+        if trainer.eval_rows is not None:
+            counts |= {"heldout_rows": len(trainer.eval_rows.examples)}
+            rejects += trainer.eval_rows.rejects
+        write_rejects(rejects, self.folder.path / "rejects.jsonl")
+        self.metrics["data"] = counts
+        self.show(f"training rows: {trainer.train_rows}")
+        if rejects:
+            self.show(f"{len(rejects)} rows rejected, reasons in {self.folder.path / 'rejects.jsonl'}")
+
+    def measure(self, trainer: SFTTrainer, when: str) -> None:
+        """Held-out loss and tool calls, before or after training."""
+        figures: dict[str, Any] = {}
+        if trainer.eval_rows is not None:
+            figures["loss"] = trainer.evaluate()["eval_loss"]
+        if self.recipe.evaluation.tool_calls is not None:
+            figures |= self.tool_calls(trainer, self.recipe.evaluation.tool_calls, when)
+        self.metrics.setdefault("heldout", {})[when] = figures
+        if figures:
+            self.show(f"held out {when} training: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
+    def tool_calls(self, trainer: SFTTrainer, path: Path, when: str) -> dict[str, Any]:
+        from moeft.data.rows import read_rows
+        from moeft.evaluation.generation import generate_replies
+        from moeft.evaluation.tool_score import score_tool_calls
+
+        rows = [row.messages for row in read_rows(path).rows]
+        references = [messages[-1]["content"] for messages in rows]
+        replies = generate_replies(
+            trainer.model,
+            trainer.processing_class,
+            [messages[:-1] for messages in rows],
+            max_new_tokens=self.recipe.evaluation.max_new_tokens,
+            batch_size=self.recipe.evaluation.batch_size,
+        )
+        score = score_tool_calls(replies, references)
+        samples = self.metrics.setdefault("samples", [{} for _ in rows[:SAMPLES]])
+        for sample, messages, reply, reference in zip(samples, rows, replies, references, strict=False):
+            sample |= {"prompt": messages[-2]["content"], "reference": reference, when: reply}
+        return {"exact_match": score.exact_share, "valid": score.valid_share, "rows": len(rows)}
+
+    def train(self, trainer: SFTTrainer) -> None:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        checkpoints = Path(trainer.args.output_dir)
+        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        result = trainer.train(resume_from_checkpoint=last)
+        logs = self.folder.events("train_log")
+        seconds = result.metrics["train_runtime"]
+        self.metrics["training"] = {
+            "steps": trainer.state.global_step,
+            "seconds": seconds,
+            "tokens": trainer.throughput.total_tokens,
+            "tokens_per_second": trainer.throughput.total_tokens / seconds,
+            "peak_bytes": max((log["peak_bytes"] for log in logs), default=0),
+            "skipped_steps": trainer.skipped_steps,
+            "resumed_from": last,
+        }
+
+    def merge(self) -> None:
+        from moeft.merging import merge
+
+        assert self.recipe.merge is not None
+        report = merge(
+            {
+                "merge_method": "lora",
+                "base_model": self.recipe.merge.base_model or self.recipe.model,
+                "models": [{"adapter": self.folder.path / "adapter"}],
+                "out_dtype": self.recipe.merge.out_dtype,
+            },
+            self.recipe.merge.output,
+        )
+        self.show(str(report))
