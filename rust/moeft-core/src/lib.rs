@@ -3,6 +3,13 @@
 //! Pure Rust: no Python, no command line, no printing. The Python extension (`moeft-py`) and the
 //! standalone binary (`moeft-merge`) are thin layers over this crate.
 
+pub mod adapter;
+pub mod checkpoint;
 mod error;
+pub mod families;
+mod float;
+pub mod merge;
+pub mod names;
+pub mod progress;
 
 pub use error::{Error, Result};
