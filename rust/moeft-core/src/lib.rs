@@ -10,6 +10,9 @@ pub mod families;
 mod float;
 pub mod merge;
 pub mod names;
+pub mod nf4;
 pub mod progress;
+pub mod quantize;
+pub mod routing;
 
 pub use error::{Error, Result};

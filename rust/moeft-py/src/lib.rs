@@ -1,6 +1,9 @@
 //! The Python extension module `moeft._core`: buffers in, one core call with the GIL released, one error table.
 
+mod buffers;
 mod error;
+mod nf4;
+mod routing;
 
 use pyo3::prelude::*;
 
@@ -10,4 +13,9 @@ mod _core {
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_export]
+    use super::nf4::{nf4_dequantize, nf4_first_non_finite, nf4_nest, nf4_quantize, nf4_unnest};
+    #[pymodule_export]
+    use super::routing::bucket;
 }

@@ -1,0 +1,134 @@
+//! NF4 for Python.
+
+use half::{bf16, f16};
+use moeft_core::nf4::{self, Layout};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::buffers::{Buffers, WeightElement};
+use crate::error::IntoPyResult;
+
+/// Calls a function generic over the weight type that `dtype` names.
+macro_rules! with_dtype {
+    ($dtype:expr, $function:ident($($argument:expr),*)) => {
+        match $dtype {
+            "float32" => $function::<f32>($($argument),*),
+            "bfloat16" => $function::<bf16>($($argument),*),
+            "float16" => $function::<f16>($($argument),*),
+            other => Err(PyValueError::new_err(format!(
+                "dtype is {other:?}, expected \"float32\", \"bfloat16\" or \"float16\""
+            ))),
+        }
+    };
+}
+
+/// Quantise `values` into `packed` and `absmax`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn nf4_quantize(
+    py: Python<'_>,
+    values: &Bound<'_, PyAny>,
+    dtype: &str,
+    groups: usize,
+    group_len: usize,
+    block_size: usize,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let layout = Layout { groups, group_len, block_size };
+    with_dtype!(dtype, quantize(py, values, layout, packed, absmax))
+}
+
+fn quantize<T: WeightElement>(
+    py: Python<'_>,
+    values: &Bound<'_, PyAny>,
+    layout: Layout,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let mut buffers = Buffers::default();
+    let values = buffers.input::<T::Carrier>("values", values)?;
+    let mut packed = buffers.output::<u8>("packed", packed)?;
+    let mut absmax = buffers.output::<f32>("absmax", absmax)?;
+    let (values, packed, absmax) = (T::view(values.slice()), packed.slice_mut(), absmax.slice_mut());
+    py.detach(|| nf4::quantize(values, layout, packed, absmax)).into_py()
+}
+
+/// Restore values from `packed` and `absmax` into `out`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+pub fn nf4_dequantize(
+    py: Python<'_>,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    groups: usize,
+    group_len: usize,
+    block_size: usize,
+    out: &Bound<'_, PyAny>,
+    dtype: &str,
+) -> PyResult<()> {
+    let layout = Layout { groups, group_len, block_size };
+    with_dtype!(dtype, dequantize(py, packed, absmax, layout, out))
+}
+
+fn dequantize<T: WeightElement>(
+    py: Python<'_>,
+    packed: &Bound<'_, PyAny>,
+    absmax: &Bound<'_, PyAny>,
+    layout: Layout,
+    out: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let mut buffers = Buffers::default();
+    let packed = buffers.input::<u8>("packed", packed)?;
+    let absmax = buffers.input::<f32>("absmax", absmax)?;
+    let mut out = buffers.output::<T::Carrier>("out", out)?;
+    let (packed, absmax, out) = (packed.slice(), absmax.slice(), T::view_mut(out.slice_mut()));
+    py.detach(|| nf4::dequantize(packed, absmax, layout, out)).into_py()
+}
+
+/// Position of the first infinite or NaN value, or None.
+#[pyfunction]
+pub fn nf4_first_non_finite(py: Python<'_>, values: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Option<usize>> {
+    with_dtype!(dtype, first_non_finite(py, values))
+}
+
+fn first_non_finite<T: WeightElement>(py: Python<'_>, values: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
+    let values = Buffers::default().input::<T::Carrier>("values", values)?;
+    let values = T::view(values.slice());
+    Ok(py.detach(|| nf4::first_non_finite(values)))
+}
+
+/// Store `absmax` in 8 bits; return the offset used.
+#[pyfunction]
+#[pyo3(signature = (absmax, codes, absmax2, offset=None))]
+pub fn nf4_nest(
+    py: Python<'_>,
+    absmax: &Bound<'_, PyAny>,
+    codes: &Bound<'_, PyAny>,
+    absmax2: &Bound<'_, PyAny>,
+    offset: Option<f32>,
+) -> PyResult<f32> {
+    let mut buffers = Buffers::default();
+    let absmax = buffers.input::<f32>("absmax", absmax)?;
+    let mut codes = buffers.output::<u8>("codes", codes)?;
+    let mut absmax2 = buffers.output::<f32>("absmax2", absmax2)?;
+    let (absmax, codes, absmax2) = (absmax.slice(), codes.slice_mut(), absmax2.slice_mut());
+    py.detach(|| nf4::nest(absmax, offset, codes, absmax2)).into_py()
+}
+
+/// Restore absmax from its 8-bit form into `out`.
+#[pyfunction]
+pub fn nf4_unnest(
+    py: Python<'_>,
+    codes: &Bound<'_, PyAny>,
+    absmax2: &Bound<'_, PyAny>,
+    offset: f32,
+    out: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let mut buffers = Buffers::default();
+    let codes = buffers.input::<u8>("codes", codes)?;
+    let absmax2 = buffers.input::<f32>("absmax2", absmax2)?;
+    let mut out = buffers.output::<f32>("out", out)?;
+    let (codes, absmax2, out) = (codes.slice(), absmax2.slice(), out.slice_mut());
+    py.detach(|| nf4::unnest(codes, absmax2, offset, out)).into_py()
+}
