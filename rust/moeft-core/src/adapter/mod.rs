@@ -72,7 +72,7 @@ impl Adapter {
             return Err(AdapterError::Missing { path: file }.into());
         }
         let weights = Checkpoint::open(&file)?;
-        for tensor in weights.tensors().filter(|tensor| !tensor.info.dtype.is_weight()) {
+        if let Some(tensor) = weights.tensors().find(|tensor| !tensor.info.dtype.is_weight()) {
             let (key, dtype) = (tensor.info.name.clone(), tensor.info.dtype.to_string());
             return Err(AdapterError::Dtype { path: file, key, dtype }.into());
         }

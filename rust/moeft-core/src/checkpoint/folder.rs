@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{json, Map, Value};
 
-use super::stage::sync_folder;
+use super::disk::sync_folder;
 use super::{CheckpointError, INDEX};
 use crate::{Error, Result};
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::stage::sync_folder;
+use super::disk::sync_folder;
 use super::{Header, Shard, ShardWriter, TensorSpec, CHUNK_BYTES};
 use crate::{Error, Result};
 

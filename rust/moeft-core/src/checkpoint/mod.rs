@@ -1,5 +1,6 @@
 //! Safetensors checkpoints: read, written and staged in bounded memory.
 
+mod disk;
 mod dtype;
 mod error;
 mod fingerprint;

@@ -150,7 +150,7 @@ impl Checkpoint {
         }
         let checkpoint = Self::from_shards(folder, shards)?;
         for (name, file) in weight_map {
-            if !checkpoint.get(&name).is_some_and(|tensor| tensor.shard.name == file) {
+            if checkpoint.get(&name).is_none_or(|tensor| tensor.shard.name != file) {
                 return Err(CheckpointError::AbsentTensor { path: folder.join(file), name }.into());
             }
         }

@@ -4,25 +4,29 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::disk::{free_bytes, is_empty, sync_folder};
 use super::fingerprint::hex;
 use super::journal::{Entry, Journal};
-use super::{checksum, Checkpoint, CheckpointError};
+use super::{checksum, Checkpoint, CheckpointError, Header, ShardWriter};
 use crate::progress::Progress;
 use crate::{Error, Result};
 
 /// Folder inside the stage that holds lock and journal. Hidden, so that no tool takes it for part of the model.
 const PRIVATE: &str = ".moeft";
 
-/// Hash of a resolved plan and of the state of its inputs: size, time of change and header of every file.
+/// Hash of a resolved plan, of the state of its inputs (size, time of change and header of every file), and of the
+/// version of this crate.
 ///
 /// # Errors
 /// [`Error::Io`] if an input cannot be read.
 pub fn plan_hash<'a>(plan: &impl Serialize, inputs: impl IntoIterator<Item = &'a Checkpoint>) -> Result<String> {
     let mut hash = Sha256::new();
+    hash.update(env!("CARGO_PKG_VERSION"));
     hash.update(serde_json::to_vec(plan).expect("plans are plain data"));
     for shard in inputs.into_iter().flat_map(|input| &input.shards) {
         let (bytes, modified) = shard.stat()?;
@@ -31,6 +35,15 @@ pub fn plan_hash<'a>(plan: &impl Serialize, inputs: impl IntoIterator<Item = &'a
         hash.update(Sha256::digest(&shard.header.raw));
     }
     Ok(hex(&hash.finalize()))
+}
+
+/// What [`Stage::write_files`] did.
+#[derive(Debug)]
+pub struct Written<R> {
+    /// The part of the report of each file, in order.
+    pub reports: Vec<R>,
+    /// Files that an earlier run had finished.
+    pub resumed: u64,
 }
 
 /// A folder `OUT.partial` that becomes `OUT`.
@@ -79,21 +92,53 @@ impl Stage {
         self.folder.join(name)
     }
 
-    /// Whether an earlier run finished this file.
-    pub fn is_finished(&self, name: &str) -> bool {
-        self.finished.contains_key(name)
-    }
-
-    /// Makes sure that the disk can take `bytes` more, after removing the unfinished files among `names`.
+    /// Writes every file that an earlier run did not finish, and checks those that it did.
+    ///
+    /// # Arguments
+    /// * `files`: name and header of each.
+    /// * `write`: fills one file and returns its part of the report, which the journal keeps.
     ///
     /// # Errors
-    /// [`CheckpointError::NoSpace`], [`Error::Io`].
-    pub fn reserve<'a>(&self, names: impl IntoIterator<Item = &'a str>, needed: u64) -> Result<()> {
-        for name in names {
+    /// [`CheckpointError::NoSpace`] before the first byte; [`CheckpointError::ShardChanged`]; [`Error::Io`]; what
+    /// `write` and `progress` return.
+    pub fn write_files<R: Serialize + DeserializeOwned>(
+        &mut self,
+        files: Vec<(String, Header)>,
+        progress: &mut dyn Progress,
+        mut write: impl FnMut(&str, &mut ShardWriter, &mut dyn Progress) -> Result<R>,
+    ) -> Result<Written<R>> {
+        self.reserve(&files)?;
+        progress.start(files.iter().flat_map(|(_, header)| &header.tensors).map(|tensor| tensor.bytes).sum());
+        let mut written = Written { reports: Vec::with_capacity(files.len()), resumed: 0 };
+        for (name, header) in files {
+            if self.finished.contains_key(&name) {
+                let report = self.verify(&name, progress)?;
+                written.reports.push(serde_json::from_value(report).expect("the plan's hash is that of this program"));
+                written.resumed += 1;
+                continue;
+            }
+            let mut writer = ShardWriter::create(&self.path(&name), header)?;
+            let report = write(&name, &mut writer, progress)?;
+            let entry = Entry {
+                shard: name,
+                checksum: writer.finish()?,
+                report: serde_json::to_value(&report).expect("reports are plain data"),
+            };
+            self.journal.add(&entry)?;
+            written.reports.push(report);
+        }
+        Ok(written)
+    }
+
+    /// Makes sure that the disk can take what is missing, after removing what is unfinished.
+    fn reserve(&self, files: &[(String, Header)]) -> Result<()> {
+        let mut needed = 0;
+        for (name, header) in files.iter().filter(|(name, _)| !self.finished.contains_key(name)) {
             let path = self.path(name);
-            if !self.is_finished(name) && path.exists() {
+            if path.exists() {
                 fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             }
+            needed += header.file_bytes();
         }
         let available = free_bytes(&self.folder)?;
         if available < needed {
@@ -103,28 +148,13 @@ impl Stage {
     }
 
     /// Checks that a finished file is still what was written, and returns its part of the report.
-    ///
-    /// # Errors
-    /// [`CheckpointError::ShardChanged`]; what `progress` returns.
-    ///
-    /// # Panics
-    /// If the file is not finished: our own mistake.
-    pub fn verify(&self, name: &str, progress: &mut dyn Progress) -> Result<Value> {
+    fn verify(&self, name: &str, progress: &mut dyn Progress) -> Result<Value> {
         let (entry, path) = (&self.finished[name], self.path(name));
         match checksum(&path, progress) {
             Ok(found) if found == entry.checksum => Ok(entry.report.clone()),
             Err(Error::Interrupted) => Err(Error::Interrupted),
             Ok(_) | Err(_) => Err(CheckpointError::ShardChanged { path, folder: self.folder.clone() }.into()),
         }
-    }
-
-    /// Records that a file is complete on disk.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn record(&mut self, name: &str, checksum: String, report: &impl Serialize) -> Result<()> {
-        let report = serde_json::to_value(report).expect("reports are plain data");
-        self.journal.add(&Entry { shard: name.into(), checksum, report })
     }
 
     /// Gives the folder its final name.
@@ -160,29 +190,4 @@ fn partial_path(out: &Path) -> Result<PathBuf> {
     let mut name = name.to_os_string();
     name.push(".partial");
     Ok(out.with_file_name(name))
-}
-
-fn is_empty(folder: &Path) -> Result<bool> {
-    let mut entries = fs::read_dir(folder).map_err(Error::io("list", folder))?;
-    Ok(entries.next().is_none())
-}
-
-/// Brings the names inside a folder to the disk.
-pub(super) fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|handle| handle.sync_all()).map_err(Error::io("sync", folder))
-}
-
-/// Free bytes for ordinary users on the disk of `folder`.
-fn free_bytes(folder: &Path) -> Result<u64> {
-    use std::os::unix::ffi::OsStrExt;
-    let path = std::ffi::CString::new(folder.as_os_str().as_bytes())
-        .map_err(|error| Error::io("read", folder)(error.into()))?;
-    let mut stats = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: `path` ends in NUL and `stats` is large enough for the call to fill.
-    if unsafe { libc::statvfs(path.as_ptr(), stats.as_mut_ptr()) } != 0 {
-        return Err(Error::io("read", folder)(std::io::Error::last_os_error()));
-    }
-    // SAFETY: the call returned 0, so it filled `stats`.
-    let stats = unsafe { stats.assume_init() };
-    Ok(stats.f_bavail as u64 * stats.f_frsize as u64)
 }

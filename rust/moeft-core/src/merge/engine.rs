@@ -34,34 +34,16 @@ pub fn merge(recipe: Recipe, out: &Path, progress: &mut dyn Progress) -> Result<
     let hash = plan_hash(&("merge", &plan.recipe, &plan.patches, &plan.config.fields), inputs)?;
     let mut stage = Stage::open(out, &hash)?;
 
-    let mut files = Vec::new();
-    for shard in &plan.base.shards {
-        // A base given as `model.safetensors` or as shards keeps the names of its files.
-        files.push((shard, out_header(&stage.path(&shard.name), shard, plan.recipe.out_dtype)?));
-    }
-    let missing = files.iter().filter(|(shard, _)| !stage.is_finished(&shard.name));
-    let needed = missing.map(|(_, header)| header.file_bytes()).sum();
-    stage.reserve(files.iter().map(|(shard, _)| shard.name.as_str()), needed)?;
-    let bytes = files.iter().flat_map(|(_, header)| &header.tensors).map(|tensor| tensor.bytes).sum();
-    progress.start(bytes);
-
-    let mut places = BTreeMap::new();
-    let mut merged: BTreeMap<String, Extremes> = BTreeMap::new();
-    let mut shards_resumed = 0;
-    for (shard, header) in files {
-        places.extend(header.tensors.iter().map(|tensor| (tensor.name.clone(), shard.name.clone())));
-        if stage.is_finished(&shard.name) {
-            let report = stage.verify(&shard.name, progress)?;
-            merged
-                .extend(serde_json::from_value::<BTreeMap<String, Extremes>>(report).expect("written by this engine"));
-            shards_resumed += 1;
-            continue;
-        }
-        let writer = ShardWriter::create(&stage.path(&shard.name), header)?;
-        let (checksum, extremes) = write_shard(&plan, shard, writer, progress)?;
-        stage.record(&shard.name, checksum, &extremes)?;
-        merged.extend(extremes);
-    }
+    let header =
+        |shard: &Shard| Ok((shard.name.clone(), out_header(&stage.path(&shard.name), shard, plan.recipe.out_dtype)?));
+    let files: Vec<(String, Header)> = plan.base.shards.iter().map(header).collect::<Result<_>>()?;
+    let tensors = || files.iter().flat_map(|(file, header)| header.tensors.iter().map(move |tensor| (file, tensor)));
+    let bytes = tensors().map(|(_, tensor)| tensor.bytes).sum();
+    let places: BTreeMap<_, _> = tensors().map(|(file, tensor)| (tensor.name.clone(), file.clone())).collect();
+    let shards: BTreeMap<_, _> = plan.base.shards.iter().map(|shard| (shard.name.as_str(), shard)).collect();
+    let written = stage
+        .write_files(files, progress, |name, writer, progress| write_shard(&plan, shards[name], writer, progress))?;
+    let merged: BTreeMap<String, Extremes> = written.reports.into_iter().flatten().collect();
 
     copy_side_files(&plan.base.path, &stage.path(""))?;
     if let Some(dtype) = plan.recipe.out_dtype {
@@ -79,7 +61,7 @@ pub fn merge(recipe: Recipe, out: &Path, progress: &mut dyn Progress) -> Result<
         tensors_merged,
         tensors_copied: tensors - tensors_merged,
         bytes,
-        shards_resumed,
+        shards_resumed: written.resumed,
         seconds: started.elapsed().as_secs_f64(),
         merged,
         base_fingerprint,
@@ -132,9 +114,9 @@ fn torch_name(dtype: Dtype) -> &'static str {
 fn write_shard(
     plan: &Plan,
     shard: &Shard,
-    mut writer: ShardWriter,
+    writer: &mut ShardWriter,
     progress: &mut dyn Progress,
-) -> Result<(String, BTreeMap<String, Extremes>)> {
+) -> Result<BTreeMap<String, Extremes>> {
     let mut merged = BTreeMap::new();
     let mut factors = Factors::default();
     for info in &shard.header.tensors {
@@ -142,13 +124,13 @@ fn write_shard(
         let out = out_type(info.dtype, plan.recipe.out_dtype);
         match plan.patches.get(&info.name) {
             Some(patch) => {
-                let extremes = write_merged(plan, patch, tensor, out, &mut factors, &mut writer, progress)?;
+                let extremes = write_merged(plan, patch, tensor, out, &mut factors, writer, progress)?;
                 merged.insert(info.name.clone(), extremes);
             }
-            None => write_copy(tensor, out, &mut writer, progress)?,
+            None => write_copy(tensor, out, writer, progress)?,
         }
     }
-    Ok((writer.finish()?, merged))
+    Ok(merged)
 }
 
 fn write_copy(tensor: Tensor<'_>, out: Dtype, writer: &mut ShardWriter, progress: &mut dyn Progress) -> Result<()> {
