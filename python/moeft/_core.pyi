@@ -9,6 +9,8 @@ Every function raises ``TypeError`` for an array of another element type and ``V
 an overlap or a value that does not fit.
 """
 
+from collections.abc import Callable
+from os import PathLike
 from typing import Literal
 
 from typing_extensions import Buffer
@@ -102,4 +104,91 @@ def bucket(
         permutation: Output, int64, R: row at each sorted position.
         inverse: Output, int64, R: sorted position of each row.
         offsets: Output, int32, ``num_experts + 1``: where each expert starts, then R.
+    """
+
+_Path = str | PathLike[str]
+_Progress = Callable[[int, int, str], object]
+
+def fingerprint(path: _Path) -> str:
+    """Name the content of a checkpoint folder or safetensors file, whatever its sharding.
+
+    Returns:
+        ``sampled-v1:`` and 64 hex digits: SHA-256 over all tensors sorted by name, each with name, dtype, shape, and
+        the first, middle and last 4 KiB of its content.
+
+    Raises:
+        CheckpointError: If the checkpoint is incomplete or damaged.
+        OSError: If a file cannot be read.
+    """
+
+def tensors(path: _Path) -> str:
+    """List the tensors of a checkpoint folder or safetensors file, sorted by name; reads headers only.
+
+    Returns:
+        JSON list of objects with ``name``, ``dtype`` (safetensors' names), ``shape``, ``bytes`` and ``file``.
+
+    Raises:
+        CheckpointError: If the checkpoint is incomplete or damaged.
+        OSError: If a file cannot be read.
+    """
+
+def stamp_metadata(path: _Path, entries: dict[str, str]) -> None:
+    """Add ``entries`` to the ``__metadata__`` of a safetensors file, replacing those of the same key.
+
+    The tensors are streamed to a sibling that then takes the name: a reader sees the old file or the new one.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+        OSError: If it cannot be read or written; the old file is left as it was.
+    """
+
+def quantize_checkpoint(source: _Path, out: _Path, options: str, progress: _Progress | None = None) -> str:
+    """Pack a 16- or 32-bit checkpoint folder into a new NF4 checkpoint folder, in bounded memory.
+
+    Writes to ``OUT.partial`` and renames it when everything is on the disk; the same call after an interruption goes
+    on where it was.
+
+    Args:
+        source: Folder with config.json and safetensors weights.
+        out: Folder to write; must not exist or be empty.
+        options: JSON object with any of ``experts`` (true), ``attention`` (false), ``mlp`` (false), ``double_quant``
+            (false), ``block_size`` (64) and ``max_shard_bytes`` (4 GiB).
+        progress: Called with bytes done, bytes in all and the tensor at hand, at most 20 times a second; what it
+            raises stops the work and is raised here.
+
+    Returns:
+        JSON report: ``out``, ``components`` (bytes before and after of experts, attention, mlp, router, embeddings,
+        other), ``total``, ``weights_packed``, ``tensors_copied``, ``shards_resumed``, ``seconds``,
+        ``base_fingerprint``.
+
+    Raises:
+        CheckpointError: If the source is damaged, packed already or not finite, or ``out`` is not empty.
+        UnsupportedModelError: If no family file knows the ``model_type``.
+        ValueError: If ``options`` cannot be used.
+        OSError: If a file cannot be read or written, or the disk is too small.
+    """
+
+def merge_checkpoint(recipe: str, folder: _Path, out: _Path, progress: _Progress | None = None) -> str:
+    """Merge LoRA adapters into a checkpoint, in bounded memory, in the layout of the base.
+
+    Writes to ``OUT.partial`` and renames it when everything is on the disk; the same call after an interruption goes
+    on where it was.
+
+    Args:
+        recipe: YAML or JSON text.
+        folder: Where relative paths in the recipe start.
+        out: Folder to write; must not exist or be empty.
+        progress: As in ``quantize_checkpoint``.
+
+    Returns:
+        JSON report: ``out``, ``tensors_merged``, ``tensors_copied``, ``bytes``, ``shards_resumed``, ``seconds``,
+        ``merged`` (``max_delta`` and ``max_weight`` by tensor), ``base_fingerprint``, ``base_check`` (``verified`` or
+        ``unverified``).
+
+    Raises:
+        RecipeError: If the recipe has an unknown key or a value that cannot be used.
+        AdapterError: If an adapter does not fit the base, or cannot be merged.
+        CheckpointError: If the base is damaged or packed, or ``out`` is not empty.
+        UnsupportedModelError: If no family file knows the ``model_type``.
+        OSError: If a file cannot be read or written, or the disk is too small.
     """

@@ -1,9 +1,13 @@
 //! Every way a call into this crate can fail, with the data that explains it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use crate::adapter::AdapterError;
+use crate::checkpoint::CheckpointError;
+use crate::merge::RecipeError;
 
 /// Result of this crate.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong. Messages say what was found, what was expected and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -29,11 +33,36 @@ pub enum Error {
         /// The cause, with the system's error number.
         source: std::io::Error,
     },
+    /// A checkpoint is incomplete, damaged, or not what the operation needs.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// An adapter does not fit its base, or its layout cannot be told.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// A recipe cannot be used.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    /// No family file knows this `model_type`.
+    #[error("model_type is {model_type:?}, which no family file knows; known are: {known}")]
+    UnknownModelType {
+        /// `model_type` of config.json.
+        model_type: String,
+        /// The known ones, separated by commas.
+        known: String,
+    },
+    /// The caller's [`Progress`](crate::progress::Progress) asked to stop.
+    #[error("interrupted; what is finished was kept, start the same command again to go on")]
+    Interrupted,
 }
 
 impl Error {
     /// An [`Error::InvalidArgument`] from anything printable.
     pub fn invalid(name: &'static str, value: impl ToString, expected: impl ToString) -> Self {
         Self::InvalidArgument { name, value: value.to_string(), expected: expected.to_string() }
+    }
+
+    /// For `map_err` on an operation of the file system: `.map_err(Error::io("read", path))`.
+    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io { action, path: path.as_ref().to_path_buf(), source }
     }
 }

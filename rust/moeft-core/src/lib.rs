@@ -3,8 +3,16 @@
 //! Pure Rust: no Python, no command line, no printing. The Python extension (`moeft-py`) and the
 //! standalone binary (`moeft-merge`) are thin layers over this crate.
 
+pub mod adapter;
+pub mod checkpoint;
 mod error;
+pub mod families;
+mod float;
+pub mod merge;
+pub mod names;
 pub mod nf4;
+pub mod progress;
+pub mod quantize;
 pub mod routing;
 
 pub use error::{Error, Result};

@@ -1,5 +1,6 @@
 //! The one table from errors of the core to Python exceptions.
 
+use moeft_core::checkpoint::CheckpointError;
 use moeft_core::Error;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -18,7 +19,23 @@ impl<T> IntoPyResult<T> for moeft_core::Result<T> {
                 Some(code) => PyOSError::new_err((code, error.to_string(), path.display().to_string())),
                 None => PyOSError::new_err(error.to_string()),
             },
+            Error::Checkpoint(CheckpointError::NoSpace { path, .. }) => {
+                PyOSError::new_err((libc::ENOSPC, error.to_string(), path.display().to_string()))
+            }
+            Error::Checkpoint(_) => domain_error("CheckpointError", &error),
+            Error::Adapter(_) => domain_error("AdapterError", &error),
+            Error::Recipe(_) => domain_error("RecipeError", &error),
+            Error::UnknownModelType { .. } => domain_error("UnsupportedModelError", &error),
             _ => PyRuntimeError::new_err(error.to_string()),
         })
     }
+}
+
+/// An exception of `moeft.errors`.
+fn domain_error(class: &str, error: &Error) -> PyErr {
+    Python::attach(|py| {
+        let made = py.import("moeft.errors").and_then(|errors| errors.getattr(class)?.call1((error.to_string(),)));
+        // If the package is broken, its import error says more than ours.
+        made.map_or_else(|broken| broken, PyErr::from_value)
+    })
 }

@@ -1,8 +1,11 @@
 //! The Python extension module `moeft._core`: buffers in, one core call with the GIL released, one error table.
 
 mod buffers;
+mod checkpoint;
 mod error;
+mod merge;
 mod nf4;
+mod progress;
 mod routing;
 
 use pyo3::prelude::*;
@@ -14,6 +17,10 @@ mod _core {
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
+    #[pymodule_export]
+    use super::checkpoint::{fingerprint, quantize_checkpoint, stamp_metadata, tensors};
+    #[pymodule_export]
+    use super::merge::merge_checkpoint;
     #[pymodule_export]
     use super::nf4::{nf4_dequantize, nf4_first_non_finite, nf4_nest, nf4_quantize, nf4_unnest};
     #[pymodule_export]

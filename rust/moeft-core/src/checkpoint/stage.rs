@@ -1,0 +1,193 @@
+//! Builds an output folder beside its final name: locked, journalled, resumable, published by one rename.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::disk::{free_bytes, is_empty, sync_folder};
+use super::fingerprint::hex;
+use super::journal::{Entry, Journal};
+use super::{checksum, Checkpoint, CheckpointError, Header, ShardWriter};
+use crate::progress::Progress;
+use crate::{Error, Result};
+
+/// Folder inside the stage that holds lock and journal. Hidden, so that no tool takes it for part of the model.
+const PRIVATE: &str = ".moeft";
+
+/// Hash of a resolved plan, of the state of its inputs (size, time of change and header of every file), and of the
+/// version of this crate.
+///
+/// # Errors
+/// [`Error::Io`] if an input cannot be read.
+pub fn plan_hash<'a>(plan: &impl Serialize, inputs: impl IntoIterator<Item = &'a Checkpoint>) -> Result<String> {
+    let mut hash = Sha256::new();
+    hash.update(env!("CARGO_PKG_VERSION"));
+    hash.update(serde_json::to_vec(plan).expect("plans are plain data"));
+    for shard in inputs.into_iter().flat_map(|input| &input.shards) {
+        let (bytes, modified) = shard.stat()?;
+        let age = modified.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        hash.update(format!("\n{} {bytes} {} ", shard.name, age.as_nanos()));
+        hash.update(Sha256::digest(&shard.header.raw));
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+/// What [`Stage::write_files`] did.
+#[derive(Debug)]
+pub struct Written<R> {
+    /// The part of the report of each file, in order.
+    pub reports: Vec<R>,
+    /// Files that an earlier run had finished.
+    pub resumed: u64,
+}
+
+/// A folder `OUT.partial` that becomes `OUT`.
+#[derive(Debug)]
+pub struct Stage {
+    out: PathBuf,
+    folder: PathBuf,
+    journal: Journal,
+    finished: HashMap<String, Entry>,
+    // Held until the stage is dropped; the system releases it when the process dies.
+    _lock: File,
+}
+
+impl Stage {
+    /// Opens or resumes the stage of `out`.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutputExists`], [`CheckpointError::Locked`], [`CheckpointError::PlanChanged`], [`Error::Io`].
+    pub fn open(out: &Path, plan: &str) -> Result<Self> {
+        check_output(out)?;
+        let folder = partial_path(out)?;
+        let owned = folder.join(PRIVATE);
+        let foreign = folder.exists() && !owned.exists() && !is_empty(&folder)?;
+        if foreign {
+            return Err(CheckpointError::PlanChanged { path: folder }.into());
+        }
+        fs::create_dir_all(&owned).map_err(Error::io("create", &owned))?;
+        let lock_path = owned.join("lock");
+        let lock = File::create(&lock_path).map_err(Error::io("create", &lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Err(CheckpointError::Locked { path: folder }.into()),
+            Err(fs::TryLockError::Error(error)) => return Err(Error::io("lock", &lock_path)(error)),
+        }
+        let journal_path = owned.join("journal.jsonl");
+        let recorded = Journal::read(&journal_path)?;
+        if recorded.plan.as_deref().is_some_and(|earlier| earlier != plan) {
+            return Err(CheckpointError::PlanChanged { path: folder }.into());
+        }
+        let journal = Journal::start(&journal_path, plan, recorded.entries.values().cloned())?;
+        Ok(Self { out: out.into(), folder, journal, finished: recorded.entries, _lock: lock })
+    }
+
+    /// Where the file `name` is to be written.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Writes every file that an earlier run did not finish, and checks those that it did.
+    ///
+    /// # Arguments
+    /// * `files`: name and header of each.
+    /// * `write`: fills one file and returns its part of the report, which the journal keeps.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NoSpace`] before the first byte; [`CheckpointError::ShardChanged`]; [`Error::Io`]; what
+    /// `write` and `progress` return.
+    pub fn write_files<R: Serialize + DeserializeOwned>(
+        &mut self,
+        files: Vec<(String, Header)>,
+        progress: &mut dyn Progress,
+        mut write: impl FnMut(&str, &mut ShardWriter, &mut dyn Progress) -> Result<R>,
+    ) -> Result<Written<R>> {
+        self.reserve(&files)?;
+        progress.start(files.iter().flat_map(|(_, header)| &header.tensors).map(|tensor| tensor.bytes).sum());
+        let mut written = Written { reports: Vec::with_capacity(files.len()), resumed: 0 };
+        for (name, header) in files {
+            if self.finished.contains_key(&name) {
+                let report = self.verify(&name, progress)?;
+                written.reports.push(serde_json::from_value(report).expect("the plan's hash is that of this program"));
+                written.resumed += 1;
+                continue;
+            }
+            let mut writer = ShardWriter::create(&self.path(&name), header)?;
+            let report = write(&name, &mut writer, progress)?;
+            let entry = Entry {
+                shard: name,
+                checksum: writer.finish()?,
+                report: serde_json::to_value(&report).expect("reports are plain data"),
+            };
+            self.journal.add(&entry)?;
+            written.reports.push(report);
+        }
+        Ok(written)
+    }
+
+    /// Makes sure that the disk can take what is missing, after removing what is unfinished.
+    fn reserve(&self, files: &[(String, Header)]) -> Result<()> {
+        let mut needed = 0;
+        for (name, header) in files.iter().filter(|(name, _)| !self.finished.contains_key(name)) {
+            let path = self.path(name);
+            if path.exists() {
+                fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            }
+            needed += header.file_bytes();
+        }
+        let available = free_bytes(&self.folder)?;
+        if available < needed {
+            return Err(CheckpointError::NoSpace { path: self.folder.clone(), needed, available }.into());
+        }
+        Ok(())
+    }
+
+    /// Checks that a finished file is still what was written, and returns its part of the report.
+    fn verify(&self, name: &str, progress: &mut dyn Progress) -> Result<Value> {
+        let (entry, path) = (&self.finished[name], self.path(name));
+        match checksum(&path, progress) {
+            Ok(found) if found == entry.checksum => Ok(entry.report.clone()),
+            Err(Error::Interrupted) => Err(Error::Interrupted),
+            Ok(_) | Err(_) => Err(CheckpointError::ShardChanged { path, folder: self.folder.clone() }.into()),
+        }
+    }
+
+    /// Gives the folder its final name.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; nothing is under the final name then.
+    pub fn publish(self) -> Result<()> {
+        sync_folder(&self.folder)?;
+        fs::rename(&self.folder, &self.out).map_err(Error::io("rename", &self.folder))?;
+        let parent = self.out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        sync_folder(parent)?;
+        let owned = self.out.join(PRIVATE);
+        fs::remove_dir_all(&owned).map_err(Error::io("remove", &owned))
+    }
+}
+
+/// Refuses an output that exists and is not an empty folder.
+///
+/// # Errors
+/// [`CheckpointError::OutputExists`], [`CheckpointError::OutputUnnamed`].
+pub fn check_output(out: &Path) -> Result<()> {
+    partial_path(out)?;
+    match fs::symlink_metadata(out) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io("read", out)(error)),
+        Ok(metadata) if metadata.is_dir() && is_empty(out)? => Ok(()),
+        Ok(_) => Err(CheckpointError::OutputExists { path: out.into() }.into()),
+    }
+}
+
+fn partial_path(out: &Path) -> Result<PathBuf> {
+    let name = out.file_name().ok_or_else(|| CheckpointError::OutputUnnamed { path: out.into() })?;
+    let mut name = name.to_os_string();
+    name.push(".partial");
+    Ok(out.with_file_name(name))
+}

@@ -1,0 +1,207 @@
+//! Which tensor of the base gets which deltas.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::recipe::{Recipe, Rounding};
+use crate::adapter::{Adapter, AdapterError, Pair, Target};
+use crate::checkpoint::folder::Config;
+use crate::checkpoint::{Checkpoint, CheckpointError, Tensor};
+use crate::families::Family;
+use crate::names::{DiskNames, Stack, StackOnDisk};
+use crate::Result;
+
+/// One adapter's pair of factors that acts on a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Delta {
+    /// Index into [`Recipe::models`].
+    pub adapter: usize,
+    /// Index into [`Adapter::pairs`].
+    pub pair: usize,
+}
+
+/// What happens to one tensor on disk, seen as `experts` matrices of `[rows, cols]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Patch {
+    /// First expert of the factors that the tensor holds.
+    pub first_expert: u64,
+    /// Number of matrices in the tensor.
+    pub experts: u64,
+    /// First row of the factors' B that the tensor holds: up is below gate.
+    pub first_row: u64,
+    /// Rows of one matrix.
+    pub rows: u64,
+    /// Columns of one matrix.
+    pub cols: u64,
+    /// Experts that the factors were made for; 1 for a Linear.
+    pub factor_experts: u64,
+    /// What is added, in the order of the recipe.
+    pub deltas: Vec<Delta>,
+    /// How often the result is rounded.
+    pub rounding: Rounding,
+}
+
+/// A resolved merge: inputs open, every key of every adapter assigned.
+#[derive(Debug)]
+pub struct Plan {
+    /// The recipe.
+    pub recipe: Recipe,
+    /// The base.
+    pub base: Checkpoint,
+    /// Its configuration.
+    pub config: Config,
+    /// The adapters, in the order of the recipe.
+    pub adapters: Vec<Adapter>,
+    /// By name on disk; tensors that are not here are copied.
+    pub patches: BTreeMap<String, Patch>,
+}
+
+impl Plan {
+    /// Opens base and adapters and assigns every factor.
+    ///
+    /// # Errors
+    /// [`CheckpointError`], [`AdapterError`], [`crate::Error::UnknownModelType`].
+    pub fn resolve(recipe: Recipe) -> Result<Self> {
+        let base = Checkpoint::open(&recipe.base_model)?;
+        let config = Config::read(&recipe.base_model)?;
+        if let Some(method) = config.quant_method() {
+            let (path, advice) = (recipe.base_model, "merge into the 16-bit base that it was made from");
+            return Err(CheckpointError::AlreadyQuantized { path, method, advice }.into());
+        }
+        let family = Family::for_model_type(config.model_type(&recipe.base_model)?)?;
+        let adapters = recipe.models.iter().map(|model| Adapter::open(&model.adapter)).collect::<Result<Vec<_>>>()?;
+        let names = DiskNames::new(&base, family, &config);
+        let mut patches = BTreeMap::new();
+        for (adapter_index, adapter) in adapters.iter().enumerate() {
+            for (pair_index, pair) in adapter.pairs.iter().enumerate() {
+                let delta = Delta { adapter: adapter_index, pair: pair_index };
+                assign(&mut patches, &names, adapter, pair, delta, recipe.rounding)?;
+            }
+        }
+        Ok(Self { recipe, base, config, adapters, patches })
+    }
+}
+
+fn assign(
+    patches: &mut BTreeMap<String, Patch>,
+    names: &DiskNames<'_>,
+    adapter: &Adapter,
+    pair: &Pair,
+    delta: Delta,
+    rounding: Rounding,
+) -> Result<()> {
+    let no_target =
+        |name: String| AdapterError::NoTarget { path: adapter.path.clone(), module: pair.module.clone(), name };
+    let mut add = |tensor: Tensor<'_>, patch: Patch| {
+        patches.entry(tensor.info.name.clone()).or_insert(patch).deltas.push(delta);
+    };
+    let single = Rounding::Single;
+    match pair.target {
+        Target::Weight => {
+            let name = format!("{}.weight", pair.module);
+            let tensor = names.weight(&pair.module).ok_or_else(|| no_target(name))?;
+            let [rows, cols] = shape(&tensor, "[out, in]")?;
+            check_factors(adapter, pair, &tensor, [1, rows, cols])?;
+            add(
+                tensor,
+                Patch {
+                    first_expert: 0,
+                    experts: 1,
+                    first_row: 0,
+                    rows,
+                    cols,
+                    factor_experts: 1,
+                    deltas: vec![],
+                    rounding: single,
+                },
+            );
+        }
+        Target::Experts(stack) => {
+            let name = format!("{}.{}", pair.module, stack.parameter());
+            match names.stack(&pair.module, stack)?.ok_or_else(|| no_target(name))? {
+                StackOnDisk::Fused(tensor) => {
+                    let [experts, rows, cols] = shape(&tensor, "[experts, out, in]")?;
+                    check_factors(adapter, pair, &tensor, [experts, rows, cols])?;
+                    add(
+                        tensor,
+                        Patch {
+                            first_expert: 0,
+                            experts,
+                            first_row: 0,
+                            rows,
+                            cols,
+                            factor_experts: experts,
+                            deltas: vec![],
+                            rounding,
+                        },
+                    );
+                }
+                StackOnDisk::PerExpert(tensors) => {
+                    let experts = tensors.len() as u64;
+                    for (expert, parts) in (0..).zip(tensors) {
+                        let [rows, cols] = shape(&parts[0], "[out, in]")?;
+                        let total = if stack == Stack::GateUp { 2 * rows } else { rows };
+                        check_factors(adapter, pair, &parts[0], [experts, total, cols])?;
+                        for (part, tensor) in (0..).zip(parts) {
+                            let found: [u64; 2] = shape(&tensor, "[out, in]")?;
+                            if found != [rows, cols] {
+                                return Err(unexpected(&tensor, &format!("[{rows}, {cols}] as the gate")).into());
+                            }
+                            add(
+                                tensor,
+                                Patch {
+                                    first_expert: expert,
+                                    experts: 1,
+                                    first_row: part * rows,
+                                    rows,
+                                    cols,
+                                    factor_experts: experts,
+                                    deltas: vec![],
+                                    rounding,
+                                },
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The shape of a weight with N axes.
+fn shape<const N: usize>(tensor: &Tensor<'_>, expected: &str) -> Result<[u64; N]> {
+    let shape = <[u64; N]>::try_from(tensor.info.shape.as_slice()).ok().filter(|_| tensor.info.dtype.is_weight());
+    shape.ok_or_else(|| unexpected(tensor, &format!("{expected} of F32, BF16 or F16")).into())
+}
+
+fn unexpected(tensor: &Tensor<'_>, expected: &str) -> CheckpointError {
+    CheckpointError::UnexpectedTensor {
+        name: tensor.info.name.clone(),
+        actual: format!("{} {:?}", tensor.info.dtype, tensor.info.shape),
+        expected: expected.to_string(),
+        advice: "merge into the 16-bit base model",
+    }
+}
+
+/// Checks both factors against a weight of `[experts, out, in]`.
+fn check_factors(adapter: &Adapter, pair: &Pair, tensor: &Tensor<'_>, [experts, rows, cols]: [u64; 3]) -> Result<()> {
+    let rank = pair.rank;
+    for (key, expected) in [(&pair.a, [experts * rank, cols]), (&pair.b, [rows, rank * experts])] {
+        let actual = &adapter.tensor(key).info.shape;
+        if *actual != expected {
+            return Err(AdapterError::Shape {
+                path: adapter.path.clone(),
+                key: key.clone(),
+                actual: actual.clone(),
+                expected: expected.to_vec(),
+                tensor: tensor.info.name.clone(),
+                shape: tensor.info.shape.clone(),
+                rank,
+            }
+            .into());
+        }
+    }
+    Ok(())
+}
