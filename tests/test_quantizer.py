@@ -36,7 +36,7 @@ def with_rounded_weights(folder: Path, packed: torch.nn.Module):
             if isinstance(module, PackedModule):
                 for name in module.packed_shapes:
                     weight = nf4.dequantize(module.packed_weight(name), dtype=torch.float32)
-                    getattr(plain.get_submodule(path), name).copy_(weight)
+                    getattr(plain.get_submodule(path.replace(".base_layer", "")), name).copy_(weight)
     return plain
 
 

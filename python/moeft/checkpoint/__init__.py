@@ -15,18 +15,38 @@ __all__ = ["QuantizeReport", "fingerprint", "quantize"]
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What :func:`quantize` did. ``str()`` is a table."""
+    """What :func:`quantize` did. ``str()`` is a table.
 
-    bytes_before: dict[str, int]
-    bytes_after: dict[str, int]
+    Attributes:
+        out: The folder that was written.
+        components: Component -> its bytes ``{"before", "after"}``.
+        total: Bytes of all tensors, likewise.
+        weights_packed: Linear layers and stacks of experts that were packed.
+        tensors_copied: Tensors that were copied byte for byte.
+        shards_resumed: Files that an interrupted run had finished.
+        seconds: Wall time.
+        base_fingerprint: Fingerprint of the source.
+    """
+
+    out: str
+    components: dict[str, dict[str, int]]
+    total: dict[str, int]
+    weights_packed: int
+    tensors_copied: int
+    shards_resumed: int
     seconds: float
     base_fingerprint: str
 
+    def bytes_by_component(self, when: str) -> dict[str, int]:
+        """Bytes of each component ``"before"`` or ``"after"``."""
+        return {name: sizes[when] for name, sizes in self.components.items()}
+
     def __str__(self) -> str:
-        rows = [(name, before, self.bytes_after.get(name, 0)) for name, before in self.bytes_before.items() if before]
-        rows.append(("total", sum(self.bytes_before.values()), sum(self.bytes_after.values())))
         lines = [f"{'component':<12}{'bytes before':>16}{'bytes after':>16}{'ratio':>8}"]
-        lines += [f"{name:<12}{before:>16,}{after:>16,}{after / max(before, 1):>8.3f}" for name, before, after in rows]
+        for name, sizes in [*self.components.items(), ("total", self.total)]:
+            if sizes["before"]:
+                ratio = sizes["after"] / sizes["before"]
+                lines.append(f"{name:<12}{sizes['before']:>16,}{sizes['after']:>16,}{ratio:>8.3f}")
         return "\n".join(lines)
 
 

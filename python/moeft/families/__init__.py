@@ -31,7 +31,7 @@ class Family:
         layers: Module path of the decoder layers, in memory.
         multimodal_prefix: Prefix of the text model inside a multimodal model; stands for ``model.``.
         text_class: transformers class of the text part alone.
-        config: Our name of a config field -> its name in this family.
+        config: Our name of a config field -> its spellings in this family.
         experts: Path of the experts module below a decoder layer.
         linears: Component (``attention``, ``mlp``, ``router``) -> paths of its linear layers below a decoder layer.
     """
@@ -41,7 +41,7 @@ class Family:
     layers: str
     multimodal_prefix: str | None
     text_class: str | None
-    config: dict[str, str]
+    config: dict[str, tuple[str, ...]]
     experts: str
     linears: dict[str, tuple[str, ...]]
 
@@ -104,7 +104,7 @@ def _parse(name: str, table: dict[str, Any]) -> Family:
         layers=table["layers"],
         multimodal_prefix=table.get("multimodal_prefix"),
         text_class=table.get("text_class"),
-        config=table["config"],
+        config={field: tuple(spellings) for field, spellings in table["config"].items()},
         experts=modules["experts"],
         linears={component: tuple(modules[component]) for component in ("attention", "mlp", "router")},
     )

@@ -23,7 +23,10 @@ def require_complete(model: PreTrainedModel) -> None:
     def finish_and_check(loading_info: Any) -> None:
         finish(loading_info)
         del model._adjust_missing_and_unexpected_keys
-        check(loading_info.missing_keys, loading_info.mismatched_keys, loading_info.conversion_errors)
+        errors = dict(loading_info.conversion_errors)
+        # transformers reports these in a `finally`, with an exception of its own that would hide ours.
+        loading_info.conversion_errors.clear()
+        check(loading_info.missing_keys, loading_info.mismatched_keys, errors)
 
     model._adjust_missing_and_unexpected_keys = finish_and_check
 
@@ -36,7 +39,8 @@ def check(missing: set[str], mismatched: set[Any], conversion_errors: dict[str, 
     """
     if conversion_errors:
         name, trace = next(iter(conversion_errors.items()))
-        cause = next((line for line in reversed(trace.splitlines()) if "Error: " in line and "on tensors" not in line), trace)
+        causes = [line for line in trace.splitlines() if "Error: " in line and " on tensors destined for " not in line]
+        cause = causes[-1].partition("Error: ")[2] if causes else trace
         raise CheckpointError(f"{len(conversion_errors)} weights could not be converted, first {name}: {cause}")
     if mismatched:
         name, found, expected = sorted(mismatched, key=str)[0]

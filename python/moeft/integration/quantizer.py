@@ -7,7 +7,6 @@ fused stacks of several families back into one tensor per expert and would take 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +137,7 @@ class NF4Quantizer(HfQuantizer):
 
 
 def _replace_modules(model: nn.Module, family: families.Family, config: NF4Config) -> None:
-    found = False
+    found = set()
     for name, module in list(model.named_modules()):
         below = family.below_layer(name)
         component = family.component(name)
@@ -151,13 +150,14 @@ def _replace_modules(model: nn.Module, family: families.Family, config: NF4Confi
         else:
             continue
         model.set_submodule(name, replacement)
-        found = True
-    if not found:
-        wanted = [c for c in ("experts", "attention", "mlp") if config.wants(c)]
-        raise UnsupportedModelError(
-            f"nothing to quantise: no {' or '.join(wanted) or 'component'} found in this {family.name} model; "
-            "a dense model has no experts (NF4Config(experts=False, attention=True, mlp=True))"
-        )
+        found.add(component)
+    # Dense feed-forward layers are pure extra: many families have none.
+    for component in ("experts", "attention"):
+        if config.wants(component) and component not in found:
+            raise UnsupportedModelError(
+                f"NF4Config({component}=True), but this {family.name} model has no {component} that moeft knows; "
+                f"load it with NF4Config({component}=False, ...)"
+            )
 
 
 def _packed_experts(name: str, module: nn.Module, config: NF4Config) -> NF4Experts:

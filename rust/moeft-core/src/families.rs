@@ -32,18 +32,12 @@ pub struct Family {
     pub disk: DiskLayout,
 }
 
-/// Names of the fields of config.json.
+/// Names of the fields of config.json. Each may have several spellings, the first that is there counts.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConfigFields {
-    /// Number of experts of a layer.
-    pub num_experts: String,
-    /// Experts chosen per token.
-    pub top_k: String,
-    /// Hidden size of one expert.
-    pub expert_intermediate_size: String,
-    /// Name of the activation function.
-    pub activation: String,
+    /// Experts per layer.
+    pub num_experts: Vec<String>,
 }
 
 /// Module paths below a decoder layer, as in memory.

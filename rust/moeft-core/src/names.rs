@@ -53,7 +53,8 @@ pub struct DiskNames<'a> {
 impl<'a> DiskNames<'a> {
     /// Names of `checkpoint`, whose configuration is `config`.
     pub fn new(checkpoint: &'a Checkpoint, family: &'a Family, config: &Config) -> Self {
-        let num_experts = config.text_field(&family.config.num_experts).and_then(serde_json::Value::as_u64);
+        let spellings = family.config.num_experts.iter();
+        let num_experts = spellings.filter_map(|name| config.text_field(name)).find_map(serde_json::Value::as_u64);
         Self { checkpoint, family, num_experts }
     }
 
