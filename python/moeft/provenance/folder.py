@@ -198,15 +198,15 @@ def _lock(path: Path) -> IO[bytes]:
 
 def _run_differences(record: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """What has to be equal for a run to continue and is not. Of an input counts what it holds, not where it lies."""
-    rest = [
+    before, now = (
         {
             "command": run["command"],
             "seed": run.get("seed"),
             "inputs": {name: {"sha256": source["sha256"]} for name, source in run["inputs"].items()},
         }
         for run in (record, asked)
-    ]
-    return _differences(record["recipe"], asked["recipe"]) + _differences(*rest)
+    )
+    return _differences(record["recipe"], asked["recipe"]) + _differences(before, now)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:
