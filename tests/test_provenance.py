@@ -59,6 +59,7 @@ def test_run_is_failed_after_an_error_and_continues(start):
     assert run.events("failed")[0]["error"] == "ZeroDivisionError: no rows"
     with start() as again:
         assert again.record["attempts"] == 2
+        assert again.events("start")[1]["changed"] == []
         assert [event["attempt"] for event in again.events("start")] == [1, 2]
         assert again.events("stage")[0]["name"] == "train"
 
@@ -79,7 +80,8 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(start):
     assert "lora.alpha was None, is now 4" in message
     assert "seed was 0, is now 1" in message
     assert "model" not in message
-    assert RunFolder.open(start().path).record["recipe"] == RECIPE
+    with start() as run:
+        assert run.record["recipe"] == RECIPE
 
 
 def test_changed_input_is_refused_by_its_name(start, tmp_path):

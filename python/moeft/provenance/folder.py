@@ -4,7 +4,7 @@
 ``metrics.json`` are written when they are known. Every event has ``time`` (UTC), ``kind`` and the fields of its kind:
 
 ================  ==================================================================================
-``start``         ``attempt``: 1, and one more at every second start; ``changed``: see ``create``
+``start``         ``attempt``, from 1; ``changed``: versions and hardware that differ since the last start
 ``stage``         ``name``, ``status``, ``seconds``
 ``train_log``     ``step``, ``loss``, ``learning_rate``, ``tokens_per_second``, ``peak_bytes``, ``grad_norm``
 ``eval``          ``step``, ``loss`` on held-out rows
@@ -83,7 +83,7 @@ class RunFolder:
             record = {**asked, **describe_environment(), "started_at": _now(), "attempts": 1, "status": "running"}
             files.write_json(path / "run.json", record)
             run = cls(path, record, lock)
-            run.event("start", attempt=1, changed={})
+            run.event("start", attempt=1, changed=[])
             return run
         except BaseException:
             lock.close()
@@ -198,15 +198,15 @@ def _lock(path: Path) -> IO[bytes]:
 
 def _run_differences(record: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """What has to be equal for a run to continue and is not. Of an input counts what it holds, not where it lies."""
-    rest = [
+    before, now = (
         {
             "command": run["command"],
             "seed": run.get("seed"),
             "inputs": {name: {"sha256": source["sha256"]} for name, source in run["inputs"].items()},
         }
         for run in (record, asked)
-    ]
-    return _differences(record["recipe"], asked["recipe"]) + _differences(*rest)
+    )
+    return _differences(record["recipe"], asked["recipe"]) + _differences(before, now)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:

@@ -1,0 +1,5 @@
+"""``python -m moeft.cli``: the same as the ``moeft`` command."""
+
+from moeft.cli import main
+
+main()

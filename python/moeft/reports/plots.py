@@ -1,0 +1,122 @@
+"""Pictures of a run as PNG files: its losses, and where its bytes are.
+
+Colours are the first ones of Okabe and Ito, which people with any colour vision can tell apart.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moeft.errors import MissingExtraError
+from moeft.reports.text import mib
+
+_BLUE, _ORANGE, _GREY, _INK = "#0072B2", "#D55E00", "#B8B8B8", "#333333"
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.markersize": 5,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "legend.frameon": False,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def plot_loss(train_logs: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw training and held-out loss over steps, and the learning rate in a strip below.
+
+    Args:
+        train_logs: ``train_log`` events: ``step``, ``loss`` in nats per token, ``learning_rate``. A loss of None, from
+            a step that was not finite, leaves a gap.
+        evals: ``eval`` events: ``step``, ``loss``.
+        path: PNG file to write.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    with _figure(path, 7.0, 4.2) as figure:
+        losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        train = _series(train_logs, "loss")
+        losses.plot(*train, color=_BLUE, linewidth=1.6, label="training", marker="o" if len(train[0]) < 3 else None)
+        if evals:
+            held_out = _series(evals, "loss")
+            losses.plot(*held_out, color=_ORANGE, linewidth=0.8, linestyle=":", marker="D", label="held out")
+            last = (held_out[0][-1], held_out[1][-1])
+            losses.annotate(f"{last[1]:.3f}", last, (0, 7), textcoords="offset points", ha="right", color=_ORANGE)
+        losses.set_title("Loss")
+        losses.set_ylabel("nats per token")
+        losses.set_ylim(bottom=0)
+        losses.grid(axis="y")
+        losses.legend(loc="upper right")
+
+        rates.fill_between(*_series(train_logs, "learning_rate"), color=_GREY, linewidth=0)
+        rates.set_ylabel("learning\nrate")
+        rates.set_ylim(bottom=0)
+        rates.set_xlabel("optimizer step")
+        rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        rates.yaxis.get_offset_text().set_fontsize(7)
+        rates.tick_params(axis="y", labelsize=7)
+        figure.align_ylabels()
+
+
+def plot_bytes(before: Mapping[str, int], after: Mapping[str, int], path: Path) -> None:
+    """Draw bytes per component as a pair of bars each, the largest component first.
+
+    Args:
+        before: Bytes by component.
+        after: Bytes by component; a component of one side only has no bar on the other.
+        path: PNG file to write.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    names = sorted({**before, **after}, key=lambda name: max(before.get(name, 0), after.get(name, 0)), reverse=True)
+    with _figure(path, 7.0, 1.3 + 0.52 * len(names)) as figure:
+        axes = figure.subplots()
+        for offset, side, color, label in ((-0.2, before, _GREY, "before"), (0.2, after, _BLUE, "after")):
+            sizes = [side.get(name, 0) / 2**20 for name in names]
+            bars = axes.barh([row + offset for row in range(len(names))], sizes, height=0.36, color=color, label=label)
+            labels = [mib(side[name]) if name in side else "" for name in names]
+            axes.bar_label(bars, labels, padding=3, fontsize=8)
+        axes.set_title("Bytes per component")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("MiB")
+        axes.margins(x=0.12)
+        axes.tick_params(axis="y", length=0)
+        axes.legend(loc="lower right")
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of ``width`` x ``height`` inches, written to ``path`` at the end; no global style changes."""
+    try:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("pictures need matplotlib; install it with: pip install 'moeft[report]'") from error
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        figure.savefig(path)
+
+
+def _series(events: Sequence[Mapping[str, Any]], field: str) -> tuple[list[int], list[float]]:
+    """Steps in order and the value of a field at each; None becomes NaN, which matplotlib leaves out.
+
+    A run that continued from a checkpoint repeats a few steps; the later value counts.
+    """
+    values = {event["step"]: event[field] for event in events if field in event}
+    steps = sorted(values)
+    return steps, [float("nan") if values[step] is None else values[step] for step in steps]
