@@ -1,0 +1,1 @@
+"""Data: rows of chats to token ids and loss labels."""

@@ -1,0 +1,1 @@
+"""Evaluation: generation, text metrics and tool protocols."""
