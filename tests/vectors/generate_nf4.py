@@ -41,6 +41,21 @@ def midpoint_block() -> torch.Tensor:
     return torch.cat([torch.ones(1), torch.stack([below, midpoints, above], 1).flatten(), torch.zeros(18)])
 
 
+def rounding_block() -> torch.Tensor:
+    """A block of 64 whose indices differ between `x / absmax` and `x * (1 / absmax)`: values next to thresholds."""
+    code = get_4bit_type("nf4", device="cpu")
+    midpoints = (code[:-1] + code[1:]) / 2
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        absmax = torch.rand(1, generator=generator) + 0.5
+        at = midpoints * absmax
+        near = [at, torch.nextafter(at, torch.tensor(-2.0)), torch.nextafter(at, torch.tensor(2.0))]
+        block = torch.cat([absmax, *near, torch.zeros(18)])
+        divided, multiplied = block / absmax, block * (1 / absmax)
+        if (torch.bucketize(divided, midpoints) != torch.bucketize(multiplied, midpoints)).sum() >= 3:
+            return block
+
+
 def cases() -> list[tuple[str, str, int, torch.Tensor]]:
     nan, inf = math.nan, math.inf
     rows = [(f"wave of {n}", "float32", 64, wave(n)) for n in (1, 2, 63, 64, 65, 127, 128, 160)]
@@ -48,6 +63,8 @@ def cases() -> list[tuple[str, str, int, torch.Tensor]]:
     rows += [
         ("rows of 96, not a multiple of the block", "float32", 64, wave(10 * 96)),
         ("thresholds and neighbours", "float32", 64, midpoint_block()),
+        ("full block: reciprocal", "float32", 64, rounding_block()),
+        ("short block: division", "float32", 64, rounding_block()[:50]),
         ("zero block", "float32", 64, torch.zeros(64)),
         ("negative zero block", "float32", 64, -torch.zeros(64)),
         ("zero tail", "float32", 64, torch.cat([wave(64), torch.zeros(3)])),

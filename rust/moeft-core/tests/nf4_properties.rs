@@ -63,6 +63,17 @@ proptest! {
         assert_equals_scalar(layout, &values);
     }
 
+    /// Values next to a threshold are where multiplying by the reciprocal differs from dividing.
+    #[test]
+    fn values_at_thresholds_equal_scalar(
+        absmax in 0.5f32..1.5, at in prop::collection::vec((0..15usize, -2..3i32), 1..200)
+    ) {
+        let near = at.iter().map(|&(i, ulps)| (nf4::MIDPOINTS[i] * absmax).to_bits().wrapping_add_signed(ulps));
+        let mut values: Vec<f32> = near.map(f32::from_bits).collect();
+        values.iter_mut().step_by(64).for_each(|first| *first = absmax);
+        assert_equals_scalar(Layout { groups: 1, group_len: values.len(), block_size: 64 }, &values);
+    }
+
     #[test]
     fn any_bits_equal_scalar(bits in prop::collection::vec(any::<u16>(), 0..200)) {
         let layout = Layout { groups: 1, group_len: bits.len(), block_size: 64 };
