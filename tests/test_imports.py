@@ -13,8 +13,9 @@ import moeft
 
 # Top of the stack first. Parts of one layer do not import each other, except in the last: those serve everyone.
 LAYERS = (
-    {"cli"},
+    {"cli", "_autoload"},
     {"demo"},
+    {"runs"},
     {"reports"},
     {"training", "merging", "evaluation", "gguf", "planning", "importance"},
     {"integration", "data"},
@@ -22,13 +23,13 @@ LAYERS = (
     {"kernels", "checkpoint"},
     {"_core"},
     {"families"},
-    {"config", "errors", "provenance"},
+    {"config", "errors", "provenance", "progress_bar"},
 )
 DEPTH = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
 FOR_EVERYONE = len(LAYERS) - 1
 
 # Parts that must be cheap to import: torch and its kind only inside a function.
-LIGHT = {"", "cli", "checkpoint", "families", "config", "errors", "provenance"}
+LIGHT = {"", "_autoload", "cli", "checkpoint", "merging", "families", "config", "errors", "provenance", "progress_bar"}
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "matplotlib"}
 
 

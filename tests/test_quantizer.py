@@ -168,11 +168,9 @@ def test_a_weight_that_is_not_finite_is_refused(checkpoints, tmp_path):
 
 
 def test_a_model_of_an_unknown_family_is_refused(tmp_path):
-    config = AutoConfig.for_model(
-        "gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=32, bos_token_id=0, eos_token_id=1
-    )
+    config = AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=32, bos_token_id=0, eos_token_id=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="'gpt2' is not a known family, expected one of .*gemma4"):
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not a known family, expected one of .*gemma4"):
         load(tmp_path, quantization_config=moeft.NF4Config())
 
 

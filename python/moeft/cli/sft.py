@@ -17,6 +17,6 @@ def sft(
     from moeft.config import SftRecipe
 
     loaded = SftRecipe.load(recipe, overrides or ())  # Before the slow import: a typo answers at once.
-    from moeft.training.sft import run
+    from moeft.runs.sft import run
 
     print(f"Run folder: {run(loaded).path}")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from moeft import families
 from moeft.errors import AuditError
 from moeft.modules import PackedModule
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 ADAPTER = "adapter"
 
@@ -54,7 +59,7 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit(model: nn.Module, strict: bool = False) -> Audit:
+def audit(model: PreTrainedModel | PeftModel, strict: bool = False) -> Audit:
     """Account for every parameter and persistent buffer of a model.
 
     Args:
@@ -65,7 +70,7 @@ def audit(model: nn.Module, strict: bool = False) -> Audit:
         AuditError: With ``strict``, if experts are not 4-bit or there are none; the message holds the table.
         UnsupportedModelError: If the family is unknown.
     """
-    family = families.for_model_type(model.config.model_type)  # type: ignore[union-attr]
+    family = families.for_model_type(model.config.model_type)
     totals: dict[tuple[str, str], list[int]] = {}
     for component, dtype, parameters, size in _tensors(model, family):
         entry = totals.setdefault((component, dtype), [0, 0])

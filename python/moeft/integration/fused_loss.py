@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def fuse_loss(model: nn.Module) -> bool:
+
+def fuse_loss(model: PreTrainedModel) -> bool:
     """Replace the loss of this model instance by :func:`moeft.kernels.linear_cross_entropy`.
 
     Called with ``labels``, the model then returns the loss and no logits. The forward is replaced on the instance, so

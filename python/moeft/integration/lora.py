@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
-from torch import nn
 
 from moeft import __version__, _core, families
 from moeft.errors import AdapterError
 from moeft.integration import peft_lora
 from moeft.modules.nf4_experts import STACKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TARGETS = ("attention", "experts", "mlp")
 LAYOUT = "peft-0.19"  # expert factors: A [E * r, in] expert-major, B [out, r * E] expert fastest
@@ -38,7 +40,7 @@ class LoraModel(PeftModelForCausalLM):
 
 
 def add_lora(
-    model: nn.Module,
+    model: PreTrainedModel,
     rank: int,
     alpha: float | None = None,
     targets: Sequence[str] = ("attention",),
@@ -65,7 +67,7 @@ def add_lora(
         ValueError: If the rank is not positive or exceeds a targeted weight, or a target is unknown.
         AdapterError: If a target matches nothing in the model.
     """
-    family = families.for_model_type(model.config.model_type)  # type: ignore[union-attr]
+    family = families.for_model_type(model.config.model_type)
     _check(rank, experts_rank, targets)
     alpha = rank if alpha is None else alpha
     modules = {t: _linears(model, family, t) for t in targets if t != "experts"}
@@ -82,8 +84,8 @@ def add_lora(
         use_rslora=rslora,
         target_modules=sorted(name for names in modules.values() for name in names),
         target_parameters=sorted(stacks) or None,
-        rank_pattern={name: experts_rank for name in stacks} if other else {},
-        alpha_pattern={name: alpha * experts_rank / rank for name in stacks} if other else {},
+        rank_pattern=dict.fromkeys(stacks, experts_rank) if other else {},
+        alpha_pattern=dict.fromkeys(stacks, alpha * experts_rank / rank) if other else {},
         task_type="CAUSAL_LM",
     )
     peft_lora.install()
@@ -95,7 +97,7 @@ def add_lora(
         return LoraModel(model, config)
 
 
-def load_adapter(model: nn.Module, path: str | Path, trainable: bool = False) -> LoraModel:
+def load_adapter(model: PreTrainedModel, path: str | Path, trainable: bool = False) -> LoraModel:
     """Load a saved adapter onto its base, packed or not, using every key.
 
     Raises:
@@ -121,9 +123,9 @@ def load_adapter(model: nn.Module, path: str | Path, trainable: bool = False) ->
     return loaded
 
 
-def base_fingerprint(model: nn.Module) -> str | None:
+def base_fingerprint(model: PreTrainedModel) -> str | None:
     """Fingerprint of the 16-bit checkpoint a model came from; None if it did not come from a local folder."""
-    config = model.config  # type: ignore[union-attr]
+    config = model.config
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         return getattr(quantization, "base_fingerprint", None)
@@ -140,19 +142,19 @@ def _check(rank: int, experts_rank: int | None, targets: Sequence[str]) -> None:
         raise ValueError(f"targets is {tuple(targets)}, expected some of {TARGETS}")
 
 
-def _linears(model: nn.Module, family: families.Family, component: str) -> list[str]:
+def _linears(model: PreTrainedModel, family: families.Family, component: str) -> list[str]:
     paths = family.linears[component]
     return [name for name, _ in model.named_modules() if family.below_layer(name) in paths]
 
 
-def _stacks(model: nn.Module, family: families.Family) -> list[str]:
+def _stacks(model: PreTrainedModel, family: families.Family) -> list[str]:
     experts = [name for name, _ in model.named_modules() if family.below_layer(name) == family.experts]
     return [f"{name}.{stack}" for name in experts for stack in STACKS]
 
 
-def _check_rank_fits(model: nn.Module, rank: int, names: Sequence[str]) -> None:
+def _check_rank_fits(model: PreTrainedModel, rank: int, names: Sequence[str]) -> None:
     for name in names:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         smallest = min(module.in_features, module.out_features)
         if rank > smallest:
             raise ValueError(f"rank is {rank}, but {name} has only {smallest} rows or columns; choose a smaller rank")

@@ -21,7 +21,7 @@ MERGE_REFUSED = (
 class PackedLinearLora(peft_layer.Linear):
     """LoRA beside a packed linear layer."""
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+    def _get_in_out_features(self, module: NF4Linear) -> tuple[int, int]:
         return module.in_features, module.out_features
 
     def merge(self, *_: Any, **__: Any) -> None:

@@ -87,7 +87,7 @@ class NF4Quantizer(HfQuantizer):
         """Whether a checkpoint tensor goes into a packed weight."""
         module_name, _, name = param_name.rpartition(".")
         try:
-            module = model.get_submodule(module_name)
+            module: Any = model.get_submodule(module_name)
         except AttributeError:
             return False
         return isinstance(module, PackedModule) and name in module.packed_shapes
@@ -160,16 +160,17 @@ def _replace_modules(model: nn.Module, family: families.Family, config: NF4Confi
             )
 
 
-def _packed_experts(name: str, module: nn.Module, config: NF4Config) -> NF4Experts:
+def _packed_experts(name: str, module: Any, config: NF4Config) -> NF4Experts:
     differing = {flag: getattr(module, flag, value) for flag, value in DEFAULT_LAYOUT.items()}
     differing = {flag: value for flag, value in differing.items() if value != DEFAULT_LAYOUT[flag]}
-    shapes = [getattr(getattr(module, stack, None), "shape", None) for stack in STACKS]
-    if differing or any(shape is None or len(shape) != 3 for shape in shapes):
+    shapes = [getattr(getattr(module, stack, None), "shape", torch.Size()) for stack in STACKS]
+    if differing or any(len(shape) != 3 for shape in shapes):
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) has stacks {shapes} and layout flags {differing}, expected "
             "gate_up_proj [E, 2I, H] and down_proj [E, H, I] without flags; this layout of experts is not supported"
         )
-    return NF4Experts(*shapes, module.act_fn, config.block_size, config.double_quant)
+    gate_up, down = shapes
+    return NF4Experts(gate_up, down, module.act_fn, config.block_size, config.double_quant)
 
 
 def _disk_names(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -49,7 +49,7 @@ class MergeReport:
 def merge(recipe: dict[str, Any] | str | Path, out: str | Path, progress: bool = True) -> MergeReport:
     """Merge as a recipe says, in bounded memory.
 
-    An interrupted merge leaves ``<out>.partial`` and continues from there; ``out`` appears at once, when it is complete.
+    An interrupted merge leaves ``<out>.partial`` and continues from there; ``out`` appears when it is complete.
 
     Args:
         recipe: Keys as in the documentation of merge recipes, or the path of a YAML file with them. Relative paths in

@@ -76,19 +76,22 @@ class _Run:
         self.folder.write_json("metrics.json", self.metrics)
 
     def trainer(self) -> SFTTrainer:
-        import moeft
+        from moeft.integration.audit import audit
+        from moeft.integration.loading import load
+        from moeft.integration.lora import add_lora
+        from moeft.integration.nf4_config import NF4Config
         from moeft.training.sft import SFTConfig, SFTTrainer
 
         recipe = self.recipe
         wanted = recipe.quantization
-        config = None if wanted is None else moeft.NF4Config(**wanted.model_dump())
-        model, tokenizer = moeft.load(recipe.model, config, recipe.text_only, recipe.dtype)
+        config = None if wanted is None else NF4Config(**wanted.model_dump())
+        model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
         packed = getattr(model.config, "quantization_config", None)
-        audit = moeft.audit(model, strict=bool(packed and packed.experts))
-        self.show(str(audit))
-        self.metrics.setdefault("bytes", {})["after"] = audit.bytes_by_component()
+        found = audit(model, strict=bool(packed and packed.experts))
+        self.show(str(found))
+        self.metrics.setdefault("bytes", {})["after"] = found.bytes_by_component()
         lora = recipe.lora
-        model = moeft.add_lora(
+        model = add_lora(
             model,
             lora.rank,
             lora.alpha,
@@ -159,11 +162,12 @@ class _Run:
         from moeft.evaluation.tool_score import score_tool_calls
 
         rows = [row.messages for row in read_rows(path).rows]
+        prompts: list[Any] = [messages[:-1] for messages in rows]
         references = [messages[-1]["content"] for messages in rows]
         replies = generate_replies(
             trainer.model,
             trainer.processing_class,
-            [messages[:-1] for messages in rows],
+            prompts,
             max_new_tokens=self.recipe.evaluation.max_new_tokens,
             batch_size=self.recipe.evaluation.batch_size,
         )

@@ -71,7 +71,7 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
         if self._bad_loss is not None and bool(self._bad_loss):
             return "non-finite loss"
         if parameters:
-            norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+            norms = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
             if not bool(torch.isfinite(norms).all()):
                 return "non-finite gradient"
         return None

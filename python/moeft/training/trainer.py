@@ -26,7 +26,7 @@ class MoeConfig(TrainingArguments):
         default=10, metadata={"help": "Stop after this many steps in a row with a non-finite loss or gradient."}
     )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rows are ours and hold no others."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Loggers besides the run folder."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Loggers besides the run folder."})
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Keep the count of skipped steps over a resume."}
     )
@@ -46,7 +46,7 @@ class MoeTrainer(Trainer):
         super().__init__(**kwargs)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.loss_is_fused = fuse_loss(base)
-        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs or self.loss_is_fused
+        self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs or self.loss_is_fused
         self.throughput = Throughput()
         self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip)
         self.add_callback(self.guard)

@@ -143,9 +143,7 @@ def _lora_backward(
     return grad_a_ErK.view(-1, x_RK.shape[-1]), join_b(grad_b_EFr)
 
 
-def _activate(
-    h_R2I: Tensor, activation: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _activate(h_R2I: Tensor, activation: Callable[[Tensor], Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The activation row again, and the function that takes its gradient to the gradient of ``h``."""
     gate_RI, up_RI = h_R2I.chunk(2, dim=-1)
     with torch.enable_grad():

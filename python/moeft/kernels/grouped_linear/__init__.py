@@ -23,9 +23,7 @@ CUDA_GROUPED_MM_DTYPES = (torch.bfloat16,)
 GROUPED_MM_ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm refuses other strides
 
 
-def grouped_linear(
-    x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor, *, transpose: bool = False
-) -> Tensor:
+def grouped_linear(x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor, *, transpose: bool = False) -> Tensor:
     """Multiply each expert's block of rows by that expert's weight.
 
     Args:

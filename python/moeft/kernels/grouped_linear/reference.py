@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -16,4 +18,4 @@ def grouped_linear(x_RK: Tensor, w_EFK: Tensor, offsets_E1: Tensor) -> Tensor:
 def grouped_outer(g_RF: Tensor, x_RK: Tensor, offsets_E1: Tensor) -> Tensor:
     """Sum of outer products over each expert's rows, ``[E, F, K]``: the gradient of an expert's weight."""
     bounds = offsets_E1.tolist()
-    return torch.stack([g_RF[a:b].mT @ x_RK[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    return torch.stack([g_RF[a:b].mT @ x_RK[a:b] for a, b in itertools.pairwise(bounds)])

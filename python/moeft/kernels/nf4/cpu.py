@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ from moeft.kernels.nf4.weight import NESTED_BLOCK, Layout
 if TYPE_CHECKING:
     import numpy as np
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 
 def quantize(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -50,9 +54,7 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pack first-level statistics: uint8 codes, float32 ``absmax2`` [ceil(n / 256)], float32 ``offset`` [1]."""
     codes = torch.empty(absmax.shape, dtype=torch.uint8)
     absmax2 = torch.empty(-(-absmax.numel() // NESTED_BLOCK), dtype=torch.float32)
-    offset = _core.nf4_nest(
-        absmax.contiguous().view(-1).numpy(), codes.view(-1).numpy(), absmax2.numpy()
-    )
+    offset = _core.nf4_nest(absmax.contiguous().view(-1).numpy(), codes.view(-1).numpy(), absmax2.numpy())
     return codes, absmax2, torch.tensor([offset], dtype=torch.float32)
 
 
