@@ -83,7 +83,7 @@ class NF4Quantizer(HfQuantizer):
         config_fields.keep_original(model.config)
         return model
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a checkpoint tensor goes into a packed weight."""
         module_name, _, name = param_name.rpartition(".")
         try:
