@@ -10,7 +10,9 @@ from typing import Any
 from moeft import _core
 from moeft.progress_bar import byte_bar
 
-__all__ = ["QuantizeReport", "fingerprint", "quantize"]
+__all__ = ["QuantizeReport", "fingerprint", "quantize", "read_report"]
+
+REPORT_FILE = "quantize_report.json"
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,15 @@ def quantize(
         "block_size": block_size,
     }
     with byte_bar("quantize", progress) as callback:
-        report = json.loads(_core.quantize_checkpoint(str(source), str(out), json.dumps(options), callback))
-    return QuantizeReport(**report)
+        report = _core.quantize_checkpoint(str(source), str(out), json.dumps(options), callback)
+    (Path(out) / REPORT_FILE).write_text(report + "\n", encoding="utf-8")
+    return QuantizeReport(**json.loads(report))
+
+
+def read_report(folder: str | Path) -> QuantizeReport | None:
+    """What :func:`quantize` left in a packed checkpoint; None if it was packed by other means."""
+    path = Path(folder) / REPORT_FILE
+    return QuantizeReport(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
 
 
 def fingerprint(path: str | Path) -> str:

@@ -81,6 +81,10 @@ class Merge(Section):
     output: Path = Field(description="Folder of the merged checkpoint")
     base_model: Path | None = Field(default=None, description="16-bit checkpoint to merge into; null takes `model`")
     out_dtype: Dtype = Field(default="bfloat16", description="Type of the merged weights")
+    verify: bool = Field(
+        default=False,
+        description="Prove adapter and merge against plain PEFT; loads the base several times in 32 and 64 bit",
+    )
 
 
 class SftRecipe(Recipe):

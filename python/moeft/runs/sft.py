@@ -12,9 +12,12 @@ from moeft.config import SftRecipe, validate_training_fields
 from moeft.provenance import RunFolder
 
 if TYPE_CHECKING:
+    from moeft.config.sft import Merge
+    from moeft.integration.audit import Audit
     from moeft.training.sft import SFTTrainer
 
 SAMPLES = 4
+PROOF_ROWS = 8
 
 
 def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
@@ -65,7 +68,10 @@ class _Run:
             self.measure(trainer, "after")
         if self.recipe.merge is not None:
             with self.stage("merge"):
-                self.merge()
+                self.merge(self.recipe.merge)
+            if self.recipe.merge.verify:
+                with self.stage("prove"):
+                    self.prove(trainer, self.recipe.merge)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -89,7 +95,7 @@ class _Run:
         packed = getattr(model.config, "quantization_config", None)
         found = audit(model, strict=bool(packed and packed.experts))
         self.show(str(found))
-        self.metrics.setdefault("bytes", {})["after"] = found.bytes_by_component()
+        self.metrics["bytes"] = self.bytes_by_component(found)
         lora = recipe.lora
         model = add_lora(
             model,
@@ -117,6 +123,15 @@ class _Run:
         )
         self.count_rows(trainer)
         return trainer
+
+    def bytes_by_component(self, found: Audit) -> dict[str, Any]:
+        """Bytes of the checkpoint before and after packing; of the model in memory if it was packed while loading."""
+        from moeft.checkpoint import read_report
+
+        report = read_report(self.recipe.model)
+        if report is None:
+            return {"after": found.bytes_by_component()}
+        return {when: report.bytes_by_component(when) for when in ("before", "after")}
 
     def training_rows(self, tokenizer: Any, args: Any) -> Any:
         """Rows of all training files, encoded, with the rejects of all."""
@@ -195,17 +210,54 @@ class _Run:
             "resumed_from": last,
         }
 
-    def merge(self) -> None:
+    def merge(self, wanted: Merge) -> None:
         from moeft.merging import merge
 
-        assert self.recipe.merge is not None
         report = merge(
             {
                 "merge_method": "lora",
-                "base_model": self.recipe.merge.base_model or self.recipe.model,
+                "base_model": self.base(wanted),
                 "models": [{"adapter": self.folder.path / "adapter"}],
-                "out_dtype": self.recipe.merge.out_dtype,
+                "out_dtype": wanted.out_dtype,
             },
-            self.recipe.merge.output,
+            wanted.output,
         )
         self.show(str(report))
+
+    def prove(self, trainer: SFTTrainer, wanted: Merge) -> None:
+        """Proofs against plain PEFT, and replies of base and merged checkpoint by plain transformers."""
+        import torch
+
+        from moeft.merging.verify import prove_adapter, prove_merge, require
+
+        base, adapter = self.base(wanted), self.folder.path / "adapter"
+        examples = (trainer.eval_rows or trainer.train_rows).examples[:PROOF_ROWS]
+        length = min(len(example["input_ids"]) for example in examples)
+        input_ids = torch.tensor([example["input_ids"][:length] for example in examples])
+        proofs = prove_adapter(base, trainer.model, adapter, input_ids)
+        proofs += prove_merge(base, adapter, wanted.output, input_ids)
+        self.metrics["proofs"] = [proof.to_json() for proof in proofs]
+        for proof in proofs:
+            self.show(str(proof))
+        for when, folder in (("before", base), ("after", wanted.output)):
+            self.plain_replies(folder, when)
+        require(proofs)
+
+    def plain_replies(self, checkpoint: Path, when: str) -> None:
+        """Let an ordinary checkpoint answer the sample prompts."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from moeft.evaluation.generation import generate_replies
+
+        samples = self.metrics.get("samples", [])
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.recipe.dtype)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        prompts = [sample["prompt"] for sample in samples]
+        replies = generate_replies(model, tokenizer, prompts, max_new_tokens=self.recipe.evaluation.max_new_tokens)
+        for sample, reply in zip(samples, replies, strict=True):
+            sample[when] = reply
+            self.show(f"{when} training, plain transformers: {sample['prompt']!r} -> {reply!r}")
+
+    def base(self, wanted: Merge) -> Path:
+        """The 16-bit checkpoint that the adapter is merged into."""
+        return wanted.base_model or self.recipe.model

@@ -1,0 +1,223 @@
+"""Proofs about an adapter and the checkpoint merged from it, against plain transformers and plain PEFT.
+
+Tolerances are derived, not chosen: the rounding error of the oracle itself, measured on the same inputs, times a small
+factor that each proof states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, load_peft_weights
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moeft.errors import ProofError
+from moeft.kernels import nf4
+from moeft.modules import PackedModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# How many times the oracle's own rounding error ours may be: both are sums of as many roundings in another order, so
+# their sizes agree to a factor near one; the largest of many logits varies by another two.
+SLACK = 4.0
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One statement, measured."""
+
+    name: str
+    measured: float
+    tolerance: float
+    unit: str
+    how: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the statement holds."""
+        return self.measured <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types for a metrics file."""
+        return {**asdict(self), "ok": self.ok}
+
+    def __str__(self) -> str:
+        verdict = "ok    " if self.ok else "FAILED"
+        return f"{verdict} {self.name}: {self.measured:.3g} {self.unit} (at most {self.tolerance:.3g}: {self.how})"
+
+
+def require(proofs: list[Proof]) -> None:
+    """Raise unless every proof holds.
+
+    Raises:
+        ProofError: Listing those that do not.
+    """
+    failed = [str(proof) for proof in proofs if not proof.ok]
+    if failed:
+        raise ProofError("\n".join(failed))
+
+
+def prove_adapter(base: Path, tuned: PeftModel, adapter: Path, input_ids: Tensor) -> list[Proof]:
+    """Show that plain PEFT uses the whole adapter and computes what the packed model computes.
+
+    Args:
+        base: 16-bit checkpoint that was packed.
+        tuned: The packed model with the adapter, as it was saved.
+        adapter: The saved adapter.
+        input_ids: ``[B, S]`` tokens to compute logits of.
+    """
+    saved = load_peft_weights(str(adapter), device="cpu")
+    loaded = PeftModel.from_pretrained(_load(base, torch.bfloat16), adapter)
+    in_model = {name.replace(".default.", "."): p for name, p in loaded.named_parameters() if ".lora_" in name}
+    unused = set(saved) ^ set(in_model)
+    unused |= {name for name in saved.keys() & in_model if not torch.equal(saved[name], in_model[name].to(saved[name]))}
+    del loaded, in_model
+
+    tuned_f32 = _logits(tuned, input_ids)
+    oracle = PeftModel.from_pretrained(_with_rounded_weights(base, tuned), adapter)
+    theirs_f32 = _logits(oracle, input_ids)
+    exact = _logits(oracle.double(), input_ids)
+    return [
+        Proof("plain PEFT loads every adapter key on the bf16 base", len(unused), 0, "keys unused", "all must be used"),
+        Proof(
+            "logits equal plain PEFT on the NF4-rounded weights",
+            _distance(tuned_f32, exact),
+            SLACK * _distance(theirs_f32, exact),
+            "largest difference from float64",
+            f"{SLACK:g} x the float32 rounding error of PEFT itself",
+        ),
+    ]
+
+
+def prove_merge(base: Path, adapter: Path, merged: Path, input_ids: Tensor) -> list[Proof]:
+    """Show that a merged checkpoint holds the base, the adapter, and nothing else.
+
+    Args:
+        base: 16-bit checkpoint that was merged into.
+        adapter: The adapter.
+        merged: The merged checkpoint.
+        input_ids: ``[B, S]`` tokens to compute logits of.
+    """
+    oracle = PeftModel.from_pretrained(_load(base, torch.float32), adapter)
+    unmerged = _logits(oracle, input_ids)
+    touched = {name.partition(".lora_")[0] for name in load_peft_weights(str(adapter), device="cpu")}
+    touched = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in touched}
+    theirs = oracle.merge_and_unload()
+    ours = _load(merged, torch.float32)
+    largest_ulp, differing, elements = _compare_touched(ours, theirs, touched)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.bfloat16())
+    rounded = _logits(theirs, input_ids)
+    got = _logits(ours, input_ids)
+    return [
+        Proof(
+            "untouched tensors are byte-identical to the base",
+            sum(1 for _ in _changed_tensors(base, merged, touched)),
+            0,
+            "tensors changed",
+            "none may change",
+        ),
+        Proof(
+            "merged weights equal PEFT's merge, rounded once to bf16",
+            largest_ulp,
+            1,
+            f"bf16 steps apart at most, {differing} of {elements} elements differ",
+            "the float32 sums may differ in their last bit",
+        ),
+        Proof(
+            "logits of the merged checkpoint equal PEFT on the bf16 base",
+            _distance(got, unmerged),
+            SLACK * _distance(rounded, unmerged),
+            "largest difference",
+            f"{SLACK:g} x what rounding PEFT's own merge to bf16 costs",
+        ),
+    ]
+
+
+def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def _logits(model: Any, input_ids: Tensor) -> Tensor:
+    return model.eval()(input_ids=input_ids, use_cache=False).logits.double()
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+@torch.no_grad()
+def _with_rounded_weights(base: Path, packed: PeftModel) -> PreTrainedModel:
+    """An ordinary float32 model that holds the values a packed model restores."""
+    plain = _load(base, torch.float32)
+    for path, module in packed.get_base_model().named_modules():
+        if isinstance(module, PackedModule):
+            target = plain.get_submodule(path.replace(".base_layer", ""))
+            for name in module.packed_shapes:
+                nf4.dequantize(module.packed_weight(name), out=getattr(target, name).data)
+    return plain
+
+
+def _compare_touched(ours: Any, theirs: Any, touched: set[str]) -> tuple[int, int, int]:
+    """Largest difference in bf16 steps, elements that differ, and elements, over the weights an adapter touches."""
+    largest = differing = elements = 0
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if name.rpartition(".")[0] in touched:
+            steps = (_ordered(parameter) - _ordered(expected[name])).abs()
+            largest = max(largest, int(steps.max()))
+            differing += int((steps != 0).sum())
+            elements += steps.numel()
+    return largest, differing, elements
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """bf16 values as integers in which neighbours differ by one."""
+    bits = values.detach().bfloat16().view(torch.int16).int()
+    return torch.where(bits < 0, -32768 - bits, bits)
+
+
+def _changed_tensors(base: Path, merged: Path, touched: set[str]) -> Iterator[str]:
+    """Tensors on disk that no delta belongs to and that are not byte-identical, or missing, or new."""
+    before, after = _files(base), _files(merged)
+    yield from before.keys() ^ after.keys()
+    for name in before.keys() & after.keys():
+        if not _belongs_to(name, touched) and not _same_bytes(name, before[name], after[name]):
+            yield name
+
+
+def _belongs_to(name: str, touched: set[str]) -> bool:
+    """Whether a tensor on disk holds weights of a touched module, whatever its layout there."""
+    parts = name.split(".")
+    for module in touched:
+        *path, last = module.split(".")
+        if last == "experts":
+            layer = ".".join(path).removesuffix(".mlp")
+            if name.startswith(layer + ".") and "experts" in parts:
+                return True
+        elif name == f"{module}.weight":
+            return True
+    return False
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    names: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names |= dict.fromkeys(file.keys(), path)
+    return names
+
+
+def _same_bytes(name: str, before: Path, after: Path) -> bool:
+    with safe_open(before, "pt") as left, safe_open(after, "pt") as right:
+        a, b = left.get_tensor(name), right.get_tensor(name)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
