@@ -53,7 +53,9 @@ pub struct DiskNames<'a> {
 impl<'a> DiskNames<'a> {
     /// Names of `checkpoint`, whose configuration is `config`.
     pub fn new(checkpoint: &'a Checkpoint, family: &'a Family, config: &Config) -> Self {
-        let num_experts = config.text_field(&family.config.num_experts).and_then(serde_json::Value::as_u64);
+        // transformers 5 saves either name for the other, through the `attribute_map` of its config classes.
+        let fields = [family.config.num_experts.as_str(), "num_experts", "num_local_experts"];
+        let num_experts = fields.iter().find_map(|field| config.text_field(field)?.as_u64());
         Self { checkpoint, family, num_experts }
     }
 
@@ -99,13 +101,11 @@ impl<'a> DiskNames<'a> {
             return Ok(None);
         }
         if found(num_experts) {
-            let cause =
-                format!("config.json says {num_experts} experts but the weights have more; it is of another model");
-            return Err(CheckpointError::MissingTensor {
-                name: format!("{layer}{}", self.family.modules.experts),
-                cause,
-            }
-            .into());
+            let name = format!("{layer}{}", templates[0].replace("{e}", &num_experts.to_string()));
+            let expected = format!("absent, as config.json says {num_experts} experts");
+            let (actual, advice) =
+                ("present".to_string(), "config.json is of another model or lacks the number of experts");
+            return Err(CheckpointError::UnexpectedTensor { name, actual, expected, advice }.into());
         }
         let tensor = |template: &str, expert: u64| {
             let name = name(template, expert);
