@@ -9,11 +9,11 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import EXPERTS, FAMILIES, save_adapter, save_base
 from transformers import AutoModelForCausalLM
 
 from moeft import _core
 from moeft.errors import AdapterError, CheckpointError, RecipeError, UnsupportedModelError
+from tiny_checkpoints import EXPERTS, FAMILIES, contents, disk_tensors, save_adapter, save_base
 
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -30,19 +30,6 @@ def loaded(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def peft_merged(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
-
-
-def disk_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def assert_same_bytes(left: Path, right: Path) -> None:
-    def contents(folder: Path) -> dict[str, bytes]:
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    before, after = contents(left), contents(right)
-    assert before.keys() == after.keys()
-    assert [name for name in before if before[name] != after[name]] == []
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +65,11 @@ def test_single_rounding_is_the_rounded_exact_sum(tmp_path):
     adapter = save_adapter(tmp_path / "adapter", base)
     merge(base, adapter, tmp_path / "out")
     merge(base, adapter, tmp_path / "peft", rounding="peft")
-    factors, before, after = load_file(adapter / "adapter_model.safetensors"), disk_tensors(base), disk_tensors(tmp_path / "out")
+    factors, before, after = (
+        load_file(adapter / "adapter_model.safetensors"),
+        disk_tensors(base),
+        disk_tensors(tmp_path / "out"),
+    )
     name, key = "model.layers.1.experts.gate_up_proj", "base_model.model.model.layers.1.experts.base_layer"
     a = factors[f"{key}.lora_A.weight"].double().reshape(5, 4, -1)
     b = factors[f"{key}.lora_B.weight"].double().reshape(40, 4, 5)
@@ -95,7 +86,10 @@ def test_single_rounding_is_the_rounded_exact_sum(tmp_path):
         {"target_parameters": EXPERTS[1:]},
         {"target_parameters": ["mlp.experts.down_proj", "experts.gate_up_proj"]},
         {"use_rslora": True},
-        {"rank_pattern": {"q_proj": 2, "experts.down_proj": 3}, "alpha_pattern": {r"layers\.0\..*k_proj": 32, "experts.gate_up_proj": 5}},
+        {
+            "rank_pattern": {"q_proj": 2, "experts.down_proj": 3},
+            "alpha_pattern": {r"layers\.0\..*k_proj": 32, "experts.gate_up_proj": 5},
+        },
         {"target_modules": "all-linear"},
         {"target_modules": [], "target_parameters": ["mlp.gate.weight", "experts.down_proj"]},
     ],
@@ -159,9 +153,10 @@ def test_untouched_tensors_headers_and_other_files_stay_byte_identical(tmp_path,
         assert all(torch.equal(before[name], after[name]) == (name not in merged) for name in before)
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
     assert (tmp_path / "out" / "tokenizer" / "chat.jinja").read_text() == "{{ x }}"
-    assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"] == json.loads(
-        (base / "model.safetensors.index.json").read_text()
-    )["weight_map"]
+    assert (
+        json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+        == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    )
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
     assert not (tmp_path / "out.partial").exists()
 
@@ -188,10 +183,16 @@ def test_sharding_does_not_change_the_result(tmp_path, qwen):
 def test_weighted_sum_of_two_adapters_of_different_rank(tmp_path):
     base = save_base(tmp_path / "base", "gemma4", torch.float32)
     adapters = [save_adapter(tmp_path / "a", base), save_adapter(tmp_path / "b", base, seed=5, r=7, lora_alpha=3)]
-    models = [{"adapter": str(path), "parameters": {"weight": weight}} for path, weight in zip(adapters, (0.25, -2.0))]
+    models = [
+        {"adapter": str(path), "parameters": {"weight": weight}}
+        for path, weight in zip(adapters, (0.25, -2.0), strict=True)
+    ]
     merge(base, adapters[0], tmp_path / "out", models=models, parameters={"scale": 0.5})
     before = loaded(base, torch.float32)
-    deltas = [{name: value - before[name] for name, value in peft_merged(base, path, torch.float32).items()} for path in adapters]
+    deltas = [
+        {name: value - before[name] for name, value in peft_merged(base, path, torch.float32).items()}
+        for path in adapters
+    ]
     for name, value in loaded(tmp_path / "out", torch.float32).items():
         expected = before[name] + 0.5 * (0.25 * deltas[0][name] - 2.0 * deltas[1][name])
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-6, msg=name)
@@ -246,7 +247,7 @@ def edited(adapter: Path, folder: Path, **changes: object) -> Path:
         ({"target_parameters": EXPERTS[:1]}, "2 nested adapters"),
         ({"target_parameters": None}, r"2 nested adapters but target_parameters \[\] name 0"),
         ({"r": 8}, "with rank 8; is this the right base model"),
-        ({"r": "x"}, "r is \"x\", expected a number"),
+        ({"r": "x"}, 'r is "x", expected a number'),
     ],
 )
 def test_adapter_that_cannot_be_merged_is_refused(tmp_path, qwen, changes, message):
@@ -326,10 +327,11 @@ def test_recipe_errors_say_what_is_known(tmp_path, recipe, message):
 
 def test_recipe_may_be_yaml_with_relative_paths(tmp_path, qwen):
     base, adapter = qwen
-    text = f"merge_method: lora\nbase_model: {base.name}\nmodels:\n  - adapter: {adapter.name}\n    parameters: {{weight: 1.0}}\n"
+    models = f"- adapter: {adapter.name}\n  parameters: {{weight: 1.0}}"
+    text = f"merge_method: lora\nbase_model: {base.name}\nmodels:\n{models}\n"
     _core.merge_checkpoint(text, str(base.parent), str(tmp_path / "yaml"))
     merge(base, adapter, tmp_path / "json")
-    assert_same_bytes(tmp_path / "yaml", tmp_path / "json")
+    assert contents(tmp_path / "yaml") == contents(tmp_path / "json")
     with pytest.raises(RecipeError, match="neither YAML nor JSON"):
         _core.merge_checkpoint("a: [", ".", str(tmp_path / "x"))
 
@@ -360,4 +362,4 @@ def test_interruption_propagates_and_the_next_run_goes_on(tmp_path, qwen):
     _core.merge_checkpoint(recipe, ".", str(tmp_path / "out"), lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1]
     merge(base, adapter, tmp_path / "expected")
-    assert_same_bytes(tmp_path / "out", tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma4TextConfig,
@@ -96,3 +97,13 @@ def save_adapter(folder: Path, base: Path, seed: int = 1, spread: float = 0.05, 
             parameter.data = torch.randn(parameter.shape) * spread
     model.save_pretrained(folder)
     return folder
+
+
+def disk_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, by safetensors' own reader."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
