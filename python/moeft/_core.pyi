@@ -11,22 +11,25 @@ an overlap or a value that does not fit.
 
 from collections.abc import Callable
 from os import PathLike
-from typing import Literal
+from typing import Any, Literal
 
+from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 __version__: str
 
+# numpy declares the buffer protocol to type checkers only from Python 3.12 on.
+_Array = NDArray[Any] | Buffer
 _WeightDtype = Literal["float32", "bfloat16", "float16"]
 
 def nf4_quantize(
-    values: Buffer,
+    values: _Array,
     dtype: _WeightDtype,
     groups: int,
     group_len: int,
     block_size: int,
-    packed: Buffer,
-    absmax: Buffer,
+    packed: _Array,
+    absmax: _Array,
 ) -> None:
     """Quantise ``values`` to NF4, byte-identical to bitsandbytes on each group.
 
@@ -41,12 +44,12 @@ def nf4_quantize(
     """
 
 def nf4_dequantize(
-    packed: Buffer,
-    absmax: Buffer,
+    packed: _Array,
+    absmax: _Array,
     groups: int,
     group_len: int,
     block_size: int,
-    out: Buffer,
+    out: _Array,
     dtype: _WeightDtype,
 ) -> None:
     """Restore NF4 values: code times absmax in float32, rounded once to ``dtype``.
@@ -61,7 +64,7 @@ def nf4_dequantize(
         dtype: Element type of ``out``.
     """
 
-def nf4_first_non_finite(values: Buffer, dtype: _WeightDtype) -> int | None:
+def nf4_first_non_finite(values: _Array, dtype: _WeightDtype) -> int | None:
     """Return the position of the first infinite or NaN value, or None.
 
     Args:
@@ -69,7 +72,7 @@ def nf4_first_non_finite(values: Buffer, dtype: _WeightDtype) -> int | None:
         dtype: Element type of ``values``.
     """
 
-def nf4_nest(absmax: Buffer, codes: Buffer, absmax2: Buffer, offset: float | None = None) -> float:
+def nf4_nest(absmax: _Array, codes: _Array, absmax2: _Array, offset: float | None = None) -> float:
     """Store ``absmax`` in 8 bits, byte-identical to bitsandbytes for the same offset.
 
     Args:
@@ -83,7 +86,7 @@ def nf4_nest(absmax: Buffer, codes: Buffer, absmax2: Buffer, offset: float | Non
         The offset used.
     """
 
-def nf4_unnest(codes: Buffer, absmax2: Buffer, offset: float, out: Buffer) -> None:
+def nf4_unnest(codes: _Array, absmax2: _Array, offset: float, out: _Array) -> None:
     """Restore absmax from its 8-bit form: code times scale, then plus offset, each rounded to float32.
 
     Args:
@@ -93,9 +96,7 @@ def nf4_unnest(codes: Buffer, absmax2: Buffer, offset: float, out: Buffer) -> No
         out: Output, float32, as long as ``codes``.
     """
 
-def bucket(
-    expert_index: Buffer, num_experts: int, permutation: Buffer, inverse: Buffer, offsets: Buffer
-) -> None:
+def bucket(expert_index: _Array, num_experts: int, permutation: _Array, inverse: _Array, offsets: _Array) -> None:
     """Sort R rows by expert; rows of one expert keep their order.
 
     Args:
