@@ -243,6 +243,8 @@ def edited(adapter: Path, folder: Path, **changes: object) -> Path:
         ({"init_lora_weights": "pissa_niter_4"}, "changed the base weights"),
         ({"peft_type": "LOHA"}, 'peft_type is "LOHA"'),
         ({"peft_version": "0.18.1"}, "peft_version is 0.18.1, and adapters of expert stacks"),
+        ({"peft_version": "0.19.0"}, "written before peft 0.19.1"),
+        ({"peft_version": "0.19.1.dev0@main"}, "written before peft 0.19.1"),
         ({"peft_version": None}, "peft_version is not recorded"),
         ({"target_parameters": EXPERTS[:1]}, "2 nested adapters"),
         ({"target_parameters": None}, r"2 nested adapters but target_parameters \[\] name 0"),
@@ -256,6 +258,14 @@ def test_adapter_that_cannot_be_merged_is_refused(tmp_path, qwen, changes, messa
         merge(base, edited(adapter, tmp_path / "adapter", **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("version", ["0.19.1", "0.20.0.dev0", "0.21.2", "1.0.0"])
+def test_peft_versions_of_the_known_layout_are_taken(tmp_path, qwen, version):
+    base, adapter = qwen
+    merge(base, adapter, tmp_path / "expected")
+    merge(base, edited(adapter, tmp_path / "adapter", peft_version=version), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_leftover_key_is_refused(tmp_path, qwen):
