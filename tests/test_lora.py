@@ -119,7 +119,7 @@ def test_saved_adapter_bears_layout_and_fingerprint(checkpoint, tmp_path):
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["moeft.base_fingerprint"] == moeft.checkpoint.fingerprint(checkpoint)
-    assert metadata["moeft.layout"] == "peft-0.19"
+    assert metadata["moeft.layout"] == "peft-0.19.1"
     assert metadata["format"] == "pt"
 
 

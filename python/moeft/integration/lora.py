@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TARGETS = ("attention", "experts", "mlp")
-LAYOUT = "peft-0.19"  # expert factors: A [E * r, in] expert-major, B [out, r * E] expert fastest
+LAYOUT = "peft-0.19.1"  # expert factors: A [E * r, in] expert-major, B [out, r * E] expert fastest
 FINGERPRINT_KEY = "moeft.base_fingerprint"
 
 

@@ -100,13 +100,11 @@ impl<'a> DiskNames<'a> {
             return Ok(None);
         }
         if found(num_experts) {
-            let cause =
-                format!("config.json says {num_experts} experts but the weights have more; it is of another model");
-            return Err(CheckpointError::MissingTensor {
-                name: format!("{layer}{}", self.family.modules.experts),
-                cause,
-            }
-            .into());
+            let name = format!("{layer}{}", templates[0].replace("{e}", &num_experts.to_string()));
+            let expected = format!("absent, as config.json says {num_experts} experts");
+            let (actual, advice) =
+                ("present".to_string(), "config.json is of another model or lacks the number of experts");
+            return Err(CheckpointError::UnexpectedTensor { name, actual, expected, advice }.into());
         }
         let tensor = |template: &str, expert: u64| {
             let name = name(template, expert);

@@ -11,7 +11,7 @@ class LoraFactors(NamedTuple):
     """Factors of one stack: the delta of expert e is ``scaling * B_e @ A_e``.
 
     ``a`` is ``[E * r, in]`` with row ``e * r + j``; ``b`` is ``[out, r * E]`` with column ``j * E + e``: the expert is
-    the slow axis of A and the fast axis of B. This is what PEFT >= 0.19 saves.
+    the slow axis of A and the fast axis of B. This is what PEFT >= 0.19.1 saves.
     """
 
     a: Tensor | None = None

@@ -119,12 +119,12 @@ impl AdapterConfig {
     /// [`AdapterError::OldExpertLayout`].
     pub fn check_expert_layout(&self) -> Result<()> {
         let version = self.peft_version.as_deref().unwrap_or("not recorded");
-        let mut numbers = version.split(['.', '@', '+']).map(str::parse::<u32>);
-        let known = match (numbers.next(), numbers.next()) {
-            // The swap came during the development of 0.19, so its development versions do not tell.
-            (Some(Ok(0)), Some(Ok(minor))) => minor > 19 || (minor == 19 && !version.contains("dev")),
-            (Some(Ok(_)), Some(Ok(_))) => true,
-            _ => false,
+        let numbers: Vec<u32> = version.split(['.', '@', '+']).map_while(|part| part.parse().ok()).collect();
+        let development = version.contains("dev") || version.contains("rc");
+        let known = match numbers.as_slice() {
+            // The swap came between 0.19.0 and 0.19.1, so development versions of 0.19 do not tell.
+            [0, 19, ..] => numbers[..] >= [0, 19, 1][..] && !development,
+            _ => numbers[..] >= [0, 20][..],
         };
         if known {
             return Ok(());

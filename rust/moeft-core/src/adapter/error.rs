@@ -15,7 +15,7 @@ pub enum AdapterError {
     NotLora { path: PathBuf, peft_type: String },
     #[error("{}: {setting} is {value}: {reason}", path.display())]
     Unsupported { path: PathBuf, setting: &'static str, value: String, reason: &'static str },
-    #[error("{}: peft_version is {version}, and adapters of expert stacks written before peft 0.19 have inputs and outputs swapped; load the adapter with the peft that trained it and save it again with peft >= 0.19", path.display())]
+    #[error("{}: peft_version is {version}, and adapters of expert stacks written before peft 0.19.1 have inputs and outputs swapped; merge it with the peft that trained it, or train it again with peft >= 0.19.1", path.display())]
     OldExpertLayout { path: PathBuf, version: String },
     #[error("{}: {module} has {levels} nested adapters but target_parameters {targets:?} name {expected} of its parameters; the adapter and its adapter_config.json do not belong together", path.display())]
     Nesting { path: PathBuf, module: String, levels: usize, targets: Vec<String>, expected: usize },

@@ -15,6 +15,7 @@ pub use config::AdapterConfig;
 pub use error::AdapterError;
 
 use crate::checkpoint::{Checkpoint, Tensor};
+use crate::families::Family;
 use crate::names::Stack;
 use crate::Result;
 
@@ -24,8 +25,10 @@ pub const BASE_FINGERPRINT: &str = "moeft.base_fingerprint";
 /// What a pair of factors adapts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
-    /// The weight of a Linear.
-    Weight,
+    /// The weight of a Linear, through `target_modules`.
+    Linear,
+    /// A parameter `weight` `[out, in]`, through `target_parameters`: a router, for example.
+    Parameter,
     /// A stack of experts.
     Experts(Stack),
 }
@@ -65,7 +68,7 @@ impl Adapter {
     ///
     /// # Errors
     /// [`AdapterError`], and [`crate::checkpoint::CheckpointError`] for a damaged file.
-    pub fn open(folder: &Path) -> Result<Self> {
+    pub fn open(folder: &Path, family: &Family) -> Result<Self> {
         let config = AdapterConfig::read(folder)?;
         let file = folder.join("adapter_model.safetensors");
         if !file.is_file() {
@@ -76,7 +79,7 @@ impl Adapter {
             let (key, dtype) = (tensor.info.name.clone(), tensor.info.dtype.to_string());
             return Err(AdapterError::Dtype { path: file, key, dtype }.into());
         }
-        let pairs = pairs(&file, &weights, &config)?;
+        let pairs = pairs(&file, &weights, &config, family)?;
         let metadata = &weights.shards[0].header.metadata;
         let base_fingerprint = metadata.iter().find(|(key, _)| key == BASE_FINGERPRINT).map(|(_, value)| value.clone());
         Ok(Self { path: folder.into(), weights, pairs, base_fingerprint })
@@ -95,7 +98,7 @@ impl Adapter {
 type Wrappers = BTreeMap<usize, [Option<String>; 2]>;
 
 /// Groups the keys of an adapter into pairs.
-fn pairs(file: &Path, weights: &Checkpoint, config: &AdapterConfig) -> Result<Vec<Pair>> {
+fn pairs(file: &Path, weights: &Checkpoint, config: &AdapterConfig, family: &Family) -> Result<Vec<Pair>> {
     let mut modules: BTreeMap<&str, Wrappers> = BTreeMap::new();
     let mut leftover = Vec::new();
     for tensor in weights.tensors() {
@@ -110,12 +113,17 @@ fn pairs(file: &Path, weights: &Checkpoint, config: &AdapterConfig) -> Result<Ve
     let mut pairs = Vec::new();
     for (module, wrappers) in modules {
         let levels = wrappers.len();
-        let targets = targets(file, module, levels, config)?;
+        let targets = match is_experts(module, family) {
+            true => stacks(file, module, levels, config)?,
+            false if is_targeted(config, module, "weight") => vec![Target::Parameter],
+            false => vec![Target::Linear],
+        };
         for (depth, [a, b]) in wrappers {
             match (a, b, targets.get(depth)) {
                 (Some(a), Some(b), Some(&target)) => {
                     let key = match target {
-                        Target::Weight => module.to_string(),
+                        Target::Linear => module.to_string(),
+                        Target::Parameter => format!("{module}.weight"),
                         Target::Experts(stack) => format!("{module}.{}", stack.parameter()),
                     };
                     let (rank, scaling) = config.rank_and_scaling(&key)?;
@@ -149,20 +157,24 @@ fn split_key(key: &str) -> Option<(&str, usize, usize)> {
     Some((module, depth, factor))
 }
 
-/// What the wrappers of a module adapt, outermost first.
+/// Whether a module holds the stacks of all experts. Short targets such as `down_proj` do not tell: they fit any module.
+fn is_experts(module: &str, family: &Family) -> bool {
+    module.strip_suffix(family.modules.experts.as_str()).is_some_and(|layer| layer.ends_with('.'))
+}
+
+/// Whether `target_parameters` name a parameter.
+fn is_targeted(config: &AdapterConfig, module: &str, parameter: &str) -> bool {
+    let name = format!("{module}.{parameter}");
+    config.target_parameters.iter().any(|target| name == *target || name.ends_with(&format!(".{target}")))
+}
+
+/// What the wrappers of an experts module adapt, outermost first.
 ///
 /// PEFT walks the parameters of a module in the order of their declaration and wraps the module once for each that is
 /// targeted (`BaseTuner._inject_parameters`), so the last one is outermost.
-fn targets(file: &Path, module: &str, levels: usize, config: &AdapterConfig) -> Result<Vec<Target>> {
-    let is_targeted = |parameter: &str| {
-        let name = format!("{module}.{parameter}");
-        config.target_parameters.iter().any(|target| name == *target || name.ends_with(&format!(".{target}")))
-    };
-    let stacks = Stack::ALL.into_iter().filter(|stack| is_targeted(stack.parameter()));
+fn stacks(file: &Path, module: &str, levels: usize, config: &AdapterConfig) -> Result<Vec<Target>> {
+    let stacks = Stack::ALL.into_iter().filter(|stack| is_targeted(config, module, stack.parameter()));
     let targets: Vec<Target> = stacks.rev().map(Target::Experts).collect();
-    if targets.is_empty() {
-        return Ok(vec![Target::Weight]);
-    }
     config.check_expert_layout()?;
     if targets.len() != levels {
         let (path, module, expected) = (file.to_path_buf(), module.to_string(), targets.len());

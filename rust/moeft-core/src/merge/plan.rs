@@ -70,7 +70,8 @@ impl Plan {
             return Err(CheckpointError::AlreadyQuantized { path, method, advice }.into());
         }
         let family = Family::for_model_type(config.model_type(&recipe.base_model)?)?;
-        let adapters = recipe.models.iter().map(|model| Adapter::open(&model.adapter)).collect::<Result<Vec<_>>>()?;
+        let adapters =
+            recipe.models.iter().map(|model| Adapter::open(&model.adapter, family)).collect::<Result<Vec<_>>>()?;
         let names = DiskNames::new(&base, family, &config);
         let mut patches = BTreeMap::new();
         for (adapter_index, adapter) in adapters.iter().enumerate() {
@@ -96,9 +97,9 @@ fn assign(
     let mut add = |tensor: Tensor<'_>, patch: Patch| {
         patches.entry(tensor.info.name.clone()).or_insert(patch).deltas.push(delta);
     };
-    let single = Rounding::Single;
     match pair.target {
-        Target::Weight => {
+        Target::Linear | Target::Parameter => {
+            let rounding = if pair.target == Target::Linear { Rounding::Single } else { rounding };
             let name = format!("{}.weight", pair.module);
             let tensor = names.weight(&pair.module).ok_or_else(|| no_target(name))?;
             let [rows, cols] = shape(&tensor, "[out, in]")?;
@@ -113,7 +114,7 @@ fn assign(
                     cols,
                     factor_experts: 1,
                     deltas: vec![],
-                    rounding: single,
+                    rounding,
                 },
             );
         }

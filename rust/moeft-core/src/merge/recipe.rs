@@ -32,7 +32,7 @@ pub enum Method {
 /// Names of [`Method`] in a recipe.
 const METHODS: &[(&str, Method)] = &[("lora", Method::Lora)];
 
-/// How often a merged expert weight is rounded.
+/// How often a merged weight is rounded that was adapted through `target_parameters`; others are rounded once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rounding {

@@ -1,0 +1,52 @@
+//! The binary as a user runs it.
+
+#[path = "../../moeft-core/tests/common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn run(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_moeft-merge")).current_dir(folder).args(arguments).output().unwrap()
+}
+
+fn prepared() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    common::save_base(&folder.path().join("base"), 2);
+    common::save_adapter(&folder.path().join("adapter"), 2, 0.1);
+    let recipe = "merge_method: lora\nbase_model: base\nmodels:\n- adapter: adapter\n";
+    fs::write(folder.path().join("recipe.yaml"), recipe).unwrap();
+    folder
+}
+
+#[test]
+fn a_merge_prints_its_report() {
+    let folder = prepared();
+    let done = run(folder.path(), &["recipe.yaml", "--out", "text"]);
+    assert!(done.status.success(), "{done:?}");
+    assert!(String::from_utf8(done.stdout).unwrap().contains("tensors: 6 merged, 2 copied byte for byte"));
+    let done = run(folder.path(), &["recipe.yaml", "--out", "json", "--json", "--quiet"]);
+    let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!(report["tensors_merged"], 6);
+    assert_eq!(done.stderr, b"");
+    assert_eq!(common::files(&folder.path().join("text")), common::files(&folder.path().join("json")));
+}
+
+#[test]
+fn exit_codes_tell_what_was_wrong() {
+    let folder = prepared();
+    let check = |arguments: &[&str], code, message: &str| {
+        let done = run(folder.path(), arguments);
+        let stderr = String::from_utf8(done.stderr).unwrap();
+        assert_eq!(done.status.code(), Some(code), "{stderr}");
+        assert!(stderr.contains(message), "{stderr}");
+        assert!(!folder.path().join("out").exists());
+    };
+    check(&["recipe.yaml"], 2, "--out");
+    check(&["missing.yaml", "--out", "out"], 3, "cannot read missing.yaml");
+    fs::write(folder.path().join("typo.yaml"), "merge_metod: lora").unwrap();
+    check(&["typo.yaml", "--out", "out"], 2, "did you mean \"merge_method\"");
+    fs::remove_file(folder.path().join("base/model-00002-of-00002.safetensors")).unwrap();
+    check(&["recipe.yaml", "--out", "out"], 1, "is named in the index but does not exist");
+}
