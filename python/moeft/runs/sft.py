@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeft.config import SftRecipe, validate_training_fields
+from moeft.errors import RecipeError
 from moeft.provenance import RunFolder
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         MoeftError: If the recipe, the model, the data or the training cannot be used; see the classes.
     """
     validate_training_fields(recipe.training)
+    _check_merge(recipe)
     inputs = {"model": recipe.model, **{f"train[{i}]": path for i, path in enumerate(recipe.data.train)}}
     inputs |= {
         name: path
@@ -42,6 +45,26 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
     with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), inputs, seed) as folder:
         _Run(recipe, folder, show).execute()
     return folder
+
+
+def _check_merge(recipe: SftRecipe) -> None:
+    """Refuse before training what the merge would refuse after it.
+
+    Raises:
+        RecipeError: If the base to merge into is packed, or a new run would merge into a folder that is not empty.
+    """
+    if recipe.merge is None:
+        return
+    base, output = recipe.merge.base_model or recipe.model, recipe.merge.output
+    config = base / "config.json"
+    if config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8")):
+        raise RecipeError(
+            f"an adapter is merged into a 16-bit checkpoint, and {base} is quantised; set merge.base_model to the "
+            "checkpoint that it was made from"
+        )
+    continued = (recipe.output / "run.json").exists()
+    if not continued and output.is_dir() and any(output.iterdir()):
+        raise RecipeError(f"merge.output {output} is not empty; choose another folder, or remove it")
 
 
 class _Run:
@@ -63,7 +86,7 @@ class _Run:
             trainer.model.save_pretrained(str(self.folder.path / "adapter"))
         with self.stage("measure after"):
             self.measure(trainer, "after")
-        if self.recipe.merge is not None:
+        if self.recipe.merge is not None and not self.finished("merge"):
             with self.stage("merge"):
                 self.merge()
 
@@ -74,6 +97,10 @@ class _Run:
         yield
         self.folder.event("stage", name=name, status="finished", seconds=time.perf_counter() - start)
         self.folder.write_json("metrics.json", self.metrics)
+
+    def finished(self, name: str) -> bool:
+        """Whether an earlier start finished a stage."""
+        return any(event["name"] == name and event["status"] == "finished" for event in self.folder.events("stage"))
 
     def trainer(self) -> SFTTrainer:
         from moeft.integration.audit import audit
@@ -178,21 +205,17 @@ class _Run:
         return {"exact_match": score.exact_share, "valid": score.valid_share, "rows": len(rows)}
 
     def train(self, trainer: SFTTrainer) -> None:
-        from transformers.trainer_utils import get_last_checkpoint
-
-        checkpoints = Path(trainer.args.output_dir)
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        result = trainer.train(resume_from_checkpoint=last)
-        logs = self.folder.events("train_log")
-        seconds = result.metrics["train_runtime"]
+        last = last_checkpoint(Path(trainer.args.output_dir))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        throughput = trainer.throughput
         self.metrics["training"] = {
             "steps": trainer.state.global_step,
-            "seconds": seconds,
-            "tokens": trainer.throughput.total_tokens,
-            "tokens_per_second": trainer.throughput.total_tokens / seconds,
-            "peak_bytes": max((log["peak_bytes"] for log in logs), default=0),
+            "seconds": throughput.total_seconds,
+            "tokens": throughput.total_tokens,
+            "tokens_per_second": throughput.total_tokens / throughput.total_seconds,
+            "peak_bytes": max((log["peak_bytes"] for log in self.folder.events("train_log")), default=0),
             "skipped_steps": trainer.skipped_steps,
-            "resumed_from": last,
+            "resumed_from": None if last is None else last.name,
         }
 
     def merge(self) -> None:
@@ -209,3 +232,22 @@ class _Run:
             self.recipe.merge.output,
         )
         self.show(str(report))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Latest checkpoint of a Trainer that was written to its end; None if there is none.
+
+    A kill in the middle of a save leaves a folder without a whole ``trainer_state.json``, which Trainer writes last.
+    Trainer would load its weights and count the steps from zero again.
+    """
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    steps = {int(path.name.rpartition("-")[2]): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    for step in sorted(steps, reverse=True):
+        try:
+            state = json.loads((steps[step] / "trainer_state.json").read_text("utf-8"))
+        except (FileNotFoundError, ValueError):
+            continue
+        if state["global_step"] == step:
+            return steps[step]
+    return None
