@@ -10,7 +10,6 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-
 STATE_KEY = "moeft.throughput"
 
 
