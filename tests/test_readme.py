@@ -19,7 +19,7 @@ def test_the_python_of_the_readme_runs(tmp_path, tiny_tokenizer):
     path = save_tiny_model("gemma4", tmp_path / "base", torch.bfloat16)
     tiny_tokenizer.save_pretrained(path)
     rows = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]}] * 8
-    exec(code, {"path": path, "out": str(tmp_path / "out"), "merged": tmp_path / "merged", "rows": rows})  # noqa: S102
+    exec(code, {"path": path, "out": str(tmp_path / "out"), "merged": tmp_path / "merged", "rows": rows})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
 
 

@@ -15,8 +15,17 @@ Target = Literal["attention", "experts", "mlp"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 BlockSize = Literal[64, 128, 256, 512, 1024, 2048, 4096]
 
-_SET_ELSEWHERE = {"output_dir": "output", "max_length": "data.max_length"}
+_SET_ELSEWHERE = {
+    "output_dir": "output",
+    "resume_from_checkpoint": "output",
+    "train_on": "data.train_on",
+    "max_length": "data.max_length",
+    "on_too_long": "data.on_too_long",
+}
 """Trainer arguments that another key of the recipe decides."""
+
+_OURS = ("max_skipped_steps",)
+"""Trainer arguments that moeft adds to those of transformers."""
 
 
 def _one_or_many(value: Any) -> Any:
@@ -101,13 +110,14 @@ class SftRecipe(Recipe):
     data: Data = Field(description="Chat rows to train on")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="Generation on held-out rows")
     training: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of the trainer, by their names in transformers.TrainingArguments"
+        default_factory=dict,
+        description="Arguments of the trainer, by their names in transformers.TrainingArguments, and max_skipped_steps",
     )
     merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")
 
 
 def validate_training_fields(names: Iterable[str]) -> None:
-    """Check the keys of ``training`` against ``transformers.TrainingArguments``.
+    """Check the keys of ``training`` against ``transformers.TrainingArguments`` and what moeft adds.
 
     Separate from :meth:`SftRecipe.load` because it imports transformers, which takes seconds.
 
@@ -116,7 +126,7 @@ def validate_training_fields(names: Iterable[str]) -> None:
     """
     from transformers import TrainingArguments
 
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} | set(_OURS)
     problems = []
     for name in names:
         if name in _SET_ELSEWHERE:

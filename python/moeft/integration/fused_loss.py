@@ -18,7 +18,8 @@ def fuse_loss(model: PreTrainedModel) -> bool:
     """Replace the loss of this model instance by :func:`moeft.kernels.linear_cross_entropy`.
 
     Called with ``labels``, the model then returns the loss and no logits. The forward is replaced on the instance, so
-    that wrappers of the model (DDP, FSDP, PEFT) keep calling it as before.
+    that wrappers of the model (DDP, FSDP, PEFT) keep calling it as before. A call that asks for router logits goes to
+    the original forward, which adds their loss. Fusing again changes nothing.
 
     Args:
         model: A causal language model of transformers, without a PEFT wrapper.
@@ -34,11 +35,15 @@ def fuse_loss(model: PreTrainedModel) -> bool:
         return False
     softcap = getattr(config, "final_logit_softcapping", None)
     original = model.forward
+    if getattr(original, "loss_is_fused", False):
+        return True
 
     @functools.wraps(original)
     def forward(*args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
         if labels is None:
             return original(*args, **kwargs)
+        if kwargs.get("output_router_logits"):
+            return original(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         hidden = model.model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
@@ -48,5 +53,6 @@ def fuse_loss(model: PreTrainedModel) -> bool:
         count = torch.as_tensor(count, device=loss.device).clamp(min=1)
         return CausalLMOutputWithPast(loss=loss / count)
 
+    forward.loss_is_fused = True  # type: ignore[attr-defined]
     model.forward = forward
     return True

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moeft import families
+from moeft import _core, families
+from moeft.errors import CheckpointError
 from moeft.integration import loading_check
 
 if TYPE_CHECKING:
@@ -36,26 +38,43 @@ def load(
         The model, in evaluation mode, and its tokenizer.
 
     Raises:
-        CheckpointError: If a weight is missing, misshapen, or cannot be converted.
+        CheckpointError: If the folder is no checkpoint, a shard is missing or damaged, or a weight is missing,
+            misshapen, or cannot be converted.
         UnsupportedModelError: If the family is unknown.
     """
     import transformers
 
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} holds no config.json; give the folder of a checkpoint, downloaded if need be")
+    _core.tensors(str(path))  # Reads every header, so that a damaged shard is named before minutes of loading.
     model_config = transformers.AutoConfig.from_pretrained(path)
     family = families.for_model_type(model_config.model_type)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    # A misshapen weight raises our own error below, which names it.
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if config is not None:
         options["quantization_config"] = config
     if device is not None:
         options["device_map"] = {"": device}
     model_class = transformers.AutoModelForCausalLM
     text_config = getattr(model_config, "text_config", None)
+    renaming: dict[str, str] = {}
     if text_only and text_config is not None and family.text_class and family.multimodal_prefix:
         quantization = getattr(model_config, "quantization_config", None)
         if quantization is not None:
             text_config.quantization_config = quantization
         model_class = getattr(transformers, family.text_class)
-        options |= {"config": text_config, "key_mapping": {f"^{family.multimodal_prefix}": "model."}}
+        renaming = {f"^{re.escape(family.multimodal_prefix)}": "model."}
+        options |= {"config": text_config, "key_mapping": renaming}
     model, info = model_class.from_pretrained(path, **options)
     loading_check.check(info["missing_keys"], info["mismatched_keys"], info.get("conversion_errors", {}))
+    if renaming:
+        _forget(model, renaming)
     return model, transformers.AutoTokenizer.from_pretrained(path)
+
+
+def _forget(model: PreTrainedModel, renaming: dict[str, str]) -> None:
+    """Let ``save_pretrained`` write the names of the model as it is, not those of the checkpoint it came from."""
+    model._weight_conversions = [
+        conversion for conversion in model._weight_conversions if renaming.keys().isdisjoint(conversion.source_patterns)
+    ]

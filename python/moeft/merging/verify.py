@@ -6,7 +6,7 @@ factor that each proof states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,13 @@ def require(proofs: list[Proof]) -> None:
     failed = [str(proof) for proof in proofs if not proof.ok]
     if failed:
         raise ProofError("\n".join(failed))
+
+
+def prove(base: Path, tuned: PeftModel, adapter: Path, merged: Path, rows: Sequence[Sequence[int]]) -> list[Proof]:
+    """All proofs about an adapter and its merge, on rows of token ids cut to the shortest."""
+    length = min(map(len, rows))
+    input_ids = torch.tensor([list(row[:length]) for row in rows])
+    return prove_adapter(base, tuned, adapter, input_ids) + prove_merge(base, adapter, merged, input_ids)
 
 
 def prove_adapter(base: Path, tuned: PeftModel, adapter: Path, input_ids: Tensor) -> list[Proof]:

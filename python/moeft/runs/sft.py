@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeft.config import SftRecipe, validate_training_fields
+from moeft.errors import RecipeError
 from moeft.provenance import RunFolder
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         MoeftError: If the recipe, the model, the data or the training cannot be used; see the classes.
     """
     validate_training_fields(recipe.training)
+    _check_merge(recipe)
     inputs = {"model": recipe.model, **{f"train[{i}]": path for i, path in enumerate(recipe.data.train)}}
     inputs |= {
         name: path
@@ -45,6 +48,26 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
     with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), inputs, seed) as folder:
         _Run(recipe, folder, show).execute()
     return folder
+
+
+def _check_merge(recipe: SftRecipe) -> None:
+    """Refuse before training what the merge would refuse after it.
+
+    Raises:
+        RecipeError: If the base to merge into is packed, or a new run would merge into a folder that is not empty.
+    """
+    if recipe.merge is None:
+        return
+    base, output = recipe.merge.base_model or recipe.model, recipe.merge.output
+    config = base / "config.json"
+    if config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8")):
+        raise RecipeError(
+            f"an adapter is merged into a 16-bit checkpoint, and {base} is quantised; set merge.base_model to the "
+            "checkpoint that it was made from"
+        )
+    continued = (recipe.output / "run.json").exists()
+    if not continued and output.is_dir() and any(output.iterdir()):
+        raise RecipeError(f"merge.output {output} is not empty; choose another folder, or remove it")
 
 
 class _Run:
@@ -67,8 +90,9 @@ class _Run:
         with self.stage("measure after"):
             self.measure(trainer, "after")
         if self.recipe.merge is not None:
-            with self.stage("merge"):
-                self.merge(self.recipe.merge)
+            if not self.merged(self.recipe.merge.output):
+                with self.stage("merge"):
+                    self.merge(self.recipe.merge)
             if self.recipe.merge.verify:
                 with self.stage("prove"):
                     self.prove(trainer, self.recipe.merge)
@@ -77,9 +101,15 @@ class _Run:
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         self.folder.event("stage", name=name, status="started", seconds=0.0)
-        yield
+        try:
+            yield
+        finally:
+            self.folder.write_json("metrics.json", self.metrics)
         self.folder.event("stage", name=name, status="finished", seconds=time.perf_counter() - start)
-        self.folder.write_json("metrics.json", self.metrics)
+
+    def merged(self, output: Path) -> bool:
+        """Whether an earlier start of this run merged: the folder appears only when it is complete."""
+        return output.exists() and any(event["name"] == "merge" for event in self.folder.events("stage"))
 
     def trainer(self) -> SFTTrainer:
         from moeft.integration.audit import audit
@@ -193,21 +223,19 @@ class _Run:
         return {"exact_match": score.exact_share, "valid": score.valid_share, "rows": len(rows)}
 
     def train(self, trainer: SFTTrainer) -> None:
-        from transformers.trainer_utils import get_last_checkpoint
+        from moeft.training.checkpoints import last_checkpoint
 
-        checkpoints = Path(trainer.args.output_dir)
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        result = trainer.train(resume_from_checkpoint=last)
-        logs = self.folder.events("train_log")
-        seconds = result.metrics["train_runtime"]
+        last = last_checkpoint(Path(trainer.args.output_dir))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        throughput = trainer.throughput
         self.metrics["training"] = {
             "steps": trainer.state.global_step,
-            "seconds": seconds,
-            "tokens": trainer.throughput.total_tokens,
-            "tokens_per_second": trainer.throughput.total_tokens / seconds,
-            "peak_bytes": max((log["peak_bytes"] for log in logs), default=0),
+            "seconds": throughput.total_seconds,
+            "tokens": throughput.total_tokens,
+            "tokens_per_second": throughput.total_tokens / throughput.total_seconds,
+            "peak_bytes": max((log["peak_bytes"] for log in self.folder.events("train_log")), default=0),
             "skipped_steps": trainer.skipped_steps,
-            "resumed_from": last,
+            "resumed_from": None if last is None else last.name,
         }
 
     def merge(self, wanted: Merge) -> None:
@@ -226,16 +254,11 @@ class _Run:
 
     def prove(self, trainer: SFTTrainer, wanted: Merge) -> None:
         """Proofs against plain PEFT, and replies of base and merged checkpoint by plain transformers."""
-        import torch
-
-        from moeft.merging.verify import prove_adapter, prove_merge, require
+        from moeft.merging.verify import prove, require
 
         base, adapter = self.base(wanted), self.folder.path / "adapter"
-        examples = (trainer.eval_rows or trainer.train_rows).examples[:PROOF_ROWS]
-        length = min(len(example["input_ids"]) for example in examples)
-        input_ids = torch.tensor([example["input_ids"][:length] for example in examples])
-        proofs = prove_adapter(base, trainer.model, adapter, input_ids)
-        proofs += prove_merge(base, adapter, wanted.output, input_ids)
+        rows = (trainer.eval_rows or trainer.train_rows).examples[:PROOF_ROWS]
+        proofs = prove(base, trainer.model, adapter, wanted.output, [row["input_ids"] for row in rows])
         self.metrics["proofs"] = [proof.to_json() for proof in proofs]
         for proof in proofs:
             self.show(str(proof))

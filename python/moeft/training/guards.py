@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from moeft.errors import TrainingError
 
+STATE_KEY = "moeft.skipped_steps"
 
-class NonFiniteGuard(TrainerCallback, ExportableState):
+
+class NonFiniteGuard(TrainerCallback):
     """Counts and skips bad steps.
 
     ``Trainer`` filters NaN from its logs only: one NaN loss reaches the parameters. Removing every gradient before
     the optimiser runs makes the step a no-op, whatever the optimiser, and leaves its state alone.
+
+    The counters travel in the state that Trainer saves with each checkpoint. Trainer's own way to restore a callback
+    makes a new one from JSON, without ``on_skip`` and unknown to whoever holds this one.
 
     Args:
         patience: Stop after this many bad steps in a row.
@@ -31,12 +35,10 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
         self.in_a_row = 0
         self._bad_loss: Tensor | None = None
 
-    def state(self) -> dict[str, Any]:
-        """Counters that survive a resume."""
-        return {
-            "args": {"patience": self.patience},
-            "attributes": {"skipped_steps": self.skipped_steps, "in_a_row": self.in_a_row},
-        }
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start from zero, or from the counters of the checkpoint that is resumed."""
+        self.skipped_steps, self.in_a_row = state.stateful_callbacks.get(STATE_KEY, (0, 0))
+        self._bad_loss = None
 
     def see_loss(self, loss: Tensor) -> None:
         """Take note of the loss of one micro-batch."""
@@ -53,12 +55,12 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
         reason = self._what_is_wrong(parameters)
         self._bad_loss = None
         if reason is None:
-            self.in_a_row = 0
+            self._count(state, in_a_row=0)
             return
         for parameter in parameters:
             parameter.grad = None
         self.skipped_steps += 1
-        self.in_a_row += 1
+        self._count(state, self.in_a_row + 1)
         if self.on_skip is not None:
             self.on_skip(state.global_step + 1, reason)
         if self.in_a_row >= self.patience:
@@ -66,6 +68,10 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
                 f"{self.in_a_row} steps in a row had a {reason}, last step {state.global_step + 1}; "
                 "lower the learning rate, or look at the rows of these batches"
             )
+
+    def _count(self, state: Any, in_a_row: int) -> None:
+        self.in_a_row = in_a_row
+        state.stateful_callbacks[STATE_KEY] = [self.skipped_steps, in_a_row]
 
     def _what_is_wrong(self, parameters: list[Tensor]) -> str | None:
         if self._bad_loss is not None and bool(self._bad_loss):

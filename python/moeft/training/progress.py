@@ -10,6 +10,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+STATE_KEY = "moeft.throughput"
+
 
 class EventSink(Protocol):
     """Anything that takes events, such as a run folder."""
@@ -25,25 +27,46 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Throughput:
-    """Tokens per second between two readings."""
+class Throughput(TrainerCallback):
+    """Tokens and seconds of training steps; loading data, evaluation and checkpoints are not counted.
+
+    The totals travel in the state that Trainer saves with each checkpoint: after a resume they cover every step that
+    the weights have seen, and none of those that were lost.
+
+    Attributes:
+        total_tokens: Tokens of all steps, without padding.
+        total_seconds: Time of all steps.
+    """
 
     def __init__(self) -> None:
         self.total_tokens = 0
-        self._tokens = 0
-        self._since = time.perf_counter()
+        self.total_seconds = 0.0
+        self._read_at = (0, 0.0)
+        self._step_began = 0.0
 
     def add(self, tokens: int) -> None:
-        """Count tokens that went through the model."""
-        self._tokens += tokens
+        """Count tokens that went through the model in this step."""
         self.total_tokens += tokens
 
     def read(self) -> float:
-        """Tokens per second since the last reading."""
-        now = time.perf_counter()
-        rate = self._tokens / max(now - self._since, 1e-9)
-        self._tokens, self._since = 0, now
-        return rate
+        """Tokens per second of the steps since the last reading."""
+        tokens, seconds = self._read_at
+        self._read_at = (self.total_tokens, self.total_seconds)
+        return (self.total_tokens - tokens) / max(self.total_seconds - seconds, 1e-9)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start from zero, or from the totals of the checkpoint that is resumed."""
+        self.total_tokens, self.total_seconds = state.stateful_callbacks.get(STATE_KEY, (0, 0.0))
+        self._read_at = (self.total_tokens, self.total_seconds)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._step_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self.total_seconds += time.perf_counter() - self._step_began
+        state.stateful_callbacks[STATE_KEY] = [self.total_tokens, self.total_seconds]
 
 
 class ProgressBar(ProgressCallback):

@@ -27,9 +27,6 @@ class MoeConfig(TrainingArguments):
     )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rows are ours and hold no others."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Loggers besides the run folder."})
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Keep the count of skipped steps over a resume."}
-    )
 
 
 class MoeTrainer(Trainer):
@@ -37,17 +34,23 @@ class MoeTrainer(Trainer):
 
     Args:
         events: Where to record the run; nowhere by default.
-        **kwargs: As for ``transformers.Trainer``.
+        **kwargs: As for ``transformers.Trainer``, without ``compute_metrics``.
+
+    Raises:
+        ValueError: If ``compute_metrics`` is given: evaluation keeps no logits.
     """
 
     args: MoeConfig
 
     def __init__(self, *, events: EventSink | None = None, **kwargs: Any) -> None:
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics needs logits, which are never kept; call moeft.evaluation on the model")
         super().__init__(**kwargs)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.loss_is_fused = fuse_loss(base)
         self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs or self.loss_is_fused
         self.throughput = Throughput()
+        self.add_callback(self.throughput)
         self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip)
         self.add_callback(self.guard)
         self.events = events
@@ -64,6 +67,13 @@ class MoeTrainer(Trainer):
     def skipped_steps(self) -> int:
         """Optimiser steps that were skipped because of a non-finite loss or gradient."""
         return self.guard.skipped_steps
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks at the step count after a step only, so it would train one more on a resume of a complete run.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
@@ -90,7 +100,8 @@ class MoeTrainer(Trainer):
         """Mean loss over held-out tokens; Trainer's own is a mean over rows of the means of batches."""
         model = self.model.eval()
         total, count, rows = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        with torch.no_grad():
+        # Under autocast as in training: else a loss before training and one after it would differ in precision.
+        with torch.no_grad(), self.compute_loss_context_manager():
             for inputs in dataloader:
                 inputs = self._prepare_inputs(inputs)
                 loss = model(**inputs, **({"num_items_in_batch": 1} if self.loss_is_fused else {})).loss

@@ -1,0 +1,260 @@
+"""``moeft sft`` from recipe to run folder, on a tiny model: what it leaves, what it refuses, how it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+import moeft
+from moeft.config import SftRecipe, validate_training_fields
+from moeft.config.sft import Data
+from moeft.errors import RecipeError, RunFolderError
+from moeft.provenance import RunFolder
+from moeft.training.checkpoints import last_checkpoint, run
+from moeft.training.sft import SFTConfig
+from tests.tiny_models import save_tiny_model, token_ids
+from tests.tiny_training import load, sums, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny bfloat16 checkpoint with its tokenizer."""
+    folder = save_tiny_model("qwen3_moe", tmp_path_factory.mktemp("base"), torch.bfloat16)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def write_recipe(folder, base, name="run", **changes):
+    rows = [*sums(), {"messages": [{"role": "user", "content": "alone"}]}, '{"prompt": "cut off']
+    recipe = {
+        "model": str(base),
+        "output": name,
+        "dtype": "float32",
+        "quantization": {},
+        "lora": {"rank": 4},
+        "data": {
+            "train": [str(write_rows(folder / "train.jsonl", rows))],
+            "eval": str(write_rows(folder / "heldout.jsonl", sums(6, offset=1))),
+        },
+        "training": {
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 5e-3,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "max_skipped_steps": 3,
+        },
+    }
+    for section, values in changes.items():
+        recipe[section] = recipe[section] | values if values and section in recipe else values
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def start(path):
+    return run(SftRecipe.load(path), show=lambda text: None)
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """A whole run with a merge."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = write_recipe(folder, base, merge={"output": str(folder / "merged")})
+    return start(path), path
+
+
+def test_run_leaves_adapter_metrics_events_and_rejects(finished):
+    folder, _ = finished
+    assert folder.status == "finished"
+    record = json.loads((folder.path / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["recipe"]["lora"]["rank"] == 4
+    metrics = folder.read_json("metrics.json")
+    assert metrics["heldout"]["after"]["loss"] < metrics["heldout"]["before"]["loss"]
+    assert metrics["training"]["steps"] == 6
+    assert metrics["training"]["skipped_steps"] == 0
+    assert metrics["training"]["resumed_from"] is None
+    assert metrics["training"]["tokens_per_second"] > 0
+    assert metrics["training"]["peak_bytes"] > 0
+    assert metrics["data"]["train_rows"] == 24
+    assert metrics["data"]["rejected_rows"] == 2
+    assert [event["step"] for event in folder.events("train_log")] == [1, 2, 3, 4, 5, 6]
+    assert [event["step"] for event in folder.events("checkpoint")] == [2, 4, 6]
+    names = ["load", "measure before", "train", "save adapter", "measure after", "merge"]
+    assert [event["name"] for event in folder.events("stage") if event["status"] == "finished"] == names
+
+
+def test_rejected_rows_are_listed_with_their_lines(finished):
+    folder, path = finished
+    rejects = [json.loads(line) for line in (folder.path / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["line"] for reject in rejects] == [25, 26]
+    assert "no assistant turn" in rejects[0]["reason"]
+    assert "malformed JSON at column" in rejects[1]["reason"]
+    assert {reject["source"] for reject in rejects} == {str(path.parent / "train.jsonl")}
+
+
+def test_adapter_of_a_run_loads_on_the_base_it_names(finished, base):
+    folder, _ = finished
+    adapted = moeft.load_adapter(load(base, quantization_config=moeft.NF4Config()), folder.path / "adapter")
+    with torch.no_grad(), adapted.disable_adapter():
+        before = adapted(input_ids=token_ids()).logits
+    assert not torch.equal(adapted(input_ids=token_ids()).logits, before)
+
+
+def test_merged_checkpoint_loads_in_plain_transformers_and_holds_the_delta(finished, base):
+    _, path = finished
+    merged = load(path.parent / "merged")
+    original = load(base)
+    changed = {
+        name.split(".", 3)[-1].removesuffix(".weight")
+        for (name, new), old in zip(merged.named_parameters(), original.parameters(), strict=True)
+        if not torch.equal(new, old)
+    }
+    attention = {f"self_attn.{part}_proj" for part in "qkvo"}
+    assert changed == attention | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+
+
+def test_second_start_of_a_finished_run_is_refused(finished):
+    _, path = finished
+    with pytest.raises(RunFolderError, match="nothing is left to do"):
+        start(path)
+
+
+def test_killed_run_continues_to_identical_weights_and_keeps_its_figures(base, tmp_path):
+    steps = {"max_steps": 12, "save_steps": 3, "lr_scheduler_type": "linear"}
+    whole = start(write_recipe(tmp_path, base, "whole", training=steps))
+    path = write_recipe(tmp_path, base, "killed", training=steps)
+    kill_after_first_checkpoint(path, tmp_path / "killed")
+    killed = RunFolder.open(tmp_path / "killed")
+    before = killed.read_json("metrics.json")["heldout"]["before"]
+    assert killed.status == "running"
+    assert not (killed.path / "adapter").exists()
+    torn = tmp_path / "killed" / "checkpoints" / "checkpoint-999"  # as a kill in the middle of a save leaves it
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 99')
+    continued = start(path)
+    assert continued.record["attempts"] == 2
+    ours, theirs = (load_file(r.path / "adapter" / "adapter_model.safetensors") for r in (continued, whole))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight), name
+    ours, theirs = continued.read_json("metrics.json"), whole.read_json("metrics.json")
+    assert ours["heldout"]["before"] == before
+    assert ours["heldout"] == theirs["heldout"]
+    assert ours["training"]["resumed_from"] == "checkpoint-3"
+    for figure in ("steps", "tokens", "skipped_steps"):
+        assert ours["training"][figure] == theirs["training"][figure]
+    assert ours["data"] == theirs["data"]
+    assert ours["bytes"] == theirs["bytes"]
+
+
+KILLED_RUN = """
+import os, signal, sys
+from moeft.config import SftRecipe
+from moeft.provenance import RunFolder
+from moeft.runs.sft import run
+
+record = RunFolder.event
+
+def event(self, kind, **fields):
+    record(self, kind, **fields)
+    if kind == "train_log" and fields["step"] == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunFolder.event = event
+run(SftRecipe.load(sys.argv[1]))
+"""
+
+
+def kill_after_first_checkpoint(path, output):
+    """Start a run in a process that dies by SIGKILL at step 5, two steps after its first checkpoint."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_RUN, str(path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert last_checkpoint(output / "checkpoints").name == "checkpoint-3"
+
+
+def test_run_that_died_after_training_does_not_train_again(base, tmp_path):
+    path = write_recipe(tmp_path, base)
+    whole = start(path)
+    figures = whole.read_json("metrics.json")
+    adapter = load_file(whole.path / "adapter" / "adapter_model.safetensors")
+    record = json.loads((whole.path / "run.json").read_text())
+    (whole.path / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    again = start(path)
+    assert again.read_json("metrics.json")["training"] == figures["training"] | {"resumed_from": "checkpoint-6"}
+    assert again.read_json("metrics.json")["heldout"] == figures["heldout"]
+    for name, weight in load_file(again.path / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(adapter[name], weight), name
+
+
+def test_long_rows_are_truncated_when_the_recipe_says_so(base, tmp_path):
+    long = {"prompt": "1 + 1?", "completion": "2" * 100}
+    data = {"train": [str(write_rows(tmp_path / "long.jsonl", [*sums(7), long]))], "max_length": 64}
+    rejecting = start(write_recipe(tmp_path, base, "reject", data=data, training={"max_steps": 1}))
+    truncating = start(
+        write_recipe(tmp_path, base, "truncate", data=data | {"on_too_long": "truncate"}, training={"max_steps": 1})
+    )
+    counts = [folder.read_json("metrics.json")["data"] for folder in (rejecting, truncating)]
+    assert [(c["train_rows"], c["rejected_rows"]) for c in counts] == [(7, 1), (8, 0)]
+    assert counts[1]["train_tokens"] - counts[0]["train_tokens"] == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("learning_rat", "training.learning_rat: not an argument.*did you mean training.learning_rate?"),
+        ("max_skiped_steps", "did you mean training.max_skipped_steps?"),
+        ("on_too_long", "training.on_too_long: set it with `data.on_too_long`"),
+        ("train_on", "training.train_on: set it with `data.train_on`"),
+        ("resume_from_checkpoint", "set it with `output`"),
+    ],
+)
+def test_training_key_that_cannot_be_used_is_refused_before_anything_is_written(base, tmp_path, name, message):
+    path = write_recipe(tmp_path, base, training={name: 1})
+    with pytest.raises(RecipeError, match=message):
+        start(path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_field_of_our_training_arguments_is_known_to_recipes():
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    ours = [field.name for field in dataclasses.fields(SFTConfig) if field.name not in theirs]
+    assert ours
+    for name in ours:
+        if name in Data.model_fields:
+            with pytest.raises(RecipeError, match=f"set it with `data.{name}`"):
+                validate_training_fields([name])
+        else:
+            validate_training_fields([name])
+
+
+def test_merge_that_cannot_work_is_refused_before_training(base, tmp_path):
+    moeft.checkpoint.quantize(base, tmp_path / "packed")
+    path = write_recipe(tmp_path, tmp_path / "packed", quantization=None, merge={"output": str(tmp_path / "merged")})
+    with pytest.raises(RecipeError, match=r"packed is quantised; set merge\.base_model"):
+        start(path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    path = write_recipe(tmp_path, base, merge={"output": str(tmp_path / "full")})
+    with pytest.raises(RecipeError, match=r"merge\.output .* is not empty"):
+        start(path)
+    assert not (tmp_path / "run").exists()
