@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAYON_NUM_THREADS", "2")
 # Threads that spin while they wait make tiny models ten times slower on a machine with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -16,19 +16,17 @@ from pathlib import Path
 
 import pytest
 
-FAMILIES = ("gemma4", "qwen3_moe", "olmoe", "mixtral")
+from tests.tiny_models import FAMILY_NAMES, save_tiny_model
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folder of a tiny random float32 checkpoint of each family, as transformers saves it."""
-    from tests.tiny_models import save_tiny_model
-
     root = tmp_path_factory.mktemp("checkpoints")
-    return {family: save_tiny_model(family, root / family) for family in FAMILIES}
+    return {family: save_tiny_model(family, root / family) for family in FAMILY_NAMES}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=FAMILY_NAMES)
 def family(request: pytest.FixtureRequest) -> str:
     """Each family in turn."""
     return request.param

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from moeft import _core
 from moeft.errors import AdapterError, CheckpointError, RecipeError, UnsupportedModelError
-from tiny_checkpoints import EXPERTS, FAMILIES, contents, disk_tensors, save_adapter, save_base
+from tests.tiny_checkpoints import EXPERTS, FAMILIES, contents, disk_tensors, save_adapter, save_base
 
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 

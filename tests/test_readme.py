@@ -10,14 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import save_tiny_model
+from tests.tiny_training import tiny_tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_python_of_the_readme_runs(tmp_path, tiny_tokenizer):
+def test_the_python_of_the_readme_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
     path = save_tiny_model("gemma4", tmp_path / "base", torch.bfloat16)
-    tiny_tokenizer.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
     rows = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]}] * 8
     exec(code, {"path": path, "out": str(tmp_path / "out"), "merged": tmp_path / "merged", "rows": rows})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16

@@ -19,7 +19,8 @@ from moeft.config import SftRecipe, validate_training_fields
 from moeft.config.sft import Data
 from moeft.errors import RecipeError, RunFolderError
 from moeft.provenance import RunFolder
-from moeft.training.checkpoints import last_checkpoint, run
+from moeft.runs.sft import run
+from moeft.training.checkpoints import last_checkpoint
 from moeft.training.sft import SFTConfig
 from tests.tiny_models import save_tiny_model, token_ids
 from tests.tiny_training import load, sums, tiny_tokenizer

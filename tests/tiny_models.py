@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+FAMILY_NAMES = ("gemma4", "qwen3_moe", "olmoe", "mixtral")
 VOCABULARY = 192
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,

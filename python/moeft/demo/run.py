@@ -7,6 +7,8 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
+import torch
+
 from moeft import checkpoint
 from moeft.config import SftRecipe
 from moeft.demo.ops_agent import generate, write_jsonl
@@ -32,6 +34,8 @@ def run(out: Path, seed: int = 0, show: Callable[[str], None] = print) -> RunFol
         ProofError: If a proof does not hold.
         RunFolderError: If ``out`` holds a finished demo or one with another seed.
     """
+    # Matrices of this size gain nothing from a second thread, and waiting for it doubled the time of a step.
+    torch.set_num_threads(1)
     out = Path(out).absolute()
     base = Path(str(resources.files(__package__) / "base"))
     (out / "data").mkdir(parents=True, exist_ok=True)

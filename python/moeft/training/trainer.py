@@ -26,6 +26,9 @@ class MoeConfig(TrainingArguments):
         default=10, metadata={"help": "Stop after this many steps in a row with a non-finite loss or gradient."}
     )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rows are ours and hold no others."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in host memory; only a GPU gains."}
+    )
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Loggers besides the run folder."})
 
 
