@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from moeft import _core
 from moeft.errors import CheckpointError, UnsupportedModelError
-from tests.tiny_checkpoints import FAMILIES, contents, disk_tensors, save_adapter, save_base
+from tests.tiny_checkpoints import contents, disk_tensors, save_adapter, save_base
+from tests.tiny_models import FAMILY_NAMES
 
 MERGE = "_core.merge_checkpoint(recipe, '.', out, progress)"
 QUANTIZE = "_core.quantize_checkpoint(base, out, options, progress)"
@@ -39,12 +40,12 @@ def weight_file(path: Path, header: object, data: bytes = b"", length: int | Non
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen")
-    base = save_base(folder / "base", "qwen3_moe", torch.bfloat16, max_shard_size="30KB")
+    base = save_base(folder / "base", "qwen3_moe", torch.bfloat16, max_shard_size="50KB")
     return base, save_adapter(folder / "adapter", base)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_packed_bytes_equal_bitsandbytes(tmp_path, family, double_quant):
     base = save_base(tmp_path / "base", family, torch.bfloat16)
     report = quantize(base, tmp_path / "out", attention=True, double_quant=double_quant)

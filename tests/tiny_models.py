@@ -48,11 +48,11 @@ def tiny_config(family: str) -> transformers.PreTrainedConfig:
         return transformers.Qwen3MoeConfig(
             **COMMON,
             intermediate_size=96,
-            num_hidden_layers=2,
+            num_hidden_layers=3,
             head_dim=16,
-            num_experts=6,
+            num_experts=5,
             num_experts_per_tok=2,
-            moe_intermediate_size=40,
+            moe_intermediate_size=20,
             mlp_only_layers=[1],
         )
     if family == "olmoe":
