@@ -24,11 +24,13 @@ def golden_losses(checkpoint: Path, folder: Path) -> list[float]:
 
 
 def main() -> None:
-    from tests.conftest import FAMILIES
+    from tests.tiny_models import FAMILY_NAMES
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        recorded = {family: golden_losses(save_tiny_model(family, root / family), root / "run") for family in FAMILIES}
+        recorded = {
+            family: golden_losses(save_tiny_model(family, root / family), root / "run") for family in FAMILY_NAMES
+        }
     GOLDEN_LOSSES.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
 
 
