@@ -149,7 +149,7 @@ def prove_merge(base: Path, adapter: Path, merged: Path, input_ids: Tensor) -> l
     ]
 
 
-def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
@@ -192,37 +192,21 @@ def _half_steps_apart(ours: Any, theirs: Any, touched: set[str]) -> float:
 
 
 def _changed_tensors(base: Path, merged: Path, touched: set[str]) -> Iterator[str]:
-    """Tensors on disk that no delta belongs to and that are not byte-identical, or missing, or new."""
-    before, after = _files(base), _files(merged)
-    yield from before.keys() ^ after.keys()
-    for name in before.keys() & after.keys():
-        if not _belongs_to(name, touched) and not _same_bytes(name, before[name], after[name]):
+    """Tensors that no delta belongs to and that are not byte-identical, and names on disk that are gone or new."""
+    yield from _names_on_disk(base) ^ _names_on_disk(merged)
+    before, after = _load(base, "auto").state_dict(), _load(merged, "auto").state_dict()
+    for name, tensor in before.items():
+        if name.rpartition(".")[0] not in touched and not _same_bytes(tensor, after[name]):
             yield name
 
 
-def _belongs_to(name: str, touched: set[str]) -> bool:
-    """Whether a tensor on disk holds weights of a touched module, whatever its layout there."""
-    parts = name.split(".")
-    for module in touched:
-        *path, last = module.split(".")
-        if last == "experts":
-            layer = ".".join(path).removesuffix(".mlp")
-            if name.startswith(layer + ".") and "experts" in parts:
-                return True
-        elif name == f"{module}.weight":
-            return True
-    return False
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    names: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+def _names_on_disk(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            names |= dict.fromkeys(file.keys(), path)
+            names |= set(file.keys())
     return names
 
 
-def _same_bytes(name: str, before: Path, after: Path) -> bool:
-    with safe_open(before, "pt") as left, safe_open(after, "pt") as right:
-        a, b = left.get_tensor(name), right.get_tensor(name)
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
