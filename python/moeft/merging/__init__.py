@@ -52,7 +52,7 @@ def merge(recipe: dict[str, Any] | str | Path, out: str | Path, progress: bool =
     An interrupted merge leaves ``<out>.partial`` and continues from there; ``out`` appears when it is complete.
 
     Args:
-        recipe: Keys as in the documentation of merge recipes, or the path of a YAML file with them. Relative paths in
+        recipe: Keys as in ``docs/recipes.md``, or the path of a YAML file with them. Relative paths in
             a file count from its folder, those in a dict from the current one.
         out: Folder to make; must not exist or be empty.
         progress: Draw a progress bar.

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeft.kernels.nf4 import Layout, NestedStatistics, NF4Weight
+from moeft.kernels.nf4 import NESTED_BLOCK, Layout, NestedStatistics, NF4Weight
 
-NESTED_BLOCK = 256
 STATISTICS = ("_absmax", "_nested_absmax", "_nested_offset")
 
 

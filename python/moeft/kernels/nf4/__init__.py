@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from moeft.kernels.nf4 import cpu, reference
-from moeft.kernels.nf4.weight import Layout, NestedStatistics, NF4Weight
+from moeft.kernels.nf4.weight import NESTED_BLOCK, Layout, NestedStatistics, NF4Weight
 
-__all__ = ["BLOCK_SIZES", "Layout", "NF4Weight", "NestedStatistics", "dequantize", "quantize", "restore_absmax"]
+__all__ = [
+    "BLOCK_SIZES",
+    "NESTED_BLOCK",
+    "Layout",
+    "NF4Weight",
+    "NestedStatistics",
+    "dequantize",
+    "quantize",
+    "restore_absmax",
+]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

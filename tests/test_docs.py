@@ -1,0 +1,28 @@
+"""The recipes in the documentation are ones that moeft reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moeft.config import SftRecipe, validate_training_fields
+from moeft.errors import CheckpointError
+from moeft.merging import merge
+
+RECIPES = re.findall(
+    r"```yaml\n(.*?)```", (Path(__file__).parents[1] / "docs" / "recipes.md").read_text("utf-8"), re.DOTALL
+)
+
+
+def test_sft_recipe_loads(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPES[0], "utf-8")
+    recipe = SftRecipe.load(tmp_path / "recipe.yaml")
+    validate_training_fields(recipe.training)
+
+
+def test_merge_recipe_is_read_up_to_the_missing_base(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPES[1], "utf-8")
+    with pytest.raises((CheckpointError, OSError), match="gemma-4-26b"):
+        merge(tmp_path / "recipe.yaml", tmp_path / "out", progress=False)
