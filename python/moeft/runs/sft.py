@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from moeft.config import SftRecipe, validate_training_fields
 from moeft.errors import RecipeError
 from moeft.provenance import RunFolder
+from moeft.runs.replies import HeldOutCalls
 
 if TYPE_CHECKING:
     from moeft.config.sft import Merge
     from moeft.integration.audit import Audit
     from moeft.training.sft import SFTTrainer
 
-SAMPLES = 4
 PROOF_ROWS = 8
 
 
@@ -76,6 +76,8 @@ class _Run:
         self.folder = folder
         self.show = show
         self.metrics: dict[str, Any] = folder.read_json("metrics.json") or {}
+        path = recipe.evaluation.tool_calls
+        self.calls = None if path is None else HeldOutCalls(path, recipe.evaluation)
 
     def execute(self) -> None:
         with self.stage("load"):
@@ -195,32 +197,19 @@ class _Run:
         figures: dict[str, Any] = {}
         if trainer.eval_rows is not None:
             figures["loss"] = trainer.evaluate()["eval_loss"]
-        if self.recipe.evaluation.tool_calls is not None:
-            figures |= self.tool_calls(trainer, self.recipe.evaluation.tool_calls, when)
+        if self.calls is not None:
+            scores, replies = self.calls.score(trainer.model, trainer.processing_class)
+            figures |= scores
+            self.keep_samples(replies, when)
         self.metrics.setdefault("heldout", {})[when] = figures
         if figures:
             self.show(f"held out {when} training: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
-    def tool_calls(self, trainer: SFTTrainer, path: Path, when: str) -> dict[str, Any]:
-        from moeft.data.rows import read_rows
-        from moeft.evaluation.generation import generate_replies
-        from moeft.evaluation.tool_score import score_tool_calls
-
-        rows = [row.messages for row in read_rows(path).rows]
-        prompts: list[Any] = [messages[:-1] for messages in rows]
-        references = [messages[-1]["content"] for messages in rows]
-        replies = generate_replies(
-            trainer.model,
-            trainer.processing_class,
-            prompts,
-            max_new_tokens=self.recipe.evaluation.max_new_tokens,
-            batch_size=self.recipe.evaluation.batch_size,
-        )
-        score = score_tool_calls(replies, references)
-        samples = self.metrics.setdefault("samples", [{} for _ in rows[:SAMPLES]])
-        for sample, messages, reply, reference in zip(samples, rows, replies, references, strict=False):
-            sample |= {"prompt": messages[-2]["content"], "reference": reference, when: reply}
-        return {"exact_match": score.exact_share, "valid": score.valid_share, "rows": len(rows)}
+    def keep_samples(self, replies: list[str], when: str) -> None:
+        assert self.calls is not None
+        samples = self.metrics.setdefault("samples", self.calls.samples())
+        for sample, reply in zip(samples, replies, strict=True):
+            sample[when] = reply
 
     def train(self, trainer: SFTTrainer) -> None:
         from moeft.training.checkpoints import last_checkpoint
@@ -253,7 +242,7 @@ class _Run:
         self.show(str(report))
 
     def prove(self, trainer: SFTTrainer, wanted: Merge) -> None:
-        """Proofs against plain PEFT, and replies of base and merged checkpoint by plain transformers."""
+        """Proofs against plain PEFT, and samples of base and merged checkpoint by plain transformers."""
         from moeft.merging.verify import prove, require
 
         base, adapter = self.base(wanted), self.folder.path / "adapter"
@@ -262,24 +251,12 @@ class _Run:
         self.metrics["proofs"] = [proof.to_json() for proof in proofs]
         for proof in proofs:
             self.show(str(proof))
-        for when, folder in (("before", base), ("after", wanted.output)):
-            self.plain_replies(folder, when)
+        if self.calls is not None:
+            for when, checkpoint in (("before", base), ("after", wanted.output)):
+                self.keep_samples(self.calls.sample_replies(checkpoint, self.recipe.dtype), when)
+            for sample in self.metrics["samples"]:
+                self.show("\n  ".join([sample["prompt"], f"before: {sample['before']}", f"after:  {sample['after']}"]))
         require(proofs)
-
-    def plain_replies(self, checkpoint: Path, when: str) -> None:
-        """Let an ordinary checkpoint answer the sample prompts."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from moeft.evaluation.generation import generate_replies
-
-        samples = self.metrics.get("samples", [])
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=self.recipe.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        prompts = [sample["prompt"] for sample in samples]
-        replies = generate_replies(model, tokenizer, prompts, max_new_tokens=self.recipe.evaluation.max_new_tokens)
-        for sample, reply in zip(samples, replies, strict=True):
-            sample[when] = reply
-            self.show(f"{when} training, plain transformers: {sample['prompt']!r} -> {reply!r}")
 
     def base(self, wanted: Merge) -> Path:
         """The 16-bit checkpoint that the adapter is merged into."""
