@@ -16,9 +16,10 @@ from transformers import TrainingArguments
 
 import moeft
 from moeft.config import SftRecipe, validate_training_fields
-from moeft.config.sft import Data
-from moeft.errors import RecipeError, RunFolderError
+from moeft.config.sft import Data, Evaluation
+from moeft.errors import DataError, RecipeError, RunFolderError
 from moeft.provenance import RunFolder
+from moeft.runs.replies import HeldOutCalls
 from moeft.runs.sft import run
 from moeft.training.checkpoints import last_checkpoint
 from moeft.training.sft import SFTConfig
@@ -170,6 +171,7 @@ KILLED_RUN = """
 import os, signal, sys
 from moeft.config import SftRecipe
 from moeft.provenance import RunFolder
+from moeft.runs.replies import HeldOutCalls
 from moeft.runs.sft import run
 
 record = RunFolder.event
@@ -259,3 +261,22 @@ def test_merge_that_cannot_work_is_refused_before_training(base, tmp_path):
     with pytest.raises(RecipeError, match=r"merge\.output .* is not empty"):
         start(path)
     assert not (tmp_path / "run").exists()
+
+
+def test_run_scores_calls_keeps_samples_and_proves(base, tmp_path):
+    ask = {"role": "user", "content": "restart mail"}
+    calls = [{"messages": [ask, {"role": "assistant", "content": '[TOOL: restart service="mail"]'}]}] * 6
+    evaluation = {"tool_calls": str(write_rows(tmp_path / "calls.jsonl", calls)), "max_new_tokens": 4}
+    merge = {"output": str(tmp_path / "merged"), "verify": True}
+    metrics = start(write_recipe(tmp_path, base, evaluation=evaluation, merge=merge)).read_json("metrics.json")
+    assert metrics["heldout"]["before"]["exact_match"] == metrics["heldout"]["after"]["exact_match"] == 0
+    assert metrics["heldout"]["after"]["rows"] == 6
+    assert [set(sample) for sample in metrics["samples"]] == [{"prompt", "reference", "before", "after"}] * 4
+    assert len(metrics["proofs"]) == 5
+    assert all(proof["ok"] for proof in metrics["proofs"])
+
+
+def test_held_out_call_without_a_request_is_refused(tmp_path):
+    lonely = {"messages": [{"role": "assistant", "content": '[TOOL: restart service="mail"]'}]}
+    with pytest.raises(DataError, match="line 1: a held-out call needs a user's turn"):
+        HeldOutCalls(write_rows(tmp_path / "calls.jsonl", [lonely]), Evaluation())
