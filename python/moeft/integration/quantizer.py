@@ -67,7 +67,10 @@ class NF4Quantizer(HfQuantizer):
         from moeft.integration import peft_lora  # PEFT imports models, which import this module
 
         family = families.for_model_type(model.config.model_type)
-        _replace_modules(model, family, self.quantization_config)
+        replaced = _replace_modules(model, family, self.quantization_config)
+        if not self.pre_quantized:
+            for module in replaced:
+                module.expect_unpacked(model.dtype)
         loading_check.require_complete(model)
         peft_lora.install()
         if not self.pre_quantized and checkpoint_files:
@@ -136,7 +139,8 @@ class NF4Quantizer(HfQuantizer):
         )
 
 
-def _replace_modules(model: nn.Module, family: families.Family, config: NF4Config) -> None:
+def _replace_modules(model: nn.Module, family: families.Family, config: NF4Config) -> list[PackedModule]:
+    replaced: list[PackedModule] = []
     found = set()
     for name, module in list(model.named_modules()):
         below = family.below_layer(name)
@@ -144,12 +148,13 @@ def _replace_modules(model: nn.Module, family: families.Family, config: NF4Confi
         if below is None or config.skips(name) or not config.wants(component):
             continue
         if below == family.experts:
-            replacement: nn.Module = _packed_experts(name, module, config)
+            replacement: PackedModule = _packed_experts(name, module, config)
         elif isinstance(module, nn.Linear) and below in family.linears.get(component, ()):
             replacement = NF4Linear(module, config.block_size, config.double_quant)
         else:
             continue
         model.set_submodule(name, replacement)
+        replaced.append(replacement)
         found.add(component)
     # Dense feed-forward layers are pure extra: many families have none.
     for component in ("experts", "attention"):
@@ -158,6 +163,7 @@ def _replace_modules(model: nn.Module, family: families.Family, config: NF4Confi
                 f"NF4Config({component}=True), but this {family.name} model has no {component} that moeft knows; "
                 f"load it with NF4Config({component}=False, ...)"
             )
+    return replaced
 
 
 def _packed_experts(name: str, module: Any, config: NF4Config) -> NF4Experts:

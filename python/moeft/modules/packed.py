@@ -46,6 +46,15 @@ class PackedModule(nn.Module):
             self.register_buffer(name + "_nested_absmax", torch.empty(nested_blocks, device=device))
             self.register_buffer(name + "_nested_offset", torch.empty(1, device=device))
 
+    def expect_unpacked(self, dtype: torch.dtype) -> None:
+        """Declare the codes, still on the meta device, as values of ``dtype``.
+
+        transformers casts what it loads to the dtype of the parameter, up to some release even when it quantises.
+        """
+        for name in self.packed_shapes:
+            declared = getattr(self, name).to(dtype)
+            setattr(self, name, nn.Parameter(declared, requires_grad=False))
+
     def packed_weight(self, name: str) -> NF4Weight:
         """The packed weight of that name, sharing memory with the module."""
         nested = None
