@@ -7,6 +7,11 @@ bytes by torch, measured in the same rounds.
 
 from __future__ import annotations
 
+import os
+
+# Read once, when the Rust core starts its first thread.
+os.environ["RAYON_NUM_THREADS"] = "1"
+
 import argparse
 import copy
 import json

@@ -38,9 +38,15 @@ class ParamWrapper(peft_layer.ParamWrapper):
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         shape = self.get_base_layer().packed_shapes[self.parameter_name]
-        self.num_experts, in_features, out_features = shape
+        self.num_experts, out_features, in_features = shape
         self._param_ndim = len(shape)
         return in_features, out_features
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; see PEFT."""
+        # PEFT takes [E, out, in] for [E, in, out] and then swaps. Ours are right, whatever release reads which shape.
+        self._did_swap_in_out_features = True
+        super().update_layer(*args, **kwargs)
 
     def factors(self) -> LoraFactors:
         """Factors of the active adapter, empty if there is none.
