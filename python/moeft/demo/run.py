@@ -12,6 +12,7 @@ import torch
 from moeft import checkpoint
 from moeft.config import SftRecipe
 from moeft.demo.ops_agent import generate, write_jsonl
+from moeft.errors import RunFolderError
 from moeft.provenance import RunFolder
 from moeft.reports.markdown import write_report
 from moeft.runs import sft
@@ -20,7 +21,7 @@ TRAIN_ROWS, HELDOUT_ROWS = 3000, 200
 
 
 def run(out: Path, seed: int = 0, show: Callable[[str], None] = print) -> RunFolder:
-    """Quantise, fine-tune, merge and prove; an interrupted demo continues.
+    """Quantise, fine-tune, merge and prove. An interrupted demo continues, a finished one only says so.
 
     Args:
         out: Folder for everything: ``data/``, ``packed/``, ``merged/``, and the run folder ``run/``.
@@ -32,11 +33,16 @@ def run(out: Path, seed: int = 0, show: Callable[[str], None] = print) -> RunFol
 
     Raises:
         ProofError: If a proof does not hold.
-        RunFolderError: If ``out`` holds a finished demo or one with another seed.
+        RunFolderError: If ``out`` holds a demo with another seed.
     """
     # Matrices of this size gain nothing from a second thread, and waiting for it doubled the time of a step.
     torch.set_num_threads(1)
     out = Path(out).absolute()
+    finished = _finished(out / "run", seed)
+    if finished is not None:
+        show(f"{out} holds this demo, finished at {finished.record['finished_at']}; remove the folder to run it again")
+        show(f"Report: {finished.path / 'report.md'}")
+        return finished
     base = Path(str(resources.files(__package__) / "base"))
     (out / "data").mkdir(parents=True, exist_ok=True)
     train, heldout = generate(seed, TRAIN_ROWS, HELDOUT_ROWS)
@@ -55,6 +61,18 @@ def run(out: Path, seed: int = 0, show: Callable[[str], None] = print) -> RunFol
     )
     show(f"Report: {report}")
     return folder
+
+
+def _finished(path: Path, seed: int) -> RunFolder | None:
+    """The demo's run folder if it was run to its end; refuses another seed before its data overwrites this one's."""
+    if not (path / "run.json").exists():
+        return None
+    folder = RunFolder.open(path)
+    if folder.record["seed"] != seed:
+        raise RunFolderError(
+            f"{path.parent} holds a demo with seed {folder.record['seed']}, not {seed}; use another --out"
+        )
+    return folder if folder.status == "finished" else None
 
 
 def _recipe(base: Path, out: Path, seed: int) -> SftRecipe:
