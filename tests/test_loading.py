@@ -169,3 +169,9 @@ def test_packed_text_only_model_equals_the_rounded_one_of_a_plain_checkpoint(che
     packed, _ = moeft.load(tmp_path / "packed", dtype="float32")
     expected = logits(with_rounded_weights(checkpoints["gemma4"], packed))
     torch.testing.assert_close(logits(packed), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_folder_without_a_tokenizer_loads_the_model_alone(checkpoint):
+    model, tokenizer = moeft.load(checkpoint, dtype="float32")
+    assert tokenizer is None
+    assert model(input_ids=token_ids()).logits.isfinite().all()

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from moeft.integration.nf4_config import NF4Config
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
 def load(
     path: str | Path,
     config: NF4Config | None = None,
     text_only: bool = True,
     dtype: str | torch.dtype = "bfloat16",
     device: str | torch.device | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a 16-bit or packed checkpoint.
 
     Args:
@@ -35,7 +38,7 @@ def load(
         device: Where to put the model; default the CPU.
 
     Returns:
-        The model, in evaluation mode, and its tokenizer.
+        The model, in evaluation mode, and its tokenizer; None if the folder has none.
 
     Raises:
         CheckpointError: If the folder is no checkpoint, a shard is missing or damaged, or a weight is missing,
@@ -70,7 +73,8 @@ def load(
     loading_check.check(info["missing_keys"], info["mismatched_keys"], info.get("conversion_errors", {}))
     if renaming:
         _forget(model, renaming)
-    return model, transformers.AutoTokenizer.from_pretrained(path)
+    has_tokenizer = any((Path(path) / name).exists() for name in TOKENIZER_FILES)
+    return model, transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
 
 
 def _forget(model: PreTrainedModel, renaming: dict[str, str]) -> None:
