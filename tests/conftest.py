@@ -14,9 +14,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.tiny_models import FAMILY_NAMES, save_tiny_model
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("moeft", deadline=None)
+hypothesis.settings.load_profile("moeft")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ def bucket(expert_index: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.n
     return permutation, inverse, offsets
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     npst.arrays(st.sampled_from([np.int32, np.int64]), st.integers(0, 400), elements=st.integers(0, 12)),
     st.integers(13, 140),

@@ -178,7 +178,7 @@ def test_unusable_tokenizers_and_options_are_refused(tokenizer):
 words = st.text(st.characters(codec="utf-8", exclude_characters="<|>"), min_size=1).filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=3))
 def test_trained_text_is_the_trimmed_replies_whatever_the_characters(tokenizer_of_module, turns):
     messages = [

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from moeft.kernels.routing import bucket, reference
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 4), st.integers(0, 2**31), st.sampled_from([32, 64]))
 def test_routing_equals_the_reference_and_is_a_bijection(num_experts, tokens, top_k, seed, bits):
     generator = torch.Generator().manual_seed(seed)

@@ -50,13 +50,13 @@ def assert_equals_bitsandbytes(values: torch.Tensor, block_size: int) -> None:
     np.testing.assert_array_equal(absmax, np.concatenate([state.absmax.numpy() for _, state in expected]))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 200), block_sizes, dtypes, seeds)
 def test_quantised_bytes_equal_bitsandbytes(groups, rows, columns, block_size, dtype, seed):
     assert_equals_bitsandbytes(normal((groups, rows, columns), dtype, seed), block_size)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.floats(width=16), min_size=1, max_size=200), dtypes)
 def test_non_finite_values_are_stored_as_bitsandbytes_stores_them(values, dtype):
     assert_equals_bitsandbytes(torch.tensor([values], dtype=torch.float32).to(DTYPES[dtype]), 64)
@@ -77,7 +77,7 @@ def test_a_stack_large_enough_for_threads_equals_bitsandbytes():
     assert_equals_bitsandbytes(normal((3, 704, 417), "bfloat16", 0), 64)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(1, 4), st.integers(1, 300), block_sizes, dtypes, seeds)
 def test_dequantised_value_is_code_times_absmax_rounded_once(groups, group_len, block_size, dtype, seed):
     # Not bitsandbytes.dequantize_4bit: its CPU kernel is wrong when K % 32 == 0 and K % block_size != 0.
@@ -99,7 +99,7 @@ def test_dequantised_value_equals_bitsandbytes_where_it_is_right(dtype):
     assert torch.equal(out, bnb.dequantize_4bit(packed, state))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 40_000), st.floats(1e-6, 1e4), seeds)
 def test_nested_scales_equal_bitsandbytes_for_its_offset(length, size, seed):
     values = normal((length,), "float32", seed) * size

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,18 @@ def test_a_model_of_an_unknown_family_is_refused(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not a known family, expected one of .*gemma4"):
         load(tmp_path, quantization_config=moeft.NF4Config())
+
+
+@pytest.mark.parametrize("first, second", [("moeft", "transformers"), ("transformers", "moeft")])
+def test_packed_checkpoint_loads_in_a_new_process_whatever_is_imported_first(checkpoints, tmp_path, first, second):
+    moeft.checkpoint.quantize(checkpoints["olmoe"], tmp_path / "packed")
+    code = f"""
+import {first}, {second}
+model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "packed")!r}, dtype="float32")
+assert moeft.audit(model, strict=True).expert_bits < 5
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_config_refuses_what_it_does_not_know():
