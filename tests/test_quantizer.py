@@ -176,7 +176,7 @@ def test_a_model_of_an_unknown_family_is_refused(tmp_path):
         load(tmp_path, quantization_config=moeft.NF4Config())
 
 
-@pytest.mark.parametrize("first, second", [("moeft", "transformers"), ("transformers", "moeft")])
+@pytest.mark.parametrize(("first", "second"), [("moeft", "transformers"), ("transformers", "moeft")])
 def test_packed_checkpoint_loads_in_a_new_process_whatever_is_imported_first(checkpoints, tmp_path, first, second):
     moeft.checkpoint.quantize(checkpoints["olmoe"], tmp_path / "packed")
     code = f"""
