@@ -79,9 +79,16 @@ def test_peft_model_generates_with_its_adapter(tokenizer):
 def test_unusable_tokenizers_and_sizes_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="batch_size 0"):
         generate_replies(model, tokenizer, PROMPTS, batch_size=0)
-    tokenizer.pad_token = None
-    with pytest.raises(DataError, match="no padding token"):
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(DataError, match="neither a padding nor an end-of-sequence token"):
         generate_replies(model, tokenizer, PROMPTS)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         generate_replies(model, tokenizer, PROMPTS)
+
+
+def test_tokenizer_without_a_padding_token_gives_the_same_replies(model, tokenizer):
+    expected = generate_replies(model, tokenizer, PROMPTS, max_new_tokens=8)
+    tokenizer.pad_token = None
+    assert generate_replies(model, tokenizer, PROMPTS, max_new_tokens=8) == expected
+    assert tokenizer.pad_token is None

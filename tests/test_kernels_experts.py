@@ -181,3 +181,8 @@ def test_bad_input_is_named(change, message):
         setattr(case, name, value)
     with pytest.raises(ValueError, match=message):
         experts(case.x, case.index, case.weights, case.gate_up, case.down, functional.silu)
+
+
+def test_no_tokens_give_no_rows():
+    case = Case(torch.float32, tokens=0)
+    assert [tuple(t.shape) for t in case.run(experts)[:2]] == [(0, 64), (0, 64)]

@@ -53,3 +53,11 @@ def test_labels_of_another_shape_are_refused():
     h, w, labels = case(torch.float32)
     with pytest.raises(ValueError, match=r"labels has shape \(22,\), expected \(23,\)"):
         linear_cross_entropy(h, w, labels[1:])
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1 / 70_000), (torch.float16, 65_536.0)])
+def test_scale_of_the_loss_is_not_rounded_to_16_bits(dtype, scale):
+    h, w, labels = case(dtype)
+    (unit,) = torch.autograd.grad(linear_cross_entropy(h, w.detach(), labels), h)
+    (scaled,) = torch.autograd.grad(linear_cross_entropy(h, w.detach(), labels) * scale, h)
+    assert torch.equal(scaled, (unit * torch.tensor(scale)).to(dtype))

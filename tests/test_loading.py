@@ -175,3 +175,10 @@ def test_folder_without_a_tokenizer_loads_the_model_alone(checkpoint):
     model, tokenizer = moeft.load(checkpoint, dtype="float32")
     assert tokenizer is None
     assert model(input_ids=token_ids()).logits.isfinite().all()
+
+
+def test_packed_checkpoint_is_not_loaded_as_if_packed_otherwise(checkpoint, tmp_path):
+    moeft.checkpoint.quantize(checkpoint, tmp_path / "packed")
+    moeft.load(tmp_path / "packed", moeft.NF4Config())
+    with pytest.raises(CheckpointError, match="already packed, with attention False instead of True"):
+        moeft.load(tmp_path / "packed", moeft.NF4Config(attention=True))

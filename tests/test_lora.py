@@ -182,3 +182,11 @@ def test_generation_works_with_a_packed_model(checkpoints):
     out = model.generate(input_ids=token_ids(1, 4), max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert out.shape == (1, 7)
     assert isinstance(model.get_base_model(), AutoModelForCausalLM._model_mapping[type(model.config)])
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_experts_of_another_rank_keep_the_scale(checkpoints, rslora):
+    model = with_lora(checkpoints["olmoe"], rank=8, alpha=6, experts_rank=2, rslora=rslora)
+    scales = {m.scaling["default"] for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)}
+    assert max(scales) - min(scales) < 1e-12
+    assert min(scales) == pytest.approx(6 / (8**0.5 if rslora else 8))

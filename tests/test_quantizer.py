@@ -193,3 +193,17 @@ def test_config_refuses_what_it_does_not_know():
         moeft.NF4Config(block_size=60)
     with pytest.raises(ValueError, match="no argument expert"):
         moeft.NF4Config(expert=True)
+
+
+def test_older_spellings_in_a_config_do_not_change_the_loaded_one(checkpoints, tmp_path):
+    base = shutil.copytree(checkpoints["mixtral"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16"}
+    del config["rope_parameters"], config["dtype"]
+    (base / "config.json").write_text(json.dumps(config))
+    expected = AutoConfig.from_pretrained(base)
+    packed = load(base, quantization_config=moeft.NF4Config())
+    assert packed.config.rope_parameters == expected.rope_parameters
+    assert packed.config.dtype == torch.float32
+    packed.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(load(tmp_path / "packed")), logits(packed))

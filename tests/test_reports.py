@@ -166,3 +166,8 @@ def test_numbers_are_short_and_absent_ones_a_dash():
     ]
     assert [mib(value) for value in (0, 2048, 3 << 20, 5000 << 20)] == ["0 MiB", "2 KiB", "3 MiB", "5,000 MiB"]
     assert [percent(value) for value in (0.0, 0.785, None)] == ["0.0 %", "78.5 %", "–"]
+
+
+def test_run_that_packed_while_loading_reports_what_is_in_memory(run):
+    run.write_json("metrics.json", {"bytes": {"after": METRICS["bytes"]["after"]}})
+    assert "| component | in memory |" in write_report(run).read_text("utf-8")

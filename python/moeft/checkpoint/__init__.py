@@ -9,6 +9,7 @@ from typing import Any
 
 from moeft import _core
 from moeft.progress_bar import byte_bar
+from moeft.provenance.files import write_json
 
 __all__ = ["QuantizeReport", "fingerprint", "quantize", "read_report"]
 
@@ -90,13 +91,13 @@ def quantize(
         "block_size": block_size,
     }
     with byte_bar("quantize", progress) as callback:
-        report = _core.quantize_checkpoint(str(source), str(out), json.dumps(options), callback)
-    (Path(out) / REPORT_FILE).write_text(report + "\n", encoding="utf-8")
-    return QuantizeReport(**json.loads(report))
+        report = json.loads(_core.quantize_checkpoint(str(source), str(out), json.dumps(options), callback))
+    write_json(Path(out) / REPORT_FILE, report)
+    return QuantizeReport(**report)
 
 
 def read_report(folder: str | Path) -> QuantizeReport | None:
-    """What :func:`quantize` left in a packed checkpoint; None if it was packed by other means."""
+    """What :func:`quantize` left in a packed checkpoint; None if it left nothing, or other means packed it."""
     path = Path(folder) / REPORT_FILE
     return QuantizeReport(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
 

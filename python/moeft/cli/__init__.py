@@ -55,14 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if stop.code == 130:  # Typer's answer to an interrupt, without a word.
             print("moeft: interrupted", file=sys.stderr)
         raise
-    except (MoeftError, OSError) as error:
+    except (MoeftError, OSError, ValueError) as error:
         if debug:
             raise
         print(f"moeft: error: {_message(error)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _message(error: MoeftError | OSError) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         # Errors of the Rust core name the file themselves.
         return error.strerror if str(error.filename) in error.strerror else f"{error.filename}: {error.strerror}"

@@ -45,10 +45,8 @@ def generate_replies(
         raise ValueError(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}, expected at least 1")
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template; set tokenizer.chat_template, or use an instruct model's")
-    if tokenizer.pad_token_id is None:
-        raise DataError(
-            "the tokenizer has no padding token; set tokenizer.pad_token, often to the end-of-sequence token"
-        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is None:
+        raise DataError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
     texts = [_render(tokenizer, prompt) for prompt in prompts]
     replies = [""] * len(texts)
     # Prompts of like length share a batch, so that little is spent on padding.
@@ -97,9 +95,12 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _padding_left(tokenizer: Any) -> Iterator[None]:
-    side = tokenizer.padding_side
+    side, token = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side = "left"
+    if token is None:  # masked, so any will do
+        tokenizer.pad_token = tokenizer.eos_token
     try:
         yield
     finally:
         tokenizer.padding_side = side
+        tokenizer.pad_token = token

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+NOT_OURS = ("quantization_config", "transformers_version", "_name_or_path")
+
 
 def keep_original(config: Any) -> None:
     """Put fields of the checkpoint's own ``config.json`` back that its config class consumed on loading.
@@ -20,5 +22,6 @@ def keep_original(config: Any) -> None:
     if original.get("model_type") != saved.get("model_type"):
         return  # the text part of a multimodal checkpoint: its fields lie deeper, and the others are not its own
     for name, value in original.items():
-        if name not in saved and name not in ("quantization_config", "transformers_version", "_name_or_path"):
+        # Older spellings are properties of the class: setting one would change the field that replaced it.
+        if name not in saved and not hasattr(config, name) and name not in NOT_OURS:
             setattr(config, name, value)

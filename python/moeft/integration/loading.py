@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moeft.integration.nf4_config import NF4Config
 
 
+PACKING = ("experts", "attention", "mlp", "double_quant", "block_size")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
@@ -55,7 +56,8 @@ def load(
     family = families.for_model_type(model_config.model_type)
     # A misshapen weight raises our own error below, which names it.
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    if config is not None:
+    # transformers warns about a config that a packed checkpoint does not need.
+    if config is not None and not _is_packed_alike(path, model_config, config):
         options["quantization_config"] = config
     if device is not None:
         options["device_map"] = {"": device}
@@ -82,3 +84,18 @@ def _forget(model: PreTrainedModel, renaming: dict[str, str]) -> None:
     model._weight_conversions = [
         conversion for conversion in model._weight_conversions if renaming.keys().isdisjoint(conversion.source_patterns)
     ]
+
+
+def _is_packed_alike(path: str | Path, model_config: Any, config: NF4Config) -> bool:
+    """Whether a checkpoint is packed as a config asks; one packed in another way is refused, not loaded as it is."""
+    packed = getattr(model_config, "quantization_config", None)
+    if packed is None:
+        return False
+    found = packed if isinstance(packed, dict) else packed.to_dict()
+    differing = [key for key in PACKING if found.get(key) != getattr(config, key)]
+    if differing:
+        asked = ", ".join(f"{key} {found.get(key)} instead of {getattr(config, key)}" for key in differing)
+        raise CheckpointError(
+            f"{path} is already packed, with {asked}; load it without a config, or pack the 16-bit checkpoint again"
+        )
+    return True

@@ -56,7 +56,7 @@ def add_lora(
         rank: Rank r of every factor pair; for experts, of each expert.
         alpha: The delta is scaled by ``alpha / r``; default ``rank``, a scale of 1.
         targets: Any of "attention", "experts", "mlp".
-        experts_rank: Another rank for the experts, scaled by the same ``alpha / r``.
+        experts_rank: Another rank for the experts, with the same scale as the others.
         rslora: Scale by ``alpha / sqrt(r)`` instead.
         seed: Seed of the initial A, for a reproducible adapter.
 
@@ -78,6 +78,7 @@ def add_lora(
     _check_rank_fits(model, rank, [name for names in modules.values() for name in names])
     experts_rank = experts_rank or rank
     other = experts_rank != rank
+    same_scale = (experts_rank / rank) ** (0.5 if rslora else 1.0)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -85,7 +86,7 @@ def add_lora(
         target_modules=sorted(name for names in modules.values() for name in names),
         target_parameters=sorted(stacks) or None,
         rank_pattern=dict.fromkeys(stacks, experts_rank) if other else {},
-        alpha_pattern=dict.fromkeys(stacks, alpha * experts_rank / rank) if other else {},
+        alpha_pattern=dict.fromkeys(stacks, alpha * same_scale) if other else {},
         task_type="CAUSAL_LM",
     )
     peft_lora.install()

@@ -76,7 +76,8 @@ def prove_adapter(base: Path, tuned: PeftModel, adapter: Path, input_ids: Tensor
 
     Args:
         base: 16-bit checkpoint that was packed.
-        tuned: The packed model with the adapter, as it was saved.
+        tuned: The packed model with the adapter, as it was saved. It is moved to the CPU and to float32, in which the
+            proofs compute; packed weights stay packed.
         adapter: The saved adapter.
         input_ids: ``[B, S]`` tokens to compute logits of.
     """
@@ -87,6 +88,7 @@ def prove_adapter(base: Path, tuned: PeftModel, adapter: Path, input_ids: Tensor
     unused |= {name for name in saved.keys() & in_model if not torch.equal(saved[name], in_model[name].to(saved[name]))}
     del loaded, in_model
 
+    tuned = tuned.to("cpu").float()
     tuned_f32 = _logits(tuned, input_ids)
     oracle = PeftModel.from_pretrained(_with_rounded_weights(base, tuned), adapter)
     theirs_f32 = _logits(oracle, input_ids)

@@ -3,7 +3,7 @@
 ``metrics.json`` may hold any of these; a section without its numbers is left out:
 
 ==============  ====================================================================================================
-``bytes``       ``before`` and ``after``: bytes by component
+``bytes``       ``after`` and, if known, ``before``: bytes by component
 ``heldout``     ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``
 ``training``    ``steps``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_bytes``, ``skipped_steps``
 ``data``        counts by name
@@ -97,7 +97,10 @@ def _losses(run: RunFolder) -> str:
 def _bytes(run: RunFolder, sizes: Mapping[str, Any] | None) -> str:
     if not sizes:
         return ""
-    before, after = sizes["before"], sizes["after"]
+    before, after = sizes.get("before", {}), sizes["after"]
+    if not before:  # packed while loading, or not packed: only what is in memory is known
+        rows = [[name, mib(size)] for name, size in sorted(after.items(), key=lambda item: -item[1])]
+        return "## Bytes per component\n\n" + table(["component", "in memory"], rows)
     plot_bytes(before, after, run.path / "bytes.png")
     names = sorted({**before, **after}, key=lambda name: before.get(name, 0), reverse=True)
     rows = [[name, *(mib(side[name]) if name in side else None for side in (before, after))] for name in names]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeft.config import SftRecipe, validate_training_fields
-from moeft.errors import RecipeError
+from moeft.errors import CheckpointError, RecipeError
 from moeft.provenance import RunFolder
 from moeft.runs.replies import HeldOutCalls
 
@@ -111,7 +111,9 @@ class _Run:
 
     def merged(self, output: Path) -> bool:
         """Whether an earlier start of this run merged: the folder appears only when it is complete."""
-        return output.exists() and any(event["name"] == "merge" for event in self.folder.events("stage"))
+        return (output / "config.json").is_file() and any(
+            event["name"] == "merge" for event in self.folder.events("stage")
+        )
 
     def trainer(self) -> SFTTrainer:
         from moeft.integration.audit import audit
@@ -124,6 +126,8 @@ class _Run:
         wanted = recipe.quantization
         config = None if wanted is None else NF4Config(**wanted.model_dump())
         model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
+        if tokenizer is None:
+            raise CheckpointError(f"{recipe.model} holds no tokenizer; copy that of the base beside the weights")
         packed = getattr(model.config, "quantization_config", None)
         found = audit(model, strict=bool(packed and packed.experts))
         self.show(str(found))

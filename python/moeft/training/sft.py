@@ -64,7 +64,8 @@ class SFTTrainer(MoeTrainer):
     ) -> None:
         self.train_rows = encode_dataset(train_dataset, processing_class, args)
         self.eval_rows = None if eval_dataset is None else encode_dataset(eval_dataset, processing_class, args)
-        kwargs.setdefault("data_collator", PaddingCollator(processing_class.pad_token_id))
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = PaddingCollator(padding_id(processing_class))
         super().__init__(
             model=model,
             args=args,
@@ -73,6 +74,11 @@ class SFTTrainer(MoeTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Id that fills up rows. Any would do, since it is masked and has no label; many tokenizers name none."""
+    return tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def encode_dataset(dataset: Dataset, tokenizer: Any, args: SFTConfig) -> Encoded:

@@ -49,7 +49,7 @@ class ExpertBlock(torch.autograd.Function):
         gate_RI, up_RI = h_R2I.chunk(2, dim=-1)
         act_RI = activation(gate_RI) * up_RI
         y_RH, act_Rr = _linear(act_RI, down, down_lora, buckets.offsets)
-        y_TkH = y_RH.index_select(0, buckets.inverse).view(tokens, top_k, -1)
+        y_TkH = y_RH.index_select(0, buckets.inverse).view(tokens, top_k, y_RH.shape[-1])
         out_TH = (y_TkH * weight_Tk[..., None]).sum(1).to(x_TH.dtype)
 
         ctx.save_for_backward(x_TH, weight_Tk, a_up, b_up, a_down, b_down, *buckets, h_R2I, x_Rr, act_Rr)
@@ -81,7 +81,7 @@ class ExpertBlock(torch.autograd.Function):
         )
         grad_h_R2I = act_backward(grad_act_RI * weight_R1)
         grad_x_RH, grad_h_Rr = _linear_backward(grad_h_R2I, gate_up, up_lora, buckets.offsets)
-        grad_x_TH = grad_x_RH.index_select(0, buckets.inverse).view(tokens, top_k, -1).sum(1)
+        grad_x_TH = grad_x_RH.index_select(0, buckets.inverse).view(tokens, top_k, x_TH.shape[-1]).sum(1)
         x_RH = x_TH.index_select(0, token_R)
         grad_a_up, grad_b_up = _lora_backward(grad_h_R2I, x_RH, grad_h_Rr, x_Rr, up_lora, buckets.offsets)
         lora_gradients = (

@@ -87,4 +87,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_MH, grad_head_VH = ctx.saved_tensors
         head = None if grad_head_VH is None else (grad_head_VH * grad).to(ctx.head_dtype)
-        return grad_hidden_MH * grad.to(grad_hidden_MH.dtype), head, None, None, None
+        # In float32: 1 / count and the scale of a gradient scaler do not fit 16 bits.
+        return (grad_hidden_MH * grad.float()).to(grad_hidden_MH.dtype), head, None, None, None
