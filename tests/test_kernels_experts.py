@@ -9,9 +9,9 @@ from torch.nn import functional
 from moeft.kernels import ExpertLora, LoraFactors, experts, nf4
 from moeft.kernels.experts import reference
 
-# One bf16 rounding is 0.0017 relative RMS; independent ones add in quadrature. Ten weigh on the longest chain: W, W x and
-# the activation of each stack going forward, W and W^T g of each going back. Those of the LoRA terms are small beside
-# them. Twice that is allowed. Float32 products of up to 64 terms stay under 1e-5.
+# One bf16 rounding is 0.0017 relative RMS; independent ones add in quadrature. Ten weigh on the longest chain: W, W x
+# and the activation of each stack going forward, W and W^T g of each going back. Those of the LoRA terms are small
+# beside them. Twice that is allowed. Float32 products of up to 64 terms stay under 1e-5.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2 * 0.0017 * 10**0.5}
 
 
