@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::recipe::Rounding;
 use crate::checkpoint::Dtype;
 use crate::float::{decode, encode, round_trip};
+use crate::parallel;
 
 /// Columns that are computed at once: sum and weights stay in the L1 cache.
 const BLOCK: usize = 1024;
@@ -76,10 +77,8 @@ pub fn merge_panel(storage: Storage, input: &[u8], output: &mut [u8], terms: &[T
     let rows = input.par_chunks_exact(row_bytes(storage.base)).zip(output.par_chunks_exact_mut(row_bytes(storage.out)));
     let merge = |(row, (input, output)): (usize, (&[u8], &mut [u8]))| merge_row(storage, input, output, terms, row);
     // Rows of a small model are short; a task should be worth more than its hand-over.
-    rows.enumerate()
-        .with_min_len((16 * BLOCK).div_ceil(storage.cols))
-        .map(merge)
-        .reduce(Extremes::default, Extremes::max)
+    let rows = rows.enumerate().with_min_len((16 * BLOCK).div_ceil(storage.cols));
+    parallel::install(|| rows.map(merge).reduce(Extremes::default, Extremes::max))
 }
 
 fn merge_row(storage: Storage, input: &[u8], output: &mut [u8], terms: &[Term<'_>], row: usize) -> Extremes {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::element::Element;
 use super::quantize::{PARALLEL_LEN, TASK_LEN};
 use super::{Layout, CODE};
-use crate::Result;
+use crate::{parallel, Result};
 
 /// Restores NF4 values into `out`: code times absmax in f32, rounded once (to nearest even) to `T`.
 ///
@@ -29,12 +29,14 @@ pub fn dequantize<T: Element>(packed: &[u8], absmax: &[f32], layout: Layout, out
             dequantize_group(p, a, block_size, o);
         }
     } else {
-        packed
-            .par_chunks(group_packed)
-            .zip(absmax.par_chunks(group_absmax))
-            .zip(out.par_chunks_mut(layout.group_len))
-            .with_min_len(TASK_LEN.div_ceil(layout.group_len))
-            .for_each(|((p, a), o)| dequantize_group_parallel(p, a, block_size, o));
+        parallel::install(|| {
+            packed
+                .par_chunks(group_packed)
+                .zip(absmax.par_chunks(group_absmax))
+                .zip(out.par_chunks_mut(layout.group_len))
+                .with_min_len(TASK_LEN.div_ceil(layout.group_len))
+                .for_each(|((p, a), o)| dequantize_group_parallel(p, a, block_size, o));
+        });
     }
     Ok(())
 }

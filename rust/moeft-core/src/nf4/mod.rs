@@ -25,6 +25,7 @@
 //! ```
 
 mod codebook;
+mod decode;
 mod dequantize;
 mod dynamic_map;
 mod element;
@@ -36,6 +37,7 @@ pub mod scalar;
 mod stream;
 
 pub use codebook::{CODE, MIDPOINTS};
+pub use decode::Scales;
 pub use dequantize::dequantize;
 pub use dynamic_map::DYNAMIC_MAP;
 pub use element::Element;

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::codebook::MIN_ABSMAX;
 use super::element::Element;
 use super::{Layout, MIDPOINTS};
-use crate::Result;
+use crate::{parallel, Result};
 
 /// Values per parallel task; a multiple of every block size.
 pub(super) const TASK_LEN: usize = 1 << 16;
@@ -41,12 +41,14 @@ pub fn quantize<T: Element>(values: &[T], layout: Layout, packed: &mut [u8], abs
             quantize_group(v, block_size, p, a);
         }
     } else {
-        values
-            .par_chunks(layout.group_len)
-            .zip(packed.par_chunks_mut(group_packed))
-            .zip(absmax.par_chunks_mut(group_absmax))
-            .with_min_len(TASK_LEN.div_ceil(layout.group_len))
-            .for_each(|((v, p), a)| quantize_group_parallel(v, block_size, p, a));
+        parallel::install(|| {
+            values
+                .par_chunks(layout.group_len)
+                .zip(packed.par_chunks_mut(group_packed))
+                .zip(absmax.par_chunks_mut(group_absmax))
+                .with_min_len(TASK_LEN.div_ceil(layout.group_len))
+                .for_each(|((v, p), a)| quantize_group_parallel(v, block_size, p, a));
+        });
     }
     Ok(())
 }
@@ -61,11 +63,13 @@ pub(super) fn quantize_group_parallel<T: Element>(
     if values.len() < PARALLEL_LEN {
         return quantize_group(values, block_size, packed, absmax);
     }
-    values
-        .par_chunks(TASK_LEN)
-        .zip(packed.par_chunks_mut(TASK_LEN / 2))
-        .zip(absmax.par_chunks_mut(TASK_LEN / block_size))
-        .for_each(|((v, p), a)| quantize_group(v, block_size, p, a));
+    parallel::install(|| {
+        values
+            .par_chunks(TASK_LEN)
+            .zip(packed.par_chunks_mut(TASK_LEN / 2))
+            .zip(absmax.par_chunks_mut(TASK_LEN / block_size))
+            .for_each(|((v, p), a)| quantize_group(v, block_size, p, a));
+    });
 }
 
 /// Quantises one group, or a part of one that starts at a block.
