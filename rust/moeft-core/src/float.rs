@@ -60,15 +60,21 @@ pub fn encode(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
 #[inline(always)]
 pub fn round_trip(dtype: Dtype, value: f32) -> f32 {
     match dtype {
-        Dtype::BF16 => f32::from_bits(u32::from(round_bf16(value)) << 16),
+        Dtype::BF16 => round_trip_bf16(value),
         Dtype::F16 => f16::from_f32(value).to_f32(),
         _ => value,
     }
 }
 
+/// `value` as it comes back after being stored as bf16.
+#[inline(always)]
+pub fn round_trip_bf16(value: f32) -> f32 {
+    f32::from_bits(u32::from(round_bf16(value)) << 16)
+}
+
 /// The bits of `value` as bf16. Without branches, so that the loop around it becomes vector code.
 #[inline(always)]
-fn round_bf16(value: f32) -> u16 {
+pub fn round_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
     let quiet_nan = (bits >> 16) as u16 | 0x40;

@@ -6,8 +6,10 @@
 pub mod adapter;
 pub mod checkpoint;
 mod error;
+pub mod experts;
 pub mod families;
 mod float;
+pub mod gemm;
 pub mod isa;
 pub mod merge;
 pub mod names;

@@ -3,6 +3,7 @@
 mod buffers;
 mod checkpoint;
 mod error;
+mod experts;
 mod merge;
 mod nf4;
 mod progress;
@@ -19,6 +20,8 @@ mod _core {
 
     #[pymodule_export]
     use super::checkpoint::{fingerprint, quantize_checkpoint, stamp_metadata, tensors};
+    #[pymodule_export]
+    use super::experts::{experts_backward, experts_forward};
     #[pymodule_export]
     use super::merge::merge_checkpoint;
     #[pymodule_export]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moeft.kernels.experts.function import ExpertBlock
+from moeft.kernels.experts import cpu, function
 from moeft.kernels.experts.lora import ExpertLora, LoraFactors
 from moeft.kernels.nf4 import NF4Weight
 from moeft.kernels.routing import bucket
@@ -54,7 +54,9 @@ def experts(
         x = x.to(torch.get_autocast_dtype(device))
     buckets = bucket(top_k_index, gate_up.shape[0])
     lora = lora or ExpertLora()
-    out = ExpertBlock.apply(
+    gate = cpu.gate_of(activation) if device == "cpu" and x.dtype in cpu.DTYPES else None
+    block, activation = (function.ExpertBlock, activation) if gate is None else (cpu.ExpertBlock, gate)
+    out = block.apply(
         x, top_k_weights, *lora.gate_up.tensors, *lora.down.tensors, buckets, gate_up, down, activation, lora.scalings
     )
     return out.to(dtype)

@@ -1,5 +1,7 @@
 //! Part of a group restored to f32, for kernels that work through packed weights panel by panel.
 
+use std::ops::Range;
+
 use super::CODE;
 use crate::isa::Isa;
 
@@ -21,7 +23,25 @@ pub enum Scales<'a> {
     },
 }
 
-impl Scales<'_> {
+impl<'a> Scales<'a> {
+    /// Number of blocks.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Plain(absmax) => absmax.len(),
+            Self::Nested { codes, .. } => codes.len(),
+        }
+    }
+
+    /// Scales of the blocks in `range`.
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        match *self {
+            Self::Plain(absmax) => Self::Plain(&absmax[range]),
+            Self::Nested { codes, absmax2, offset, first } => {
+                Self::Nested { codes: &codes[range.clone()], absmax2, offset, first: first + range.start }
+            }
+        }
+    }
+
     /// Scale of block `block` of the group.
     #[inline]
     pub fn get(&self, block: usize) -> f32 {
@@ -37,7 +57,6 @@ impl Scales<'_> {
 
 /// Restores values `start..start + out.len()` of a group, code times absmax, as [`dequantize`](super::dequantize)
 /// does. `out` stays in the cache.
-#[expect(dead_code, reason = "for the grouped linear, which follows")]
 pub(crate) fn decode_run(
     _isa: Isa,
     packed: &[u8],

@@ -44,7 +44,7 @@ impl Layout {
     }
 
     /// Checks the block size, then the three buffers' lengths.
-    pub(super) fn check(&self, values: (&'static str, usize), packed: usize, absmax: usize) -> Result<()> {
+    pub(crate) fn check(&self, values: (&'static str, usize), packed: usize, absmax: usize) -> Result<()> {
         check_block_size(self.block_size)?;
         let expected = [
             (values.0, values.1, self.values_len(), "groups * group_len"),

@@ -37,6 +37,7 @@ pub mod scalar;
 mod stream;
 
 pub use codebook::{CODE, MIDPOINTS};
+pub(crate) use decode::decode_run;
 pub use decode::Scales;
 pub use dequantize::dequantize;
 pub use dynamic_map::DYNAMIC_MAP;

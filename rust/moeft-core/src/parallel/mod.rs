@@ -3,10 +3,13 @@
 //! Pools are ours and not rayon's global one, for two reasons: the limit may differ from call to call
 //! (`torch.set_num_threads`), and threads do not survive `fork`, so a forked process needs new ones.
 
+mod ordered;
+
 use std::cell::Cell;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
+pub use ordered::ordered;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 thread_local! {

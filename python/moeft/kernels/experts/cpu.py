@@ -1,0 +1,188 @@
+"""The expert block on the CPU: tensors handed to the Rust core as buffers, without a copy.
+
+Shapes: T tokens, k experts per token, R = T * k rows sorted by expert, E experts, H hidden, I expert hidden, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from moeft import _core
+from moeft.kernels.experts.lora import LoraFactors
+from moeft.kernels.nf4 import NF4Weight
+from moeft.kernels.routing import Buckets
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class Stack(NamedTuple):
+    """One stack of experts, as the core reads it."""
+
+    values: np.ndarray
+    dtype: str
+    shape: tuple[int, int, int]
+    transposed: bool
+    bias: np.ndarray | None
+    block_size: int
+    absmax: np.ndarray | None
+    nested_absmax: np.ndarray | None
+    nested_offset: float
+    lora_a: np.ndarray | None
+    lora_b: np.ndarray | None
+    scaling: float
+
+
+class Block(NamedTuple):
+    """Everything of a call but the rows, as the core reads it."""
+
+    gate_up: Stack
+    down: Stack
+    gate: str
+    alpha: float
+    limit: float
+    interleaved: bool
+    permutation: np.ndarray
+    offsets: np.ndarray
+    weights: np.ndarray
+    top_k: int
+    dtype: str
+
+
+def gate_of(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """Name of an activation that the core knows, or None.
+
+    It is known by what it is, not by what it is called: functions and modules of torch and transformers.
+    """
+    if activation is functional.silu or isinstance(activation, torch.nn.SiLU):
+        return "silu"
+    if isinstance(activation, torch.nn.GELU):
+        return "gelu_tanh" if activation.approximate == "tanh" else None
+    names = {"SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
+    own = type(activation).__module__ == "transformers.activations"
+    return names.get(type(activation).__name__) if own else None
+
+
+class ExpertBlock(torch.autograd.Function):
+    """Forward and backward of the expert block in the Rust core.
+
+    Saved for backward: the tokens, the routing and the input of the activation. The low-rank products are computed
+    again: they cost a thousandth of the block.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        x_TH: Tensor,
+        weight_Tk: Tensor,
+        a_up: Tensor | None,
+        b_up: Tensor | None,
+        a_down: Tensor | None,
+        b_down: Tensor | None,
+        buckets: Buckets,
+        gate_up: NF4Weight | Tensor,
+        down: NF4Weight | Tensor,
+        gate: str,
+        scalings: tuple[float, float],
+    ) -> Tensor:
+        x_TH = x_TH.contiguous()
+        ctx.weights, ctx.gate, ctx.scalings = (gate_up, down), gate, scalings
+        block = _block(ctx, x_TH, weight_Tk, (a_up, b_up), (a_down, b_down), buckets)
+        out_TH = torch.empty_like(x_TH)
+        needs_grad = any(ctx.needs_input_grad[:6])
+        rows, inner = weight_Tk.numel(), down.shape[2]
+        h_R2I = x_TH.new_empty(rows if needs_grad else 0, 2 * inner)
+        _core.experts_forward(
+            block, _view(x_TH), _view(h_R2I) if needs_grad else None, _view(out_TH), torch.get_num_threads()
+        )
+        if needs_grad:
+            ctx.save_for_backward(x_TH, weight_Tk, a_up, b_up, a_down, b_down, *buckets, h_R2I)
+        return out_TH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        x_TH, weight_Tk, a_up, b_up, a_down, b_down, *routing, h_R2I = ctx.saved_tensors
+        block = _block(ctx, x_TH, weight_Tk, (a_up, b_up), (a_down, b_down), Buckets(*routing))
+        grad_x_TH = torch.empty_like(x_TH) if ctx.needs_input_grad[0] else None
+        grad_weight_Tk = torch.empty(weight_Tk.shape, dtype=torch.float32)
+        grad_up = _gradients(a_up, b_up, any(ctx.needs_input_grad[2:4]))
+        grad_down = _gradients(a_down, b_down, any(ctx.needs_input_grad[4:6]))
+        _core.experts_backward(
+            block,
+            _view(x_TH),
+            _view(h_R2I),
+            _view(grad_TH.contiguous()),
+            None if grad_x_TH is None else _view(grad_x_TH),
+            _view(grad_weight_Tk),
+            grad_up and tuple(map(_view, grad_up)),
+            grad_down and tuple(map(_view, grad_down)),
+            torch.get_num_threads(),
+        )
+        factors = zip((*(grad_up or (None, None)), *(grad_down or (None, None))), (a_up, b_up, a_down, b_down), strict=True)
+        lora_gradients = (None if grad is None or like is None else grad.to(like.dtype) for grad, like in factors)
+        return grad_x_TH, grad_weight_Tk.to(weight_Tk.dtype), *lora_gradients, None, None, None, None, None
+
+
+def _block(
+    ctx: Any,
+    x_TH: Tensor,
+    weight_Tk: Tensor,
+    up: tuple[Tensor | None, Tensor | None],
+    down: tuple[Tensor | None, Tensor | None],
+    buckets: Buckets,
+) -> Block:
+    return Block(
+        gate_up=_stack(ctx.weights[0], LoraFactors(*up, ctx.scalings[0])),
+        down=_stack(ctx.weights[1], LoraFactors(*down, ctx.scalings[1])),
+        gate=ctx.gate,
+        alpha=0.0,
+        limit=0.0,
+        interleaved=False,
+        permutation=buckets.permutation.numpy(),
+        offsets=buckets.offsets.numpy(),
+        weights=_view(weight_Tk.detach().float().contiguous()),
+        top_k=weight_Tk.shape[1],
+        dtype=DTYPES[x_TH.dtype],
+    )
+
+
+def _stack(weight: NF4Weight | Tensor, lora: LoraFactors) -> Stack:
+    packed = isinstance(weight, NF4Weight)
+    nested = weight.nested if isinstance(weight, NF4Weight) else None
+    values = weight.packed if isinstance(weight, NF4Weight) else weight
+    return Stack(
+        values=_view(values.contiguous()),
+        dtype="nf4" if packed else DTYPES[values.dtype],
+        shape=tuple(weight.shape),
+        transposed=False,
+        bias=None,
+        block_size=weight.block_size if isinstance(weight, NF4Weight) else 0,
+        absmax=_view(weight.absmax.contiguous()) if isinstance(weight, NF4Weight) else None,
+        nested_absmax=None if nested is None else _view(nested.absmax),
+        nested_offset=0.0 if nested is None else float(nested.offset),
+        lora_a=None if lora.a is None else _view(lora.a.float().contiguous()),
+        lora_b=None if lora.b is None else _view(lora.b.float().contiguous()),
+        scaling=lora.scaling,
+    )
+
+
+def _gradients(a: Tensor | None, b: Tensor | None, needed: bool) -> tuple[Tensor, Tensor] | None:
+    """Room for the gradients of two factors, float32."""
+    if a is None or b is None or not needed:
+        return None
+    return torch.empty(a.shape, dtype=torch.float32), torch.empty(b.shape, dtype=torch.float32)
+
+
+def _view(tensor: Tensor) -> np.ndarray:
+    """A flat view that numpy can name: 16-bit floats as uint16."""
+    flat = tensor.detach().view(-1)
+    return (flat.view(torch.uint16) if flat.dtype in (torch.bfloat16, torch.float16) else flat).numpy()
