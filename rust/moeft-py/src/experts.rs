@@ -2,31 +2,22 @@
 
 use std::num::NonZeroUsize;
 
-use half::{bf16, f16};
-use moeft_core::experts::{self, Block, Gate, Gradients, Lora, Routing, Stack, StackValues};
-use moeft_core::gemm::{Floats, FloatsMut};
-use moeft_core::nf4::Scales;
+use moeft_core::experts::{self, Block, Gate, Gradients, Lora, Routing};
+use moeft_core::gemm::Stack;
 use moeft_core::parallel;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::buffers::{Buffers, Input, Output, WeightElement};
+use crate::buffers::{Buffers, Input, Output};
 use crate::error::IntoPyResult;
+use crate::floats::{FloatInput, FloatOutput};
+use crate::stacks::{StackArgument, StackBuffers};
 
-/// Attributes of a stack of experts; see `Stack` in `moeft/kernels/experts/cpu.py`.
+/// Attributes of the low-rank factors of a stack; see `LoraFactors` in `moeft/kernels/experts/lora.py`.
 #[derive(FromPyObject)]
-pub struct StackArgument<'py> {
-    values: Bound<'py, PyAny>,
-    dtype: String,
-    shape: (usize, usize, usize),
-    transposed: bool,
-    bias: Option<Bound<'py, PyAny>>,
-    block_size: usize,
-    absmax: Option<Bound<'py, PyAny>>,
-    nested_absmax: Option<Bound<'py, PyAny>>,
-    nested_offset: f32,
-    lora_a: Option<Bound<'py, PyAny>>,
-    lora_b: Option<Bound<'py, PyAny>>,
+pub struct FactorsArgument<'py> {
+    a: Bound<'py, PyAny>,
+    b: Bound<'py, PyAny>,
     scaling: f32,
 }
 
@@ -35,6 +26,8 @@ pub struct StackArgument<'py> {
 pub struct BlockArgument<'py> {
     gate_up: StackArgument<'py>,
     down: StackArgument<'py>,
+    gate_up_lora: Option<FactorsArgument<'py>>,
+    down_lora: Option<FactorsArgument<'py>>,
     gate: String,
     alpha: f32,
     limit: f32,
@@ -113,6 +106,8 @@ fn take_pair(buffers: &mut Buffers, pair: Option<&(Bound<'_, PyAny>, Bound<'_, P
 struct BlockBuffers {
     gate_up: StackBuffers,
     down: StackBuffers,
+    gate_up_lora: Option<FactorBuffers>,
+    down_lora: Option<FactorBuffers>,
     permutation: Input<i64>,
     offsets: Input<i32>,
     weights: Input<f32>,
@@ -123,6 +118,8 @@ impl BlockBuffers {
         Ok(Self {
             gate_up: StackBuffers::take(buffers, &block.gate_up)?,
             down: StackBuffers::take(buffers, &block.down)?,
+            gate_up_lora: FactorBuffers::take(buffers, block.gate_up_lora.as_ref())?,
+            down_lora: FactorBuffers::take(buffers, block.down_lora.as_ref())?,
             permutation: buffers.input("permutation", &block.permutation)?,
             offsets: buffers.input("offsets", &block.offsets)?,
             weights: buffers.input("weights", &block.weights)?,
@@ -136,8 +133,9 @@ impl BlockBuffers {
             "clamped_swiglu" => Gate::ClampedSwiglu { alpha: block.alpha, limit: block.limit },
             other => return Err(PyValueError::new_err(format!("gate is {other:?}, expected one that is known"))),
         };
-        let (gate_up, gate_up_lora) = self.gate_up.view(&block.gate_up);
-        let (down, down_lora) = self.down.view(&block.down);
+        let (gate_up, down) = (self.gate_up.view(&block.gate_up), self.down.view(&block.down));
+        let gate_up_lora = lora_of(self.gate_up_lora.as_ref(), block.gate_up_lora.as_ref(), &gate_up);
+        let down_lora = lora_of(self.down_lora.as_ref(), block.down_lora.as_ref(), &down);
         let routing = Routing {
             permutation: self.permutation.slice(),
             offsets: self.offsets.slice(),
@@ -148,123 +146,30 @@ impl BlockBuffers {
     }
 }
 
-/// Buffers of one stack.
-struct StackBuffers {
-    values: StackInput,
-    bias: Option<Input<f32>>,
-    lora: Option<(Input<f32>, Input<f32>)>,
+/// Buffers of the factors of one stack.
+struct FactorBuffers {
+    a: Input<f32>,
+    b: Input<f32>,
 }
 
-enum StackInput {
-    Dense(FloatInput),
-    Nf4 { packed: Input<u8>, absmax: Input<f32> },
-    Nested { packed: Input<u8>, codes: Input<u8>, absmax2: Input<f32> },
-}
-
-impl StackBuffers {
-    fn take(buffers: &mut Buffers, stack: &StackArgument<'_>) -> PyResult<Self> {
-        let values = match (&stack.absmax, &stack.nested_absmax) {
-            (None, _) => StackInput::Dense(FloatInput::take(buffers, "weight", &stack.values, &stack.dtype)?),
-            (Some(absmax), None) => StackInput::Nf4 {
-                packed: buffers.input("packed", &stack.values)?,
-                absmax: buffers.input("absmax", absmax)?,
-            },
-            (Some(codes), Some(absmax2)) => StackInput::Nested {
-                packed: buffers.input("packed", &stack.values)?,
-                codes: buffers.input("absmax", codes)?,
-                absmax2: buffers.input("nested absmax", absmax2)?,
-            },
-        };
-        let bias = stack.bias.as_ref().map(|bias| buffers.input("bias", bias)).transpose()?;
-        let lora = match (&stack.lora_a, &stack.lora_b) {
-            (Some(a), Some(b)) => Some((buffers.input("lora a", a)?, buffers.input("lora b", b)?)),
-            _ => None,
-        };
-        Ok(Self { values, bias, lora })
-    }
-
-    fn view(&self, stack: &StackArgument<'_>) -> (Stack<'_>, Option<Lora<'_>>) {
-        let (num_experts, rows, cols) = stack.shape;
-        let block_size = stack.block_size;
-        let values = match &self.values {
-            StackInput::Dense(floats) => StackValues::Dense(floats.view()),
-            StackInput::Nf4 { packed, absmax } => {
-                StackValues::Nf4 { packed: packed.slice(), scales: Scales::Plain(absmax.slice()), block_size }
-            }
-            StackInput::Nested { packed, codes, absmax2 } => StackValues::Nf4 {
-                packed: packed.slice(),
-                scales: Scales::Nested {
-                    codes: codes.slice(),
-                    absmax2: absmax2.slice(),
-                    offset: stack.nested_offset,
-                    first: 0,
-                },
-                block_size,
-            },
-        };
-        let bias = self.bias.as_ref().map(Input::slice);
-        let core = Stack { values, num_experts, rows, cols, transposed: stack.transposed, bias };
-        let lora = self.lora.as_ref().map(|(a, b)| {
-            let (a, b) = (a.slice(), b.slice());
-            let rank = a.len() / (num_experts * core.inputs()).max(1);
-            Lora { a, b, rank, scaling: stack.scaling }
-        });
-        (core, lora)
+impl FactorBuffers {
+    fn take(buffers: &mut Buffers, factors: Option<&FactorsArgument<'_>>) -> PyResult<Option<Self>> {
+        factors
+            .map(|factors| {
+                Ok(Self { a: buffers.input("lora a", &factors.a)?, b: buffers.input("lora b", &factors.b)? })
+            })
+            .transpose()
     }
 }
 
-/// Values to read, of the type that `dtype` names.
-enum FloatInput {
-    F32(Input<f32>),
-    Bf16(Input<u16>),
-    F16(Input<u16>),
-}
-
-impl FloatInput {
-    fn take(buffers: &mut Buffers, name: &'static str, object: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Self> {
-        match dtype {
-            "float32" => buffers.input(name, object).map(Self::F32),
-            "bfloat16" => buffers.input(name, object).map(Self::Bf16),
-            "float16" => buffers.input(name, object).map(Self::F16),
-            other => Err(unknown_dtype(other)),
-        }
-    }
-
-    fn view(&self) -> Floats<'_> {
-        match self {
-            Self::F32(values) => Floats::F32(values.slice()),
-            Self::Bf16(values) => Floats::Bf16(bf16::view(values.slice())),
-            Self::F16(values) => Floats::F16(f16::view(values.slice())),
-        }
-    }
-}
-
-/// Values to write, of the type that `dtype` names.
-enum FloatOutput {
-    F32(Output<f32>),
-    Bf16(Output<u16>),
-    F16(Output<u16>),
-}
-
-impl FloatOutput {
-    fn take(buffers: &mut Buffers, name: &'static str, object: &Bound<'_, PyAny>, dtype: &str) -> PyResult<Self> {
-        match dtype {
-            "float32" => buffers.output(name, object).map(Self::F32),
-            "bfloat16" => buffers.output(name, object).map(Self::Bf16),
-            "float16" => buffers.output(name, object).map(Self::F16),
-            other => Err(unknown_dtype(other)),
-        }
-    }
-
-    fn view(&mut self) -> FloatsMut<'_> {
-        match self {
-            Self::F32(values) => FloatsMut::F32(values.slice_mut()),
-            Self::Bf16(values) => FloatsMut::Bf16(bf16::view_mut(values.slice_mut())),
-            Self::F16(values) => FloatsMut::F16(f16::view_mut(values.slice_mut())),
-        }
-    }
-}
-
-fn unknown_dtype(found: &str) -> PyErr {
-    PyValueError::new_err(format!("dtype is {found:?}, expected \"float32\", \"bfloat16\" or \"float16\""))
+fn lora_of<'a>(
+    factors: Option<&'a FactorBuffers>,
+    argument: Option<&FactorsArgument<'_>>,
+    stack: &Stack<'_>,
+) -> Option<Lora<'a>> {
+    factors.zip(argument).map(|(factors, argument)| {
+        let (a, b) = (factors.a.slice(), factors.b.slice());
+        let rank = a.len() / (stack.num_experts * stack.inputs()).max(1);
+        Lora { a, b, rank, scaling: argument.scaling }
+    })
 }

@@ -4,10 +4,13 @@ mod buffers;
 mod checkpoint;
 mod error;
 mod experts;
+mod floats;
+mod grouped_linear;
 mod merge;
 mod nf4;
 mod progress;
 mod routing;
+mod stacks;
 
 use pyo3::prelude::*;
 
@@ -22,6 +25,8 @@ mod _core {
     use super::checkpoint::{fingerprint, quantize_checkpoint, stamp_metadata, tensors};
     #[pymodule_export]
     use super::experts::{experts_backward, experts_forward};
+    #[pymodule_export]
+    use super::grouped_linear::grouped_linear;
     #[pymodule_export]
     use super::merge::merge_checkpoint;
     #[pymodule_export]

@@ -14,30 +14,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from moeft import _core
-from moeft.kernels.experts.lora import LoraFactors
+from moeft.kernels.grouped_linear.cpu import DTYPES, Stack, buffer
 from moeft.kernels.nf4 import NF4Weight
 from moeft.kernels.routing import Buckets
 
 if TYPE_CHECKING:
     import numpy as np
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
+class Factors(NamedTuple):
+    """Low-rank factors of a stack as the core reads them, float32."""
 
-class Stack(NamedTuple):
-    """One stack of experts, as the core reads it."""
-
-    values: np.ndarray
-    dtype: str
-    shape: tuple[int, int, int]
-    transposed: bool
-    bias: np.ndarray | None
-    block_size: int
-    absmax: np.ndarray | None
-    nested_absmax: np.ndarray | None
-    nested_offset: float
-    lora_a: np.ndarray | None
-    lora_b: np.ndarray | None
+    a: np.ndarray
+    b: np.ndarray
     scaling: float
 
 
@@ -46,6 +35,8 @@ class Block(NamedTuple):
 
     gate_up: Stack
     down: Stack
+    gate_up_lora: Factors | None
+    down_lora: Factors | None
     gate: str
     alpha: float
     limit: float
@@ -101,7 +92,7 @@ class ExpertBlock(torch.autograd.Function):
         rows, inner = weight_Tk.numel(), down.shape[2]
         h_R2I = x_TH.new_empty(rows if needs_grad else 0, 2 * inner)
         _core.experts_forward(
-            block, _view(x_TH), _view(h_R2I) if needs_grad else None, _view(out_TH), torch.get_num_threads()
+            block, buffer(x_TH), buffer(h_R2I) if needs_grad else None, buffer(out_TH), torch.get_num_threads()
         )
         if needs_grad:
             ctx.save_for_backward(x_TH, weight_Tk, a_up, b_up, a_down, b_down, *buckets, h_R2I)
@@ -118,13 +109,13 @@ class ExpertBlock(torch.autograd.Function):
         grad_down = _gradients(a_down, b_down, any(ctx.needs_input_grad[4:6]))
         _core.experts_backward(
             block,
-            _view(x_TH),
-            _view(h_R2I),
-            _view(grad_TH.contiguous()),
-            None if grad_x_TH is None else _view(grad_x_TH),
-            _view(grad_weight_Tk),
-            grad_up and tuple(map(_view, grad_up)),
-            grad_down and tuple(map(_view, grad_down)),
+            buffer(x_TH),
+            buffer(h_R2I),
+            buffer(grad_TH.contiguous()),
+            None if grad_x_TH is None else buffer(grad_x_TH),
+            buffer(grad_weight_Tk),
+            grad_up and tuple(map(buffer, grad_up)),
+            grad_down and tuple(map(buffer, grad_down)),
             torch.get_num_threads(),
         )
         factors = zip((*(grad_up or (None, None)), *(grad_down or (None, None))), (a_up, b_up, a_down, b_down), strict=True)
@@ -141,38 +132,26 @@ def _block(
     buckets: Buckets,
 ) -> Block:
     return Block(
-        gate_up=_stack(ctx.weights[0], LoraFactors(*up, ctx.scalings[0])),
-        down=_stack(ctx.weights[1], LoraFactors(*down, ctx.scalings[1])),
+        gate_up=Stack.of(ctx.weights[0]),
+        down=Stack.of(ctx.weights[1]),
+        gate_up_lora=_factors(*up, ctx.scalings[0]),
+        down_lora=_factors(*down, ctx.scalings[1]),
         gate=ctx.gate,
         alpha=0.0,
         limit=0.0,
         interleaved=False,
         permutation=buckets.permutation.numpy(),
         offsets=buckets.offsets.numpy(),
-        weights=_view(weight_Tk.detach().float().contiguous()),
+        weights=buffer(weight_Tk.detach().float().contiguous()),
         top_k=weight_Tk.shape[1],
         dtype=DTYPES[x_TH.dtype],
     )
 
 
-def _stack(weight: NF4Weight | Tensor, lora: LoraFactors) -> Stack:
-    packed = isinstance(weight, NF4Weight)
-    nested = weight.nested if isinstance(weight, NF4Weight) else None
-    values = weight.packed if isinstance(weight, NF4Weight) else weight
-    return Stack(
-        values=_view(values.contiguous()),
-        dtype="nf4" if packed else DTYPES[values.dtype],
-        shape=tuple(weight.shape),
-        transposed=False,
-        bias=None,
-        block_size=weight.block_size if isinstance(weight, NF4Weight) else 0,
-        absmax=_view(weight.absmax.contiguous()) if isinstance(weight, NF4Weight) else None,
-        nested_absmax=None if nested is None else _view(nested.absmax),
-        nested_offset=0.0 if nested is None else float(nested.offset),
-        lora_a=None if lora.a is None else _view(lora.a.float().contiguous()),
-        lora_b=None if lora.b is None else _view(lora.b.float().contiguous()),
-        scaling=lora.scaling,
-    )
+def _factors(a: Tensor | None, b: Tensor | None, scaling: float) -> Factors | None:
+    if a is None or b is None:
+        return None
+    return Factors(buffer(a.float().contiguous()), buffer(b.float().contiguous()), scaling)
 
 
 def _gradients(a: Tensor | None, b: Tensor | None, needed: bool) -> tuple[Tensor, Tensor] | None:
@@ -180,9 +159,3 @@ def _gradients(a: Tensor | None, b: Tensor | None, needed: bool) -> tuple[Tensor
     if a is None or b is None or not needed:
         return None
     return torch.empty(a.shape, dtype=torch.float32), torch.empty(b.shape, dtype=torch.float32)
-
-
-def _view(tensor: Tensor) -> np.ndarray:
-    """A flat view that numpy can name: 16-bit floats as uint16."""
-    flat = tensor.detach().view(-1)
-    return (flat.view(torch.uint16) if flat.dtype in (torch.bfloat16, torch.float16) else flat).numpy()

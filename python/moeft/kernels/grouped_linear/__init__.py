@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moeft.kernels import nf4
-from moeft.kernels.grouped_linear import reference
+from moeft.kernels.grouped_linear import cpu, reference
 from moeft.kernels.nf4 import NF4Weight
 
 __all__ = ["grouped_linear", "grouped_outer"]
@@ -26,10 +26,13 @@ GROUPED_MM_ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm refuses other
 def grouped_linear(x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor, *, transpose: bool = False) -> Tensor:
     """Multiply each expert's block of rows by that expert's weight.
 
+    On the CPU a weight is restored panel by panel (128 KiB) in the Rust core; float64, which only tests use, goes
+    through PyTorch. On a GPU packed weights are restored a few experts at a time into a buffer of at most 64 MiB, in
+    the dtype of ``x_RK``.
+
     Args:
         x_RK: Rows sorted by expert. ``[R, F]`` with ``transpose``.
-        weight: Packed or dense weights of E experts, each ``[F, K]`` as in ``nn.Linear``. Packed weights are restored
-            a few experts at a time into a buffer of at most 64 MiB, in the dtype of ``x_RK``.
+        weight: Packed or dense weights of E experts, each ``[F, K]`` as in ``nn.Linear``.
         offsets_E1: Start of each expert's block, then R; int32, on the device of ``x_RK``.
         transpose: Multiply by the weight itself instead of its transpose: the gradient with respect to the rows.
 
@@ -39,6 +42,8 @@ def grouped_linear(x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor,
     Source:
         MegaBlocks, https://arxiv.org/abs/2211.15841
     """
+    if x_RK.device.type == "cpu" and x_RK.dtype in cpu.DTYPES:
+        return cpu.grouped_linear(x_RK, weight, offsets_E1, transpose)
     if isinstance(weight, Tensor):
         return _matmul(x_RK, weight.to(x_RK.dtype), offsets_E1, transpose)
     num_experts, out_features, in_features = weight.shape

@@ -1,11 +1,10 @@
 //! Gradients of the tokens, the routing weights and the low-rank factors.
 
-use super::block::{check_len, Block, Lora, Routing, Stack};
+use super::block::{Block, Lora, Routing};
 use super::forward::add;
 use super::gate::Pairs;
 use super::linear::{scale_rows, ExpertLinear};
-use super::tasks::{tasks, weight_lanes, Task};
-use crate::gemm::{add_outer, Floats, FloatsMut, Lanes, Rows, LANES};
+use crate::gemm::{add_outer, check_len, tasks, Floats, FloatsMut, Lanes, Rows, Stack, Task, LANES};
 use crate::isa::Isa;
 use crate::{parallel, Result};
 
@@ -57,19 +56,19 @@ pub fn backward(
     check_factor_gradients(block.gate_up_lora.as_ref(), up_grads.as_mut())?;
     check_factor_gradients(block.down_lora.as_ref(), down_grads.as_mut())?;
 
-    let tasks = tasks(routing);
+    let tasks = tasks(routing.offsets);
     let pairs = Pairs { inner, interleaved: block.interleaved };
     let (needs_x, needs_up, needs_down) = (grad_x.is_some(), up_grads.is_some(), down_grads.is_some());
 
     let work = |index: usize, slot: &mut Slot| {
         let task = &tasks[index];
-        let rows = task.positions.len();
-        let token = |i: usize| routing.token(task.positions.start + i);
-        weight_lanes(routing, task, &mut slot.weights);
-        slot.h.load(isa, h, (rows, 2 * inner), |i| task.positions.start + i, &mut slot.rows);
+        let rows = task.rows.len();
+        let token = |i: usize| routing.token(task.rows.start + i);
+        routing.weight_lanes(task, &mut slot.weights);
+        slot.h.load(isa, h, (rows, 2 * inner), |i| task.rows.start + i, &mut slot.rows);
         slot.g.load(isa, grad, (rows, hidden), token, &mut slot.rows);
 
-        let down = ExpertLinear::new(&block.down, block.down_lora.as_ref(), task.expert, &mut slot.b);
+        let down = ExpertLinear::new(&block.down, block.down_lora.as_ref(), task.group, &mut slot.b);
         down.backward(isa, &slot.g, &mut slot.grad_act, &mut slot.low_rank_g, &mut slot.panel);
         if needs_down {
             slot.act.reshape(rows, inner);
@@ -87,7 +86,7 @@ pub fn backward(
             slot.by_weight.push(block.gate.backward(isa, pairs, *weights, grad_act, h));
         }
         // `h` now holds its own gradient.
-        let up = ExpertLinear::new(&block.gate_up, block.gate_up_lora.as_ref(), task.expert, &mut slot.b);
+        let up = ExpertLinear::new(&block.gate_up, block.gate_up_lora.as_ref(), task.group, &mut slot.b);
         slot.result.clear();
         if needs_x {
             up.backward(isa, &slot.h, &mut slot.grad_x, &mut slot.low_rank_g, &mut slot.panel);
@@ -107,17 +106,17 @@ pub fn backward(
         b.fill(0.0);
     }
     let commit = |sums: &mut [f32], task: &Task, slot: &mut Slot| {
-        for (i, position) in task.positions.clone().enumerate() {
+        for (i, position) in task.rows.clone().enumerate() {
             grad_weights[routing.row(position)] = slot.by_weight[i / LANES].0[i % LANES];
         }
-        for (position, row) in task.positions.clone().zip(slot.result.chunks_exact(hidden.max(1))) {
+        for (position, row) in task.rows.clone().zip(slot.result.chunks_exact(hidden.max(1))) {
             add(&mut sums[routing.token(position) * hidden..][..hidden], row);
         }
         if let Some((a, b)) = &mut up_grads {
-            slot.up.add_to(&block.gate_up, task.expert, a, b);
+            slot.up.add_to(&block.gate_up, task.group, a, b);
         }
         if let Some((a, b)) = &mut down_grads {
-            slot.down.add_to(&block.down, task.expert, a, b);
+            slot.down.add_to(&block.down, task.group, a, b);
         }
     };
     match grad_x {

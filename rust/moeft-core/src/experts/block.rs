@@ -1,99 +1,8 @@
 //! What an expert block computes with, and the checks that it fits together.
 
 use super::gate::Gate;
-use crate::gemm::{Floats, Matrix, Values};
-use crate::nf4::{Layout, Scales, NESTED_BLOCK_SIZE};
+use crate::gemm::{check_len, check_offsets, Lanes, Stack, Task, LANES};
 use crate::{Error, Result};
-
-/// Values of a stack of experts, as stored.
-#[derive(Debug, Clone, Copy)]
-pub enum StackValues<'a> {
-    /// Not quantised.
-    Dense(Floats<'a>),
-    /// NF4, one group per expert; `scales` are those of the whole stack.
-    Nf4 {
-        /// Codes.
-        packed: &'a [u8],
-        /// Scales of the whole stack.
-        scales: Scales<'a>,
-        /// Values that share a scale.
-        block_size: usize,
-    },
-}
-
-/// A stack of weights, one per expert.
-#[derive(Debug, Clone, Copy)]
-pub struct Stack<'a> {
-    /// `[E, rows, cols]`.
-    pub values: StackValues<'a>,
-    /// Number of experts.
-    pub num_experts: usize,
-    /// Rows of an expert as stored: outputs, or inputs if `transposed`.
-    pub rows: usize,
-    /// Columns of an expert as stored.
-    pub cols: usize,
-    /// Whether an expert is stored as `[in, out]` instead of `[out, in]`.
-    pub transposed: bool,
-    /// `[E, out]`.
-    pub bias: Option<&'a [f32]>,
-}
-
-impl<'a> Stack<'a> {
-    /// Columns that go in.
-    pub fn inputs(&self) -> usize {
-        if self.transposed {
-            self.rows
-        } else {
-            self.cols
-        }
-    }
-
-    /// Columns that come out.
-    pub fn outputs(&self) -> usize {
-        if self.transposed {
-            self.cols
-        } else {
-            self.rows
-        }
-    }
-
-    /// The weight of one expert.
-    pub(super) fn expert(&self, expert: usize) -> Matrix<'a> {
-        let len = self.rows * self.cols;
-        let values = match self.values {
-            StackValues::Dense(floats) => Values::Dense(floats.slice(expert * len..(expert + 1) * len)),
-            StackValues::Nf4 { packed, scales, block_size } => {
-                let (bytes, blocks) = (len.div_ceil(2), len.div_ceil(block_size));
-                Values::Nf4 {
-                    packed: &packed[expert * bytes..][..bytes],
-                    scales: scales.slice(expert * blocks..(expert + 1) * blocks),
-                    block_size,
-                }
-            }
-        };
-        Matrix { values, rows: self.rows, cols: self.cols }
-    }
-
-    /// The bias of one expert.
-    pub(super) fn expert_bias(&self, expert: usize) -> Option<&'a [f32]> {
-        self.bias.map(|bias| &bias[expert * self.outputs()..][..self.outputs()])
-    }
-
-    fn check(&self, name: &'static str) -> Result<()> {
-        let len = self.rows.saturating_mul(self.cols);
-        match self.values {
-            StackValues::Dense(floats) => check_len(name, floats.len(), len.saturating_mul(self.num_experts))?,
-            StackValues::Nf4 { packed, scales, block_size } => {
-                let layout = Layout { groups: self.num_experts, group_len: len, block_size };
-                layout.check((name, layout.values_len()), packed.len(), scales.len())?;
-                if let Scales::Nested { absmax2, .. } = scales {
-                    check_len("nested absmax", absmax2.len(), scales.len().div_ceil(NESTED_BLOCK_SIZE))?;
-                }
-            }
-        }
-        self.bias.map_or(Ok(()), |bias| check_len("bias", bias.len(), self.num_experts.saturating_mul(self.outputs())))
-    }
-}
 
 /// Low-rank factors of a stack, in PEFT's layout.
 #[derive(Debug, Clone, Copy)]
@@ -182,6 +91,15 @@ impl Routing<'_> {
         self.row(position) / self.top_k
     }
 
+    /// Routing weights of a task's rows, one lane per block; zero beyond the last row.
+    pub(super) fn weight_lanes(&self, task: &Task, lanes: &mut Vec<Lanes>) {
+        lanes.clear();
+        lanes.resize(task.rows.len().div_ceil(LANES), Lanes::default());
+        for (i, position) in task.rows.clone().enumerate() {
+            lanes[i / LANES].0[i % LANES] = self.weights[self.row(position)];
+        }
+    }
+
     /// Checks the routing, the block, and the two against `tokens`; what passes cannot index out of bounds.
     pub(super) fn check(&self, block: &Block<'_>, tokens: usize) -> Result<()> {
         block.check()?;
@@ -189,25 +107,10 @@ impl Routing<'_> {
         check_len("permutation", self.permutation.len(), rows)?;
         check_len("weights", self.weights.len(), rows)?;
         check_len("offsets", self.offsets.len(), block.gate_up.num_experts.saturating_add(1))?;
-        let ascending = self.offsets.windows(2).all(|pair| pair[0] <= pair[1]);
-        if !ascending || self.offsets.first() != Some(&0) || self.offsets.last().map(|&r| r as usize) != Some(rows) {
-            return Err(Error::invalid(
-                "offsets",
-                format!("{:?}", self.offsets),
-                format!("0, ascending, up to {rows}"),
-            ));
-        }
+        check_len("rows of offsets", check_offsets(self.offsets)?, rows)?;
         match self.permutation.iter().find(|&&row| row < 0 || row as usize >= rows) {
             Some(row) => Err(Error::invalid("permutation", row, format!("rows in 0..{rows}"))),
             None => Ok(()),
         }
     }
-}
-
-/// Checks one length.
-pub(super) fn check_len(name: &'static str, found: usize, wanted: usize) -> Result<()> {
-    if found == wanted {
-        return Ok(());
-    }
-    Err(Error::invalid(name, format!("{found} long"), wanted))
 }

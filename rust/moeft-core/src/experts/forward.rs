@@ -2,11 +2,10 @@
 
 use std::sync::Mutex;
 
-use super::block::{check_len, Block, Routing};
+use super::block::{Block, Routing};
 use super::gate::Pairs;
 use super::linear::{scale_rows, ExpertLinear};
-use super::tasks::{tasks, weight_lanes};
-use crate::gemm::{Floats, FloatsMut, Lanes, Rows};
+use crate::gemm::{check_len, tasks, Floats, FloatsMut, Lanes, Rows};
 use crate::isa::Isa;
 use crate::{parallel, Result};
 
@@ -37,39 +36,38 @@ pub fn forward(
     if let Some(h) = &h {
         check_len("h", h.len(), routing.permutation.len() * 2 * inner)?;
     }
-    let tasks = tasks(routing);
+    let tasks = tasks(routing.offsets);
     let precision = h.as_ref().map_or(out.precision(), FloatsMut::precision);
-    let h_parts: Option<Vec<_>> = h.map(|h| {
-        h.split(tasks.iter().map(|task| task.positions.len() * 2 * inner)).into_iter().map(Mutex::new).collect()
-    });
+    let h_parts: Option<Vec<_>> =
+        h.map(|h| h.split(tasks.iter().map(|task| task.rows.len() * 2 * inner)).into_iter().map(Mutex::new).collect());
     let pairs = Pairs { inner, interleaved: block.interleaved };
 
     let work = |index: usize, slot: &mut Slot| {
         let task = &tasks[index];
-        let source = |i: usize| routing.token(task.positions.start + i);
-        slot.x.load(isa, x, (task.positions.len(), hidden), source, &mut slot.rows);
-        let up = ExpertLinear::new(&block.gate_up, block.gate_up_lora.as_ref(), task.expert, &mut slot.b);
+        let source = |i: usize| routing.token(task.rows.start + i);
+        slot.x.load(isa, x, (task.rows.len(), hidden), source, &mut slot.rows);
+        let up = ExpertLinear::new(&block.gate_up, block.gate_up_lora.as_ref(), task.group, &mut slot.b);
         up.forward(isa, &slot.x, &mut slot.h, &mut slot.low_rank, &mut slot.panel);
         slot.h.round(precision);
         if let Some(parts) = &h_parts {
             let mut part = parts[index].lock().expect("one worker per task");
             slot.h.unload(isa, &mut slot.rows, |i, row| part.write(i * row.len(), row));
         }
-        slot.act.reshape(task.positions.len(), inner);
+        slot.act.reshape(task.rows.len(), inner);
         let blocks = slot.act.lanes_mut().chunks_exact_mut(inner.max(1));
         for (h, act) in slot.h.blocks().zip(blocks) {
             block.gate.forward(isa, pairs, h, act);
         }
-        let down = ExpertLinear::new(&block.down, block.down_lora.as_ref(), task.expert, &mut slot.b);
+        let down = ExpertLinear::new(&block.down, block.down_lora.as_ref(), task.group, &mut slot.b);
         down.forward(isa, &slot.act, &mut slot.y, &mut slot.low_rank, &mut slot.panel);
-        weight_lanes(routing, task, &mut slot.weights);
+        routing.weight_lanes(task, &mut slot.weights);
         scale_rows(&mut slot.y, &slot.weights);
         slot.result.clear();
         slot.y.unload(isa, &mut slot.rows, |_, row| slot.result.extend_from_slice(row));
     };
     out.accumulate(|sums| {
         parallel::ordered(tasks.len(), work, |index, slot: &mut Slot| {
-            for (position, row) in tasks[index].positions.clone().zip(slot.result.chunks_exact(hidden)) {
+            for (position, row) in tasks[index].rows.clone().zip(slot.result.chunks_exact(hidden)) {
                 add(&mut sums[routing.token(position) * hidden..][..hidden], row);
             }
         });

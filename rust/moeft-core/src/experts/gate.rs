@@ -133,7 +133,7 @@ impl Activation for Silu {
 struct GeluTanh;
 
 /// sqrt(8 / pi): `0.5 * (1 + tanh(u))` is `sigmoid(2 u)`, without the cancellation.
-const GELU_SLOPE: f32 = 1.595_769_1;
+const GELU_SLOPE: f32 = 1.595_769;
 const GELU_CUBE: f32 = 0.044_715;
 
 impl Activation for GeluTanh {

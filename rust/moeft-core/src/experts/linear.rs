@@ -1,7 +1,7 @@
 //! One expert's weight plus its low-rank delta, forward and backward.
 
-use super::block::{Lora, Stack};
-use crate::gemm::{multiply, Lanes, Matrix, Rows, Side};
+use super::block::Lora;
+use crate::gemm::{multiply, Lanes, Matrix, Rows, Side, Stack};
 use crate::isa::Isa;
 
 /// One expert of a stack, with its factors if it has an adapter.

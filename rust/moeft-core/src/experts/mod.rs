@@ -13,9 +13,8 @@ mod block;
 mod forward;
 mod gate;
 mod linear;
-mod tasks;
 
 pub use backward::{backward, Gradients};
-pub use block::{Block, Lora, Routing, Stack, StackValues};
+pub use block::{Block, Lora, Routing};
 pub use forward::forward;
 pub use gate::Gate;

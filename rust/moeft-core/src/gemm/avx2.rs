@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::few::{self, MOST_ROWS};
 use super::rows::{Lanes, Rows, LANES};
 use super::vector::{self, Panel, Vector};
 use super::Kernel;
@@ -59,6 +60,13 @@ pub(crate) unsafe fn multiply_panel(x: &Rows, panel: &Panel<'_>, out: &mut Rows,
 #[target_feature(enable = "avx2,fma")]
 pub(crate) unsafe fn add_outer(left: &Rows, right: &Rows, scale: f32, add: impl FnMut(usize, usize, f32)) {
     vector::add_outer::<F32x8, 2>(left, right, scale, add);
+}
+
+/// # Safety
+/// The CPU must have AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
+pub(crate) unsafe fn dots(weights: &[f32], inputs: &[f32], count: usize) -> [f32; MOST_ROWS] {
+    few::dots::<F32x8>(weights, inputs, count)
 }
 
 /// Sixteen rows to lanes.

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::avx2;
+use super::few::{self, MOST_ROWS};
 use super::rows::{Lanes, Rows};
 use super::vector::{self, Panel, Vector};
 use super::Kernel;
@@ -56,6 +57,13 @@ pub(crate) unsafe fn multiply_panel(x: &Rows, panel: &Panel<'_>, out: &mut Rows,
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn add_outer(left: &Rows, right: &Rows, scale: f32, add: impl FnMut(usize, usize, f32)) {
     vector::add_outer::<F32x16, 4>(left, right, scale, add);
+}
+
+/// # Safety
+/// The CPU must have AVX-512 F.
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn dots(weights: &[f32], inputs: &[f32], count: usize) -> [f32; MOST_ROWS] {
+    few::dots::<F32x16>(weights, inputs, count)
 }
 
 /// Sixteen rows to lanes.

@@ -17,6 +17,11 @@ pub enum Floats<'a> {
 }
 
 impl<'a> Floats<'a> {
+    /// Whether there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Number of values.
     pub fn len(&self) -> usize {
         match self {
@@ -36,6 +41,7 @@ impl<'a> Floats<'a> {
     }
 
     /// Widens the values from `start` on into `out`; exact.
+    #[inline(always)]
     pub fn widen(&self, start: usize, out: &mut [f32]) {
         let range = start..start + out.len();
         match self {
@@ -73,6 +79,11 @@ pub enum FloatsMut<'a> {
 }
 
 impl<'a> FloatsMut<'a> {
+    /// Whether there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Number of values.
     pub fn len(&self) -> usize {
         match self {

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::floats::Floats;
+use super::{run, Kernel};
 use crate::isa::Isa;
 use crate::nf4::{decode_run, Scales};
 
@@ -59,7 +60,7 @@ impl<'a> Matrix<'a> {
             }
             Values::Dense(floats) => {
                 for (row, out) in rows.clone().zip(scratch.chunks_exact_mut(width)) {
-                    floats.widen(start(row), out);
+                    run(isa, Widen(floats.slice(start(row)..start(row) + width), out));
                 }
             }
             Values::Nf4 { packed, scales, block_size } => {
@@ -69,5 +70,17 @@ impl<'a> Matrix<'a> {
             }
         }
         (&scratch[..rows.len() * width], width)
+    }
+}
+
+/// Widens values, with the instructions of a set.
+struct Widen<'a>(Floats<'a>, &'a mut [f32]);
+
+impl Kernel for Widen<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.0.widen(0, self.1);
     }
 }

@@ -14,19 +14,26 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod few;
 mod floats;
+mod grouped;
 mod matrix;
 mod multiply;
 mod outer;
 mod rows;
 mod scalar;
+mod stack;
 mod vector;
 
 pub use floats::{Floats, FloatsMut, Precision};
+pub use grouped::grouped_linear;
+pub(crate) use grouped::{check_offsets, tasks, Task};
 pub use matrix::{Matrix, Values};
 pub use multiply::{multiply, Side};
 pub use outer::add_outer;
 pub use rows::{Lanes, Rows, LANES};
+pub(crate) use stack::check_len;
+pub use stack::{Stack, StackValues};
 
 use crate::isa::Isa;
 

@@ -1,8 +1,9 @@
 //! Rows times a weight, panel by panel.
 
 use super::dispatch;
+use super::few::{multiply_few, MOST_ROWS};
 use super::matrix::Matrix;
-use super::rows::Rows;
+use super::rows::{Lanes, Rows};
 use super::vector::Panel;
 use crate::isa::Isa;
 
@@ -47,9 +48,13 @@ pub fn multiply(
         assert_eq!((out.count(), out.width()), (x.count(), outputs));
     } else {
         out.reshape(x.count(), outputs);
-        if steps == 0 {
-            out.fill(&vec![0.0; outputs]);
-        }
+    }
+    let few = (1..=MOST_ROWS).contains(&x.count());
+    if !accumulate && (few || steps == 0) {
+        out.lanes_mut().fill(Lanes::default());
+    }
+    if few {
+        return multiply_few(isa, x, weight, side, out, scratch);
     }
     scratch.resize(PANEL_OUTPUTS * PANEL_STEPS, 0.0);
     for first_output in (0..outputs).step_by(PANEL_OUTPUTS) {

@@ -1,5 +1,6 @@
 //! Vectors of plain Rust: what the compiler makes of sixteen f32 on any CPU.
 
+use super::few::{self, MOST_ROWS};
 use super::rows::{Lanes, Rows, LANES};
 use super::vector::{self, Panel, Vector};
 use super::Kernel;
@@ -42,6 +43,10 @@ pub(crate) fn multiply_panel(x: &Rows, panel: &Panel<'_>, out: &mut Rows, accumu
 
 pub(crate) fn add_outer(left: &Rows, right: &Rows, scale: f32, add: impl FnMut(usize, usize, f32)) {
     vector::add_outer::<Lanes, 1>(left, right, scale, add);
+}
+
+pub(crate) fn dots(weights: &[f32], inputs: &[f32], count: usize) -> [f32; MOST_ROWS] {
+    few::dots::<Lanes>(weights, inputs, count)
 }
 
 /// Sixteen rows to lanes: a transposition.

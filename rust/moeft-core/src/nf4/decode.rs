@@ -24,6 +24,11 @@ pub enum Scales<'a> {
 }
 
 impl<'a> Scales<'a> {
+    /// Whether there are no blocks.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Number of blocks.
     pub fn len(&self) -> usize {
         match self {

@@ -1,0 +1,77 @@
+"""The grouped linear on the CPU: tensors handed to the Rust core as buffers, without a copy.
+
+Shapes: R rows, E experts, K inputs, F outputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeft import _core
+from moeft.kernels.nf4 import NF4Weight
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class Stack(NamedTuple):
+    """The weights of all experts as the core reads them."""
+
+    values: np.ndarray
+    dtype: str
+    shape: tuple[int, int, int]
+    transposed: bool
+    bias: np.ndarray | None
+    block_size: int
+    absmax: np.ndarray | None
+    nested_absmax: np.ndarray | None
+    nested_offset: float
+
+    @classmethod
+    def of(cls, weight: NF4Weight | Tensor, transposed: bool = False, bias: Tensor | None = None) -> Stack:
+        """Buffers of a packed or dense stack ``[E, F, K]``; a weight of two axes counts as a stack of one."""
+        shape = tuple(weight.shape) if len(weight.shape) == 3 else (1, *weight.shape)
+        float_bias = None if bias is None else buffer(bias.float().contiguous())
+        if isinstance(weight, Tensor):
+            values = buffer(weight.contiguous())
+            return cls(values, DTYPES[weight.dtype], shape, transposed, float_bias, 0, None, None, 0.0)
+        nested = weight.nested
+        return cls(
+            buffer(weight.packed.contiguous()),
+            "nf4",
+            shape,
+            transposed,
+            float_bias,
+            weight.block_size,
+            buffer(weight.absmax.contiguous()),
+            None if nested is None else buffer(nested.absmax),
+            0.0 if nested is None else float(nested.offset),
+        )
+
+
+def grouped_linear(x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor, transpose: bool) -> Tensor:
+    """As :func:`moeft.kernels.grouped_linear.grouped_linear`; products are summed in float32."""
+    x_RK = x_RK.contiguous()
+    stack = Stack.of(weight)
+    out = x_RK.new_empty(x_RK.shape[0], stack.shape[2 if transpose else 1])
+    _core.grouped_linear(
+        buffer(x_RK),
+        DTYPES[x_RK.dtype],
+        offsets_E1.numpy(),
+        stack,
+        transpose,
+        buffer(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def buffer(tensor: Tensor) -> np.ndarray:
+    """A flat view of a contiguous tensor that numpy can name: 16-bit floats as uint16."""
+    flat = tensor.detach().view(-1)
+    return (flat.view(torch.uint16) if flat.dtype in (torch.bfloat16, torch.float16) else flat).numpy()

@@ -1,0 +1,73 @@
+//! Stacks of experts, packed or dense, from Python.
+
+use moeft_core::gemm::{Stack, StackValues};
+use moeft_core::nf4::Scales;
+use pyo3::prelude::*;
+
+use crate::buffers::{Buffers, Input};
+use crate::floats::FloatInput;
+
+/// Attributes of a stack of experts; see `Stack` in `moeft/kernels/grouped_linear/cpu.py`.
+#[derive(FromPyObject)]
+pub struct StackArgument<'py> {
+    values: Bound<'py, PyAny>,
+    dtype: String,
+    shape: (usize, usize, usize),
+    transposed: bool,
+    bias: Option<Bound<'py, PyAny>>,
+    block_size: usize,
+    absmax: Option<Bound<'py, PyAny>>,
+    nested_absmax: Option<Bound<'py, PyAny>>,
+    nested_offset: f32,
+}
+
+/// Buffers of one stack.
+pub struct StackBuffers {
+    values: StackInput,
+    bias: Option<Input<f32>>,
+}
+
+enum StackInput {
+    Dense(FloatInput),
+    Nf4 { packed: Input<u8>, absmax: Input<f32> },
+    Nested { packed: Input<u8>, codes: Input<u8>, absmax2: Input<f32> },
+}
+
+impl StackBuffers {
+    /// Takes the buffers; see [`Buffers`].
+    pub fn take(buffers: &mut Buffers, stack: &StackArgument<'_>) -> PyResult<Self> {
+        let values = match (&stack.absmax, &stack.nested_absmax) {
+            (None, _) => StackInput::Dense(FloatInput::take(buffers, "weight", &stack.values, &stack.dtype)?),
+            (Some(absmax), None) => StackInput::Nf4 {
+                packed: buffers.input("packed", &stack.values)?,
+                absmax: buffers.input("absmax", absmax)?,
+            },
+            (Some(codes), Some(absmax2)) => StackInput::Nested {
+                packed: buffers.input("packed", &stack.values)?,
+                codes: buffers.input("absmax", codes)?,
+                absmax2: buffers.input("nested absmax", absmax2)?,
+            },
+        };
+        let bias = stack.bias.as_ref().map(|bias| buffers.input("bias", bias)).transpose()?;
+        Ok(Self { values, bias })
+    }
+
+    /// The stack.
+    pub fn view(&self, stack: &StackArgument<'_>) -> Stack<'_> {
+        let (num_experts, rows, cols) = stack.shape;
+        let block_size = stack.block_size;
+        let values = match &self.values {
+            StackInput::Dense(floats) => StackValues::Dense(floats.view()),
+            StackInput::Nf4 { packed, absmax } => {
+                StackValues::Nf4 { packed: packed.slice(), scales: Scales::Plain(absmax.slice()), block_size }
+            }
+            StackInput::Nested { packed, codes, absmax2 } => {
+                let (codes, absmax2, offset) = (codes.slice(), absmax2.slice(), stack.nested_offset);
+                let scales = Scales::Nested { codes, absmax2, offset, first: 0 };
+                StackValues::Nf4 { packed: packed.slice(), scales, block_size }
+            }
+        };
+        let bias = self.bias.as_ref().map(Input::slice);
+        Stack { values, num_experts, rows, cols, transposed: stack.transposed, bias }
+    }
+}
