@@ -24,7 +24,7 @@ pub struct Gradients<'a> {
 /// Computes the gradients of an expert block.
 ///
 /// With `g` the gradient of an output row before its weight and `a` its activation, the gradient of the weight is
-/// `<g W, a>`: the output rows are neither kept nor computed again.
+/// `<g W, a> + <g, bias>`: the output rows are neither kept nor computed again.
 ///
 /// # Arguments
 /// * `x`, `h` - as given to and written by [`forward`](super::forward()).
@@ -80,10 +80,13 @@ pub fn backward(
             scale_rows(&mut slot.low_rank_g, &slot.weights);
             slot.down.outer(isa, &slot.g, &slot.low_rank_x, &slot.low_rank_g, &slot.act);
         }
-        slot.by_weight.clear();
         let blocks = slot.h.lanes_mut().chunks_exact_mut(2 * inner.max(1));
+        slot.by_weight.clear();
         for ((h, grad_act), weights) in blocks.zip(slot.grad_act.blocks()).zip(&slot.weights) {
             slot.by_weight.push(block.gate.backward(isa, pairs, *weights, grad_act, h));
+        }
+        for (sums, products) in slot.by_weight.iter_mut().zip(down.bias_products(&slot.g)) {
+            add(&mut sums.0, &products.0);
         }
         // `h` now holds its own gradient.
         let up = ExpertLinear::new(&block.gate_up, block.gate_up_lora.as_ref(), task.group, &mut slot.b);

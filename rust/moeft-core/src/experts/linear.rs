@@ -72,6 +72,21 @@ impl<'a> ExpertLinear<'a> {
         }
     }
 
+    /// Products of each row of `g` with the bias, one lane per block; empty without a bias.
+    pub(super) fn bias_products<'s>(&'s self, g: &'s Rows) -> impl Iterator<Item = Lanes> + 's {
+        self.bias.into_iter().flat_map(|bias| {
+            g.blocks().map(move |block| {
+                let mut sums = Lanes::default();
+                for (lanes, bias) in block.iter().zip(bias) {
+                    for (sum, value) in sums.0.iter_mut().zip(lanes.0) {
+                        *sum += value * bias;
+                    }
+                }
+                sums
+            })
+        })
+    }
+
     /// `low_rank = scaling g B`. Does nothing without an adapter.
     pub(super) fn project_back(&self, isa: Isa, g: &Rows, low_rank: &mut Rows, panel: &mut Vec<f32>) {
         if let Some(factors) = &self.factors {
