@@ -38,9 +38,9 @@ class ParamWrapper(peft_layer.ParamWrapper):
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         shape = self.get_base_layer().packed_shapes[self.parameter_name]
-        self.num_experts, out_features, in_features = shape
+        self.num_experts, rows, columns = shape
         self._param_ndim = len(shape)
-        return in_features, out_features
+        return (rows, columns) if self.get_base_layer().layout.transposed else (columns, rows)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; see PEFT."""
