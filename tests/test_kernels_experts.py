@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moeft.kernels import ExpertLora, LoraFactors, experts, nf4
+from moeft.kernels import ClampedSwiglu, ExpertLayout, ExpertLora, LoraFactors, experts, nf4
 from moeft.kernels.experts import reference
+from moeft.kernels.experts.spec import PLAIN
 
 # One bf16 rounding is 0.0017 relative RMS; independent ones add in quadrature. Ten weigh on the longest chain: W, W x
 # and the activation of each stack going forward, W and W^T g of each going back. Those of the LoRA terms are small
@@ -19,7 +20,20 @@ class Case:
     """Inputs of an expert block, unit variance."""
 
     def __init__(
-        self, dtype, *, experts=7, hidden=64, inner=48, tokens=33, top_k=2, rank=4, packed=True, routing="any", seed=0
+        self,
+        dtype,
+        *,
+        experts=7,
+        hidden=64,
+        inner=48,
+        tokens=33,
+        top_k=2,
+        rank=4,
+        packed=True,
+        routing="any",
+        layout=PLAIN,
+        biased=False,
+        seed=0,
     ):
         generator = torch.Generator().manual_seed(seed)
 
@@ -35,8 +49,10 @@ class Case:
             scores[:, 3] = -1
         self.index = scores.topk(top_k).indices
         self.weights = torch.rand(tokens, top_k, generator=generator, dtype=adapter_dtype)
-        self.gate_up = randn(experts, 2 * inner, hidden) / hidden**0.5
-        self.down = randn(experts, hidden, inner) / inner**0.5
+        self.gate_up = randn(*layout.gate_up_shape(experts, inner, hidden)) / hidden**0.5
+        self.down = randn(*((experts, inner, hidden) if layout.transposed else (experts, hidden, inner))) / inner**0.5
+        biases = {"gate_up_bias": randn(experts, 2 * inner), "down_bias": randn(experts, hidden)} if biased else {}
+        self.options = {"layout": layout, **biases}
         if packed:
             self.gate_up, self.down = nf4.quantize(self.gate_up), nf4.quantize(self.down)
         self.factors = [
@@ -52,7 +68,7 @@ class Case:
         leaves = [t.clone().requires_grad_() for t in (self.x, self.weights, *self.factors)]
         a_up, b_up, a_down, b_down = leaves[2:]
         lora = ExpertLora(LoraFactors(a_up, b_up, 0.5), LoraFactors(a_down, b_down, 2.0))
-        out = block(leaves[0], self.index, leaves[1], self.gate_up, self.down, activation, lora)
+        out = block(leaves[0], self.index, leaves[1], self.gate_up, self.down, activation, lora, **self.options)
         out.backward(self.grad)
         return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -97,13 +113,45 @@ def test_gelu_equals_the_reference():
     assert_equal_to_reference(Case(torch.float32), torch.float32, gelu)
 
 
-def test_gradients_pass_gradcheck():
-    case = Case(torch.float64, experts=3, hidden=5, inner=4, tokens=6, rank=2, packed=False)
+LAYOUTS = [ExpertLayout(transposed, interleaved) for transposed in (False, True) for interleaved in (False, True)]
+
+
+# The gradient of a clamp jumps at its limit, where a bf16 rounding turns it on or off: bf16 gets a limit out of reach.
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1.5), (torch.bfloat16, 99.0)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_with_biases_equals_the_reference(layout, dtype, limit):
+    case = Case(dtype, layout=layout, biased=True, routing="hole")
+    assert_equal_to_reference(case, dtype, ClampedSwiglu(1.7, limit))
+
+
+def test_transposed_stacks_compute_what_plain_ones_do():
+    case = Case(torch.float32, packed=False)
+    plain = case.run(experts)
+    case.gate_up, case.down = case.gate_up.mT.contiguous(), case.down.mT.contiguous()
+    case.options["layout"] = ExpertLayout(transposed=True)
+    for ours, theirs in zip(case.run(experts), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_split_and_join_are_inverse(interleaved):
+    layout, h = ExpertLayout(interleaved=interleaved), torch.randn(5, 14)
+    gate, up = layout.split(h)
+    assert gate.shape == up.shape == (5, 7)
+    assert torch.equal(layout.join(gate, up), h)
+
+
+@pytest.mark.parametrize(("layout", "activation"), [(LAYOUTS[0], functional.silu), (LAYOUTS[3], ClampedSwiglu(1.7, 2))])
+def test_gradients_pass_gradcheck(layout, activation):
+    biased = layout.transposed
+    case = Case(
+        torch.float64, experts=3, hidden=5, inner=4, tokens=6, rank=2, packed=False, layout=layout, biased=biased
+    )
     inputs = [t.clone().requires_grad_() for t in (case.x, case.weights, *case.factors)]
 
     def block(x, weights, a_up, b_up, a_down, b_down):
         lora = ExpertLora(LoraFactors(a_up, b_up, 0.5), LoraFactors(a_down, b_down, 2.0))
-        return experts(x, case.index, weights, case.gate_up, case.down, functional.silu, lora)
+        return experts(x, case.index, weights, case.gate_up, case.down, activation, lora, **case.options)
 
     assert torch.autograd.gradcheck(block, inputs)
 
@@ -173,6 +221,9 @@ def test_autocast_computes_in_its_dtype_and_returns_the_dtype_of_x():
         ({"gate_up": torch.zeros(7, 90, 64)}, r"gate_up has shape \(7, 90, 64\)"),
         ({"down": torch.zeros(7, 64)}, "3 axes"),
         ({"down": torch.zeros(7, 64, 48, requires_grad=True)}, "freeze the weight"),
+        ({"options": {"layout": ExpertLayout(transposed=True)}}, r"expected \(7, 48, 128\).*both transposed"),
+        ({"options": {"down_bias": torch.zeros(7, 48)}}, r"down_bias has shape \(7, 48\), expected \(7, 64\)"),
+        ({"options": {"gate_up_bias": torch.zeros(7, 96, requires_grad=True)}}, "gate_up_bias requires a gradient"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -180,7 +231,7 @@ def test_bad_input_is_named(change, message):
     for name, value in change.items():
         setattr(case, name, value)
     with pytest.raises(ValueError, match=message):
-        experts(case.x, case.index, case.weights, case.gate_up, case.down, functional.silu)
+        experts(case.x, case.index, case.weights, case.gate_up, case.down, functional.silu, **case.options)
 
 
 def test_no_tokens_give_no_rows():

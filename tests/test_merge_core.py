@@ -348,13 +348,31 @@ def test_recipe_may_be_yaml_with_relative_paths(tmp_path, qwen):
         _core.merge_checkpoint("a: [", ".", str(tmp_path / "x"))
 
 
-def test_unknown_model_type_names_the_known(tmp_path, qwen):
-    base, adapter = qwen
-    copy = shutil.copytree(base, tmp_path / "base")
+def with_model_type(base: Path, folder: Path, model_type: str) -> Path:
+    copy = shutil.copytree(base, folder)
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"model_type": "gemma9"}))
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    return copy
+
+
+def test_unknown_model_type_names_the_known(tmp_path, qwen):
+    _, adapter = qwen
+    base = save_base(tmp_path / "base", "mixtral", torch.bfloat16)  # w1, w2 and w3 do not say what they are
+    copy = with_model_type(base, tmp_path / "copy", "gemma9")
     with pytest.raises(UnsupportedModelError, match=r"gemma9.*mixtral"):
         merge(copy, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["gemma4", "qwen3_moe", "gpt_oss"])
+def test_unknown_model_type_is_merged_by_the_names_and_shapes_of_its_experts(tmp_path, family):
+    base = save_base(tmp_path / "base", family, torch.bfloat16)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    copy = with_model_type(base, tmp_path / "copy", "gemma9")
+    merge(base, adapter, tmp_path / "known")
+    merge(copy, adapter, tmp_path / "unknown")
+    known, unknown = disk_tensors(tmp_path / "known"), disk_tensors(tmp_path / "unknown")
+    assert known.keys() == unknown.keys()
+    assert all(torch.equal(known[name], unknown[name]) for name in known)
 
 
 def test_interruption_propagates_and_the_next_run_goes_on(tmp_path, qwen):

@@ -6,20 +6,33 @@ import pytest
 import torch
 from torch import nn
 
+from moeft.integration import experts_module
 from moeft.kernels import nf4
 from moeft.modules import NF4Experts
 from moeft.modules.packed import members_of
-from tests.tiny_models import tiny_model
+from tests.tiny_models import MOE_NAMES, UNKNOWN_NAMES, tiny_model
+
+
+@pytest.fixture(params=[*MOE_NAMES, *UNKNOWN_NAMES])
+def family(request):
+    return request.param
 
 
 def experts_of(family: str) -> nn.Module:
     return next(m for m in tiny_model(family).modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter))
 
 
+def unpacked(plain: nn.Module, double_quant: bool) -> NF4Experts:
+    """The module under test, without values."""
+    spec = experts_module.read("experts", plain)
+    shapes = plain.gate_up_proj.shape, plain.down_proj.shape
+    return NF4Experts(*shapes, spec.activation, 64, double_quant, spec.layout, **experts_module.biases(plain))
+
+
 def packed_and_rounded(family: str, double_quant: bool) -> tuple[NF4Experts, nn.Module]:
     """The module under test, and transformers' module with the same values."""
     plain = experts_of(family).requires_grad_(False)
-    packed = NF4Experts(plain.gate_up_proj.shape, plain.down_proj.shape, plain.act_fn, 64, double_quant)
+    packed = unpacked(plain, double_quant)
     for name in packed.packed_shapes:
         weight = nf4.quantize(getattr(plain, name), double_quant=double_quant)
         for member, tensor in members_of(name, weight).items():
@@ -51,8 +64,8 @@ def test_block_output_and_gradients_equal_transformers(family, implementation, d
 
 
 def test_packed_weight_is_what_the_state_dict_holds(family):
-    packed, _ = packed_and_rounded(family, double_quant=True)
-    copy = NF4Experts(*packed.packed_shapes.values(), packed.act_fn, 64, True).to_empty(device="cpu")
+    packed, plain = packed_and_rounded(family, double_quant=True)
+    copy = unpacked(plain, double_quant=True).to_empty(device="cpu")
     copy.load_state_dict(packed.state_dict(), strict=True)
     for name in packed.packed_shapes:
         restored = nf4.dequantize(copy.packed_weight(name), dtype=torch.float32)

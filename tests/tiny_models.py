@@ -8,7 +8,12 @@ from typing import Any
 import torch
 import transformers
 
-FAMILY_NAMES = ("gemma4", "qwen3_moe", "olmoe", "mixtral")
+# One of each way in which experts are stored and named: most tests of experts run for these.
+FAMILY_NAMES = ("gemma4", "qwen3_moe", "olmoe", "mixtral", "gpt_oss")
+MOE_NAMES = (*FAMILY_NAMES, "qwen3_next", "qwen3_5_moe", "deepseek_v3", "glm4_moe", "granitemoe")
+DENSE_NAMES = ("gemma4_e4b", "gemma3", "llama", "qwen3")
+# Mixture-of-Experts models of transformers that have no family file.
+UNKNOWN_NAMES = ("flex_olmo", "dots1", "ernie4_5_moe")
 VOCABULARY = 192
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -21,49 +26,192 @@ COMMON: dict[str, Any] = {
 }
 
 
+LINEAR_ATTENTION: dict[str, Any] = {
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
+CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
+    "gemma4": (
+        transformers.Gemma4TextConfig,
+        {
+            "vocab_size_per_layer_input": VOCABULARY,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "enable_moe_block": True,
+            "num_experts": 7,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 48,
+            "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            **MOE,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "num_experts": 5,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "olmoe": (
+        transformers.OlmoeConfig,
+        {"intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"intermediate_size": 80, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    # Clamps at 1: the real limit of 7 is out of reach of a tiny random model.
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {
+            "intermediate_size": 36,
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "swiglu_limit": 1.0,
+        },
+    ),
+    "qwen3_next": (
+        transformers.Qwen3NextConfig,
+        {
+            **MOE,
+            **LINEAR_ATTENTION,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "num_experts": 5,
+            "shared_expert_intermediate_size": 28,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mlp_only_layers": [2],
+        },
+    ),
+    "qwen3_5_moe": (
+        transformers.Qwen3_5MoeTextConfig,
+        {
+            **MOE,
+            **LINEAR_ATTENTION,
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+            "num_experts": 5,
+            "shared_expert_intermediate_size": 28,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config,
+        {
+            **MOE,
+            "num_key_value_heads": 4,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "n_routed_experts": 6,
+            "n_group": 3,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 12,
+            "v_head_dim": 20,
+        },
+    ),
+    "glm4_moe": (
+        transformers.Glm4MoeConfig,
+        {
+            **MOE,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "n_routed_experts": 5,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "granitemoe": (
+        transformers.GraniteMoeConfig,
+        {"intermediate_size": 20, "num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "gemma4_e4b": (
+        transformers.Gemma4TextConfig,
+        {
+            "vocab_size_per_layer_input": VOCABULARY,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 16,
+            "hidden_size_per_layer_input": 24,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 30.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "llama": (transformers.LlamaConfig, {"intermediate_size": 96, "num_hidden_layers": 2}),
+    "qwen3": (transformers.Qwen3Config, {"intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}),
+    "flex_olmo": (
+        transformers.FlexOlmoConfig,
+        {"intermediate_size": 20, "num_hidden_layers": 2, "num_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "dots1": (
+        transformers.Dots1Config,
+        {
+            **MOE,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "n_routed_experts": 5,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "head_dim": 16,
+        },
+    ),
+    "ernie4_5_moe": (
+        transformers.Ernie4_5_MoeConfig,
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 20,
+            "num_hidden_layers": 2,
+            "moe_num_experts": 5,
+            "moe_k": 2,
+            "moe_layer_start_index": 1,
+        },
+    ),
+}
+
+
 def tiny_config(family: str) -> transformers.PreTrainedConfig:
     """Config of a model with a few ten thousand parameters."""
-    if family == "gemma4":
-        return transformers.Gemma4TextConfig(
-            **COMMON,
-            vocab_size_per_layer_input=VOCABULARY,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            head_dim=16,
-            global_head_dim=32,
-            num_global_key_value_heads=1,
-            attention_k_eq_v=True,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-            sliding_window=16,
-            hidden_size_per_layer_input=0,
-            num_kv_shared_layers=0,
-            enable_moe_block=True,
-            num_experts=7,
-            top_k_experts=3,
-            moe_intermediate_size=48,
-            final_logit_softcapping=30.0,
-            tie_word_embeddings=True,
-        )
-    if family == "qwen3_moe":
-        return transformers.Qwen3MoeConfig(
-            **COMMON,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            head_dim=16,
-            num_experts=5,
-            num_experts_per_tok=2,
-            moe_intermediate_size=20,
-            mlp_only_layers=[1],
-        )
-    if family == "olmoe":
-        return transformers.OlmoeConfig(
-            **COMMON, intermediate_size=32, num_hidden_layers=2, num_experts=5, num_experts_per_tok=2
-        )
-    if family == "mixtral":
-        return transformers.MixtralConfig(
-            **COMMON, intermediate_size=80, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2
-        )
-    raise KeyError(family)
+    config, options = CONFIGS[family]
+    return config(**{**COMMON, **options})
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> transformers.PreTrainedModel:

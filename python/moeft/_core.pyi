@@ -96,6 +96,57 @@ def nf4_unnest(codes: _Array, absmax2: _Array, offset: float, out: _Array) -> No
         out: Output, float32, as long as ``codes``.
     """
 
+def grouped_linear(
+    x: _Array, dtype: _WeightDtype, offsets: _Array, stack: Any, transpose: bool, out: _Array, threads: int
+) -> None:
+    """Multiply each expert's block of rows by that expert's weight; products are summed in float32.
+
+    Args:
+        x: Rows sorted by expert, float32 or uint16 by ``dtype``.
+        dtype: Element type of ``x`` and ``out``.
+        offsets: int32, start of each expert's block, then the number of rows.
+        stack: A ``Stack`` of ``moeft/kernels/grouped_linear/cpu.py``.
+        transpose: Multiply by the weight instead of its transpose.
+        out: Output, as many rows.
+        threads: Most threads to use.
+    """
+
+def experts_forward(block: Any, x: _Array, h: _Array | None, out: _Array, threads: int) -> None:
+    """Send tokens through their experts and add up the weighted results.
+
+    Args:
+        block: A ``Block`` of ``moeft/kernels/experts/cpu.py``.
+        x: ``[T, H]`` tokens, float32 or uint16 by ``block.dtype``, as all arrays of rows.
+        h: Output, ``[R, 2I]`` inputs of the activation for backward, or None.
+        out: Output, ``[T, H]``.
+        threads: Most threads to use.
+    """
+
+def experts_backward(
+    block: Any,
+    x: _Array,
+    h: _Array,
+    grad: _Array,
+    grad_x: _Array | None,
+    grad_weights: _Array,
+    grad_gate_up: tuple[_Array, _Array] | None,
+    grad_down: tuple[_Array, _Array] | None,
+    threads: int,
+) -> None:
+    """Compute the gradients of an expert block.
+
+    Args:
+        block: As given to ``experts_forward``.
+        x: As given to ``experts_forward``.
+        h: As written by ``experts_forward``.
+        grad: ``[T, H]`` gradient of the output.
+        grad_x: Output, ``[T, H]``, or None.
+        grad_weights: Output, float32, gradient of each row's routing weight.
+        grad_gate_up: Outputs, float32, gradients of A and B of gate_up, or None.
+        grad_down: Outputs, float32, gradients of A and B of down, or None.
+        threads: Most threads to use.
+    """
+
 def bucket(expert_index: _Array, num_experts: int, permutation: _Array, inverse: _Array, offsets: _Array) -> None:
     """Sort R rows by expert; rows of one expert keep their order.
 

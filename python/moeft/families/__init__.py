@@ -15,10 +15,25 @@ from typing import Any
 
 from moeft.errors import UnsupportedModelError
 
-__all__ = ["COMPONENTS", "Family", "all_families", "for_model_type"]
+__all__ = ["COMPONENTS", "Family", "StackLayout", "all_families", "for_model_type"]
 
 COMPONENTS = ("experts", "attention", "mlp", "router", "embeddings", "other")
 EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class StackLayout:
+    """How the stacks of experts lie in memory; all false is ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``.
+
+    Attributes:
+        transposed: ``[E, H, 2I]`` and ``[E, I, H]`` instead.
+        interleaved: Gate and up alternate along the axis of 2I, instead of all gates coming first.
+        biased: Each stack has a bias of its own, ``gate_up_proj_bias [E, 2I]`` and ``down_proj_bias [E, H]``.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+    biased: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,8 +47,9 @@ class Family:
         multimodal_prefix: Prefix of the text model inside a multimodal model; stands for ``model.``.
         text_class: transformers class of the text part alone.
         config: Our name of a config field -> its spellings in this family.
-        experts: Path of the experts module below a decoder layer.
+        experts: Path of the experts module below a decoder layer; None in a dense family.
         linears: Component (``attention``, ``mlp``, ``router``) -> paths of its linear layers below a decoder layer.
+        layout: How the stacks of experts lie in memory.
     """
 
     name: str
@@ -42,8 +58,9 @@ class Family:
     multimodal_prefix: str | None
     text_class: str | None
     config: dict[str, tuple[str, ...]]
-    experts: str
+    experts: str | None
     linears: dict[str, tuple[str, ...]]
+    layout: StackLayout = StackLayout()
 
     @functools.cached_property
     def _layer(self) -> re.Pattern[str]:
@@ -58,12 +75,12 @@ class Family:
         return match[1] if match else None
 
     def component(self, name: str) -> str:
-        """Component of a module or parameter, one of :data:`COMPONENTS`."""
+        """Component of a module or parameter, one of :data:`COMPONENTS`; biases of experts are "other"."""
         below = self.below_layer(name)
         if below is None:
             return "embeddings" if any(part in EMBEDDINGS for part in name.split(".")) else "other"
-        if below == self.experts or below.startswith(self.experts + "."):
-            return "experts"
+        if below == self.experts or (self.experts and below.startswith(self.experts + ".")):
+            return "other" if below.endswith("_bias") else "experts"
         for component, paths in self.linears.items():
             if any(below == path or below.startswith(path + ".") for path in paths):
                 return component
@@ -104,7 +121,8 @@ def _parse(name: str, table: dict[str, Any]) -> Family:
         layers=table["layers"],
         multimodal_prefix=table.get("multimodal_prefix"),
         text_class=table.get("text_class"),
-        config={field: tuple(spellings) for field, spellings in table["config"].items()},
-        experts=modules["experts"],
+        config={field: tuple(spellings) for field, spellings in table.get("config", {}).items()},
+        experts=modules.get("experts"),
         linears={component: tuple(modules[component]) for component in ("attention", "mlp", "router")},
+        layout=StackLayout(**table.get("layout", {})),
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from moeft import families
 from moeft.errors import AuditError
+from moeft.integration import model_family
 from moeft.modules import PackedModule
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def audit(model: PreTrainedModel | PeftModel, strict: bool = False) -> Audit:
         AuditError: With ``strict``, if experts are not 4-bit or there are none; the message holds the table.
         UnsupportedModelError: If the family is unknown.
     """
-    family = families.for_model_type(model.config.model_type)
+    family = model_family.of_model(model)
     totals: dict[tuple[str, str], list[int]] = {}
     for component, dtype, parameters, size in _tensors(model, family):
         entry = totals.setdefault((component, dtype), [0, 0])
@@ -101,7 +102,7 @@ def _tensors(model: nn.Module, family: families.Family) -> Iterator[tuple[str, s
     """Component, dtype, parameters and bytes of every tensor that a checkpoint would hold, shared ones once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        own = _name_in_base(path)
+        own = model_family.name_in_base(path)
         packed = module.packed_members() if isinstance(module, PackedModule) else {}
         in_packed = {member for members in packed.values() for member in members}
         for name in packed:
@@ -115,8 +116,3 @@ def _tensors(model: nn.Module, family: families.Family) -> Iterator[tuple[str, s
             seen.add(id(tensor))
             component = ADAPTER if ".lora_" in f".{path}" else family.component(f"{own}.{name}")
             yield component, str(tensor.dtype).removeprefix("torch."), tensor.numel(), tensor.nbytes
-
-
-def _name_in_base(path: str) -> str:
-    """Module path without the wrappers of PEFT."""
-    return path.removeprefix("base_model.model.").replace(".base_layer", "")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moeft import _core, families
-from moeft.errors import CheckpointError
-from moeft.integration import loading_check
+from moeft.errors import CheckpointError, UnsupportedModelError
+from moeft.integration import loading_check, model_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def load(
         raise CheckpointError(f"{path} holds no config.json; give the folder of a checkpoint, downloaded if need be")
     _core.tensors(str(path))  # Reads every header, so that a damaged shard is named before minutes of loading.
     model_config = transformers.AutoConfig.from_pretrained(path)
-    family = families.for_model_type(model_config.model_type)
+    family = _known_family(model_config.model_type)
     # A misshapen weight raises our own error below, which names it.
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     # transformers warns about a config that a packed checkpoint does not need.
@@ -64,7 +64,7 @@ def load(
     model_class = transformers.AutoModelForCausalLM
     text_config = getattr(model_config, "text_config", None)
     renaming: dict[str, str] = {}
-    if text_only and text_config is not None and family.text_class and family.multimodal_prefix:
+    if text_only and text_config is not None and family and family.text_class and family.multimodal_prefix:
         quantization = getattr(model_config, "quantization_config", None)
         if quantization is not None:
             text_config.quantization_config = quantization
@@ -73,10 +73,20 @@ def load(
         options |= {"config": text_config, "key_mapping": renaming}
     model, info = model_class.from_pretrained(path, **options)
     loading_check.check(info["missing_keys"], info["mismatched_keys"], info.get("conversion_errors", {}))
+    if family is None:
+        model_family.of_model(model)
     if renaming:
         _forget(model, renaming)
     has_tokenizer = any((Path(path) / name).exists() for name in TOKENIZER_FILES)
     return model, transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+
+
+def _known_family(model_type: str) -> families.Family | None:
+    """The family's file, if there is one; a model without is judged by its modules, once it is built."""
+    try:
+        return families.for_model_type(model_type)
+    except UnsupportedModelError:
+        return None
 
 
 def _forget(model: PreTrainedModel, renaming: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModelForCausalLM
 
 from moeft import __version__, _core, families
 from moeft.errors import AdapterError
-from moeft.integration import peft_lora
+from moeft.integration import model_family, peft_lora
 from moeft.modules.nf4_experts import STACKS
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def add_lora(
         ValueError: If the rank is not positive or exceeds a targeted weight, or a target is unknown.
         AdapterError: If a target matches nothing in the model.
     """
-    family = families.for_model_type(model.config.model_type)
+    family = model_family.of_model(model)
     _check(rank, experts_rank, targets)
     alpha = rank if alpha is None else alpha
     modules = {t: _linears(model, family, t) for t in targets if t != "experts"}

@@ -1,4 +1,4 @@
-"""LoRA on packed weights, as PEFT modules: saved in PEFT's own layout, loaded by plain PEFT on a 16-bit base."""
+"""LoRA on packed weights and on experts, as PEFT modules: saved in PEFT's own layout, loaded by plain PEFT."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 import peft.tuners.lora.layer as peft_layer
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moeft.errors import AdapterError
+from moeft.integration import experts_implementation
 from moeft.kernels import ExpertLora, LoraFactors
 from moeft.modules import NF4Experts, NF4Linear
 
@@ -38,9 +40,9 @@ class ParamWrapper(peft_layer.ParamWrapper):
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         shape = self.get_base_layer().packed_shapes[self.parameter_name]
-        self.num_experts, out_features, in_features = shape
+        self.num_experts, rows, columns = shape
         self._param_ndim = len(shape)
-        return in_features, out_features
+        return (rows, columns) if self.get_base_layer().layout.transposed else (columns, rows)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; see PEFT."""
@@ -76,11 +78,29 @@ class ParamWrapper(peft_layer.ParamWrapper):
         raise AdapterError(MERGE_REFUSED)
 
 
+class UnpackedParamWrapper(ParamWrapper):
+    """LoRA on one stack of ordinary experts that run through ``experts_implementation="moeft"``.
+
+    With another implementation, or merged, it is PEFT's own wrapper.
+    """
+
+    _get_in_out_features = peft_layer.ParamWrapper._get_in_out_features
+    update_layer = peft_layer.ParamWrapper.update_layer
+    merge = peft_layer.ParamWrapper.merge
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the expert block with the factors of this wrapper and those nested in it."""
+        if self.merged or not experts_implementation.is_active(self.get_base_layer()):
+            return peft_layer.ParamWrapper.forward(self, x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
+
+
+UnpackedParamWrapper.__name__ = "ParamWrapper"  # see there
 LORA_MODULES = {NF4Experts: ParamWrapper, NF4Linear: PackedLinearLora}
 
 
 def install() -> None:
-    """Let PEFT put our LoRA modules on packed weights, whoever injects an adapter and from whatever config.
+    """Let PEFT put our LoRA modules on packed weights and our experts, whoever injects an adapter, from any config.
 
     PEFT's registry of custom modules hangs on one config object and is not saved, so a reloaded adapter would take
     packed bytes for an ordinary weight.
@@ -91,6 +111,9 @@ def install() -> None:
 
     def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         lora_config._register_custom_module(LORA_MODULES)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if "parameter_name" in kwargs and experts_implementation.is_active(base):
+            lora_config._register_custom_module({type(base): UnpackedParamWrapper})
         return create(lora_config, adapter_name, target, **kwargs)
 
     create_new_module.knows_packed_weights = True  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from moeft import _core, families
 from moeft.errors import CheckpointError, UnsupportedModelError
-from moeft.integration import config_fields, loading_check
+from moeft.integration import config_fields, experts_module, loading_check, model_family
 from moeft.kernels import nf4
 from moeft.modules import NF4Experts, NF4Linear, PackedModule
 from moeft.modules.nf4_experts import STACKS
@@ -36,13 +36,6 @@ DISK_SUFFIXES = {
     "_absmax": ".absmax",
     "_nested_absmax": ".nested_absmax",
     "_nested_offset": ".nested_offset",
-}
-DEFAULT_LAYOUT = {
-    "is_transposed": False,
-    "is_concatenated": True,
-    "has_bias": False,
-    "has_gate": True,
-    "has_post_expert_norm": False,
 }
 
 
@@ -66,7 +59,7 @@ class NF4Quantizer(HfQuantizer):
     ) -> None:
         from moeft.integration import peft_lora  # PEFT imports models, which import this module
 
-        family = families.for_model_type(model.config.model_type)
+        family = model_family.of_model(model)
         replaced = _replace_modules(model, family, self.quantization_config)
         if not self.pre_quantized:
             for module in replaced:
@@ -148,7 +141,7 @@ def _replace_modules(model: nn.Module, family: families.Family, config: NF4Confi
         if below is None or config.skips(name) or not config.wants(component):
             continue
         if below == family.experts:
-            replacement: PackedModule = _packed_experts(name, module, config)
+            replacement: PackedModule = _packed_experts(name, module, family, config)
         elif isinstance(module, nn.Linear) and below in family.linears.get(component, ()):
             replacement = NF4Linear(module, config.block_size, config.double_quant)
         else:
@@ -166,17 +159,18 @@ def _replace_modules(model: nn.Module, family: families.Family, config: NF4Confi
     return replaced
 
 
-def _packed_experts(name: str, module: Any, config: NF4Config) -> NF4Experts:
-    differing = {flag: getattr(module, flag, value) for flag, value in DEFAULT_LAYOUT.items()}
-    differing = {flag: value for flag, value in differing.items() if value != DEFAULT_LAYOUT[flag]}
-    shapes = [getattr(getattr(module, stack, None), "shape", torch.Size()) for stack in STACKS]
-    if differing or any(len(shape) != 3 for shape in shapes):
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) has stacks {shapes} and layout flags {differing}, expected "
-            "gate_up_proj [E, 2I, H] and down_proj [E, H, I] without flags; this layout of experts is not supported"
-        )
-    gate_up, down = shapes
-    return NF4Experts(gate_up, down, module.act_fn, config.block_size, config.double_quant)
+def _packed_experts(name: str, module: nn.Module, family: families.Family, config: NF4Config) -> NF4Experts:
+    spec = experts_module.read(name, module, family)
+    gate_up, down = (getattr(module, stack).shape for stack in STACKS)
+    return NF4Experts(
+        gate_up,
+        down,
+        spec.activation,
+        config.block_size,
+        config.double_quant,
+        spec.layout,
+        **experts_module.biases(module),
+    )
 
 
 def _disk_names(model: nn.Module) -> Iterator[tuple[str, str]]:

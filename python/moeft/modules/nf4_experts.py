@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moeft.kernels import ExpertLora, experts
+from moeft.kernels import Activation, ExpertLayout, ExpertLora, experts
+from moeft.kernels.experts.spec import PLAIN
 from moeft.modules.packed import PackedModule
 
 STACKS = ("gate_up_proj", "down_proj")
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
 
 
 class NF4Experts(PackedModule):
-    """Replaces a fused experts module of transformers v5 in its default layout.
+    """Replaces a fused experts module of transformers v5.
 
-    Stacks are ``gate_up_proj [E, 2I, H]`` (gate rows first) and ``down_proj [E, H, I]``. The call is the same:
+    Stacks are ``gate_up_proj [E, 2I, H]`` (gate rows first) and ``down_proj [E, H, I]``, unless ``layout`` says
+    otherwise; blocks run along a stack as it is stored. Biases keep their dtype. The call is the same:
     ``(hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k])``.
     """
 
@@ -24,13 +25,19 @@ class NF4Experts(PackedModule):
         self,
         gate_up_shape: torch.Size,
         down_shape: torch.Size,
-        activation: Callable[[Tensor], Tensor],
+        activation: Activation,
         block_size: int,
         double_quant: bool,
+        layout: ExpertLayout = PLAIN,
+        gate_up_bias: nn.Parameter | None = None,
+        down_bias: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
-        self.num_experts, self.hidden_dim, self.intermediate_dim = down_shape
+        self.num_experts, self.intermediate_dim, self.hidden_dim = layout.sizes(down_shape)
         self.act_fn = activation
+        self.layout = layout
+        for name, bias in zip(BIASES, (gate_up_bias, down_bias), strict=True):
+            self.register_parameter(name, bias)
         self.register_packed("gate_up_proj", gate_up_shape, block_size, double_quant)
         self.register_packed("down_proj", down_shape, block_size, double_quant)
 
@@ -39,7 +46,20 @@ class NF4Experts(PackedModule):
     ) -> Tensor:
         """Run the expert block, with the low-rank factors of an adapter if given."""
         gate_up, down = (self.packed_weight(name) for name in STACKS)
-        return experts(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn, lora)
+        # Frozen whatever the flag of the parameter says: transformers sets it on every bias that it loads.
+        gate_up_bias, down_bias = (None if b is None else b.detach() for b in (getattr(self, name) for name in BIASES))
+        return experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            gate_up,
+            down,
+            self.act_fn,
+            lora,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            layout=self.layout,
+        )
 
     def extra_repr(self) -> str:  # noqa: D102
         shapes = ", ".join(f"{name}={tuple(shape)}" for name, shape in self.packed_shapes.items())

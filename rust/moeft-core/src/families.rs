@@ -1,9 +1,13 @@
 //! What is known about each model family: names and layouts. Data only, from `python/moeft/families/*.toml`.
 
+mod detect;
+
+use std::borrow::Cow;
 use std::sync::OnceLock;
 
 use serde::Deserialize;
 
+use crate::checkpoint::Checkpoint;
 use crate::{Error, Result};
 
 /// File stem and text of every family file, embedded by `build.rs`.
@@ -25,18 +29,27 @@ pub struct Family {
     /// Class that holds the text part alone.
     pub text_class: Option<String>,
     /// Names of the config fields.
+    #[serde(default)]
     pub config: ConfigFields,
     /// Module paths below a decoder layer.
     pub modules: Modules,
+    /// How the stacks of experts lie in memory.
+    #[serde(default)]
+    pub layout: StackLayout,
     /// How the experts lie on disk.
+    #[serde(default)]
     pub disk: DiskLayout,
+    /// Experts per layer, if they were counted in a checkpoint of no known family.
+    #[serde(skip)]
+    pub experts_counted: Option<u64>,
 }
 
 /// Names of the fields of config.json. Each may have several spellings, the first that is there counts.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConfigFields {
-    /// Experts per layer.
+    /// Experts per layer; empty in a dense family.
+    #[serde(default)]
     pub num_experts: Vec<String>,
 }
 
@@ -44,8 +57,8 @@ pub struct ConfigFields {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Modules {
-    /// The module that holds `gate_up_proj` and `down_proj` of all experts.
-    pub experts: String,
+    /// The module that holds `gate_up_proj` and `down_proj` of all experts; a dense family has none.
+    pub experts: Option<String>,
     /// Router projections.
     pub router: Vec<String>,
     /// Attention projections.
@@ -54,29 +67,42 @@ pub struct Modules {
     pub mlp: Vec<String>,
 }
 
+/// How the stacks of experts lie in memory. All false is `gate_up_proj` `[E, 2I, H]`, gate rows first, and `down_proj`
+/// `[E, H, I]`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StackLayout {
+    /// `[E, H, 2I]` and `[E, I, H]` instead.
+    pub transposed: bool,
+    /// Gate and up alternate along the axis of 2I.
+    pub interleaved: bool,
+    /// Each stack has a bias of its own.
+    pub biased: bool,
+}
+
 /// Whether the experts of a layer are one tensor or one tensor each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExpertStorage {
-    /// `gate_up_proj` `[E, 2I, H]` and `down_proj` `[E, H, I]`.
+    /// The stacks as in memory.
     Fused,
     /// `gate` `[I, H]`, `up` `[I, H]` and `down` `[H, I]` of every expert.
     PerExpert,
 }
 
 /// How the experts lie on disk.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskLayout {
-    /// The layout that the hub's checkpoints of this family have.
-    pub experts: ExpertStorage,
+    /// The layout that the hub's checkpoints of this family have; a dense family has none.
+    pub experts: Option<ExpertStorage>,
     /// Name of one expert's gate below the layer; `{e}` stands for the expert.
     pub gate: Option<String>,
     /// Name of one expert's up projection.
     pub up: Option<String>,
     /// Name of one expert's down projection.
     pub down: Option<String>,
-    /// Pairs (disk, memory) of name prefixes below a decoder layer.
+    /// Pairs (disk, memory) of names, or beginnings of names, below a decoder layer.
     #[serde(default)]
     pub renames: Vec<(String, String)>,
 }
@@ -102,7 +128,7 @@ impl Family {
     ///
     /// ```
     /// use moeft_core::families::Family;
-    /// assert_eq!(Family::for_model_type("gemma4_text")?.modules.experts, "experts");
+    /// assert_eq!(Family::for_model_type("gemma4_text")?.modules.experts.as_deref(), Some("experts"));
     /// assert!(Family::for_model_type("gemma5").unwrap_err().to_string().contains("mixtral"));
     /// # Ok::<(), moeft_core::Error>(())
     /// ```
@@ -112,6 +138,20 @@ impl Family {
             Error::UnknownModelType { model_type: model_type.to_string(), known: known.join(", ") }
         })
     }
+
+    /// The family of a `model_type`; of an unknown one, what the names and shapes of its tensors say without doubt.
+    ///
+    /// # Errors
+    /// [`Error::UnknownModelType`] if they do not.
+    pub fn of_checkpoint(model_type: &str, checkpoint: &Checkpoint) -> Result<Cow<'static, Family>> {
+        match Self::for_model_type(model_type) {
+            Ok(family) => Ok(Cow::Borrowed(family)),
+            Err(unknown) => {
+                let tensors = checkpoint.tensors().map(|tensor| (&*tensor.info.name, &*tensor.info.shape));
+                detect::family(model_type, tensors).map(Cow::Owned).ok_or(unknown)
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -119,11 +159,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_family_has_all_about_experts_or_nothing() {
+        for family in Family::all() {
+            let experts = family.modules.experts.is_some();
+            assert_eq!(family.disk.experts.is_some(), experts, "{}", family.name);
+            assert_eq!(!family.config.num_experts.is_empty(), experts, "{}", family.name);
+        }
+    }
+
+    #[test]
     fn every_per_expert_family_names_its_three_tensors() {
         assert!(Family::all().len() >= 4);
         for family in Family::all() {
             let names = [&family.disk.gate, &family.disk.up, &family.disk.down];
-            let expected = family.disk.experts == ExpertStorage::PerExpert;
+            let expected = family.disk.experts == Some(ExpertStorage::PerExpert);
             for name in names {
                 assert_eq!(name.as_ref().is_some_and(|name| name.contains("{e}")), expected, "{}", family.name);
             }

@@ -11,9 +11,9 @@ use crate::Result;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stack {
-    /// `gate_up_proj` `[E, 2I, H]`: gate rows, then up rows.
+    /// `gate_up_proj` `[E, 2I, H]`: gate rows, then up rows, unless the family's layout says otherwise.
     GateUp,
-    /// `down_proj` `[E, H, I]`.
+    /// `down_proj` `[E, H, I]`, unless the family's layout says otherwise.
     Down,
 }
 
@@ -33,7 +33,7 @@ impl Stack {
 /// How a stack lies on disk.
 #[derive(Debug)]
 pub enum StackOnDisk<'a> {
-    /// One tensor `[E, out, in]`.
+    /// One tensor `[E, out, in]`, or `[E, in, out]` in a transposed layout.
     Fused(Tensor<'a>),
     /// For every expert its tensors in the order of the rows: gate and up, or down alone.
     PerExpert(Vec<Vec<Tensor<'a>>>),
@@ -46,7 +46,7 @@ pub struct DiskNames<'a> {
     pub checkpoint: &'a Checkpoint,
     /// Its family.
     pub family: &'a Family,
-    /// Experts per layer, if the configuration says so.
+    /// Experts per layer, if the configuration or the family says so.
     pub num_experts: Option<u64>,
 }
 
@@ -55,7 +55,7 @@ impl<'a> DiskNames<'a> {
     pub fn new(checkpoint: &'a Checkpoint, family: &'a Family, config: &Config) -> Self {
         let spellings = family.config.num_experts.iter();
         let num_experts = spellings.filter_map(|name| config.text_field(name)).find_map(serde_json::Value::as_u64);
-        Self { checkpoint, family, num_experts }
+        Self { checkpoint, family, num_experts: num_experts.or(family.experts_counted) }
     }
 
     /// The tensor of a Linear module given by its path in memory.
@@ -81,7 +81,7 @@ impl<'a> DiskNames<'a> {
         else {
             return Ok(None);
         };
-        if below != self.family.modules.experts {
+        if Some(below) != self.family.modules.experts.as_deref() {
             return Ok(None);
         }
         for layer in self.prefixes(layer) {

@@ -5,17 +5,16 @@ Shapes: T tokens, k experts per token, R = T * k rows, E experts, H hidden, I ex
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from moeft.kernels.experts import cpu, function
 from moeft.kernels.experts.lora import ExpertLora, LoraFactors
+from moeft.kernels.experts.spec import PLAIN, Activation, ClampedSwiglu, ExpertLayout, Weights
 from moeft.kernels.nf4 import NF4Weight
 from moeft.kernels.routing import bucket
 
-__all__ = ["ExpertLora", "LoraFactors", "experts"]
+__all__ = ["Activation", "ClampedSwiglu", "ExpertLayout", "ExpertLora", "LoraFactors", "experts"]
 
 
 def experts(
@@ -24,30 +23,41 @@ def experts(
     top_k_weights: Tensor,
     gate_up: NF4Weight | Tensor,
     down: NF4Weight | Tensor,
-    activation: Callable[[Tensor], Tensor],
+    activation: Activation,
     lora: ExpertLora | None = None,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    layout: ExpertLayout = PLAIN,
 ) -> Tensor:
     """Send every token through its experts and add up the results.
 
     The weights are frozen: gradients reach ``x``, ``top_k_weights`` and the LoRA factors. The delta ``B @ A`` and the
     gradient of a full weight are never formed. Under autocast the rows are cast to its dtype.
 
+    On the CPU all of it happens in the Rust core, in float32 between the rounding of inputs and outputs; an activation
+    that the core does not know, and float64, go through PyTorch.
+
     Args:
         x: ``[T, H]`` tokens, float32, bfloat16 or float16.
         top_k_index: ``[T, k]`` experts of each token, int32 or int64.
         top_k_weights: ``[T, k]`` weight of each choice.
-        gate_up: ``[E, 2I, H]``, gate rows first; packed or dense.
-        down: ``[E, H, I]``, packed or dense.
-        activation: Elementwise function of the gate.
+        gate_up: ``[E, 2I, H]``, gate rows first, unless ``layout`` says otherwise; packed or dense.
+        down: ``[E, H, I]``, unless ``layout`` says otherwise; packed or dense.
+        activation: Elementwise function of the gate, which multiplies up; or :class:`ClampedSwiglu` of both.
         lora: Low-rank factors to add, in PEFT's layout.
+        gate_up_bias: ``[E, 2I]``, added to gate and up; frozen.
+        down_bias: ``[E, H]``, added to the output of an expert; frozen.
+        layout: How the stacks are stored.
 
     Returns:
         ``[T, H]`` in the dtype of ``x``; summed over the choices in fixed order, so deterministic.
 
     Raises:
-        ValueError: If shapes do not fit together, or a dense weight requires a gradient.
+        ValueError: If shapes do not fit together, or a dense weight or a bias requires a gradient.
     """
-    _check_shapes(x, top_k_index, top_k_weights, gate_up, down)
+    _check_weights(gate_up, down, gate_up_bias, down_bias, layout)
+    _check_tokens(x, top_k_index, top_k_weights, layout.sizes(down.shape)[2])
     dtype = x.dtype
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -55,27 +65,47 @@ def experts(
     buckets = bucket(top_k_index, gate_up.shape[0])
     lora = lora or ExpertLora()
     gate = cpu.gate_of(activation) if device == "cpu" and x.dtype in cpu.DTYPES else None
-    block, activation = (function.ExpertBlock, activation) if gate is None else (cpu.ExpertBlock, gate)
+    block = function.ExpertBlock if gate is None else cpu.ExpertBlock
     out = block.apply(
-        x, top_k_weights, *lora.gate_up.tensors, *lora.down.tensors, buckets, gate_up, down, activation, lora.scalings
+        x,
+        top_k_weights,
+        *lora.gate_up.tensors,
+        *lora.down.tensors,
+        buckets,
+        Weights(gate_up, down, gate_up_bias, down_bias, layout),
+        activation if gate is None else gate,
+        lora.scalings,
     )
     return out.to(dtype)
 
 
-def _check_shapes(
-    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: NF4Weight | Tensor, down: NF4Weight | Tensor
+def _check_weights(
+    gate_up: NF4Weight | Tensor,
+    down: NF4Weight | Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    layout: ExpertLayout,
 ) -> None:
     for name, weight in (("gate_up", gate_up), ("down", down)):
         if len(weight.shape) != 3:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected a stack of experts with 3 axes")
-        if isinstance(weight, Tensor) and weight.requires_grad:
-            raise ValueError(f"{name} requires a gradient, but this operation trains only LoRA; freeze the weight")
-    num_experts, hidden, inner = down.shape
-    if tuple(gate_up.shape) != (num_experts, 2 * inner, hidden):
+    num_experts, inner, hidden = layout.sizes(down.shape)
+    expected = layout.gate_up_shape(num_experts, inner, hidden)
+    if tuple(gate_up.shape) != expected:
         raise ValueError(
-            f"gate_up has shape {tuple(gate_up.shape)}, expected {(num_experts, 2 * inner, hidden)} "
-            f"to go with down of shape {tuple(down.shape)}"
+            f"gate_up has shape {tuple(gate_up.shape)}, expected {expected} "
+            f"to go with down of shape {tuple(down.shape)}{' (both transposed)' if layout.transposed else ''}"
         )
+    for name, bias, size in (("gate_up_bias", gate_up_bias, 2 * inner), ("down_bias", down_bias, hidden)):
+        if bias is not None and tuple(bias.shape) != (num_experts, size):
+            raise ValueError(f"{name} has shape {tuple(bias.shape)}, expected {(num_experts, size)}")
+    frozen = {"gate_up": gate_up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    for name, tensor in frozen.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but this operation trains only LoRA; freeze the weight")
+
+
+def _check_tokens(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, hidden: int) -> None:
     if x.ndim != 2 or x.shape[1] != hidden:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [tokens, {hidden}]")
     if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:1] != x.shape[:1] or top_k_index.ndim != 2:

@@ -5,7 +5,6 @@ Shapes: T tokens, k experts per token, R = T * k rows sorted by expert, E expert
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from moeft import _core
+from moeft.kernels.experts.spec import Activation, ClampedSwiglu, Weights
 from moeft.kernels.grouped_linear.cpu import DTYPES, Stack, buffer
-from moeft.kernels.nf4 import NF4Weight
 from moeft.kernels.routing import Buckets
 
 if TYPE_CHECKING:
@@ -48,18 +47,29 @@ class Block(NamedTuple):
     dtype: str
 
 
-def gate_of(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """Name of an activation that the core knows, or None.
+class Gate(NamedTuple):
+    """An activation that the core knows."""
 
-    It is known by what it is, not by what it is called: functions and modules of torch and transformers.
-    """
+    name: str
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+# Classes of transformers.activations, which come and go between releases.
+NAMES = {"SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
+
+
+def gate_of(activation: Activation) -> Gate | None:
+    """The core's version of an activation, or None if it has none."""
+    if isinstance(activation, ClampedSwiglu):
+        return Gate("clamped_swiglu", activation.alpha, activation.limit)
     if activation is functional.silu or isinstance(activation, torch.nn.SiLU):
-        return "silu"
+        return Gate("silu")
     if isinstance(activation, torch.nn.GELU):
-        return "gelu_tanh" if activation.approximate == "tanh" else None
-    names = {"SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
-    own = type(activation).__module__ == "transformers.activations"
-    return names.get(type(activation).__name__) if own else None
+        return Gate("gelu_tanh") if activation.approximate == "tanh" else None
+    kind = type(activation)
+    name = NAMES.get(kind.__name__) if kind.__module__ == "transformers.activations" else None
+    return None if name is None else Gate(name)
 
 
 class ExpertBlock(torch.autograd.Function):
@@ -79,17 +89,16 @@ class ExpertBlock(torch.autograd.Function):
         a_down: Tensor | None,
         b_down: Tensor | None,
         buckets: Buckets,
-        gate_up: NF4Weight | Tensor,
-        down: NF4Weight | Tensor,
-        gate: str,
+        weights: Weights,
+        gate: Gate,
         scalings: tuple[float, float],
     ) -> Tensor:
         x_TH = x_TH.contiguous()
-        ctx.weights, ctx.gate, ctx.scalings = (gate_up, down), gate, scalings
+        ctx.weights, ctx.gate, ctx.scalings = weights, gate, scalings
         block = _block(ctx, x_TH, weight_Tk, (a_up, b_up), (a_down, b_down), buckets)
         out_TH = torch.empty_like(x_TH)
         needs_grad = any(ctx.needs_input_grad[:6])
-        rows, inner = weight_Tk.numel(), down.shape[2]
+        rows, inner = weight_Tk.numel(), weights.layout.sizes(weights.down.shape)[1]
         h_R2I = x_TH.new_empty(rows if needs_grad else 0, 2 * inner)
         _core.experts_forward(
             block, buffer(x_TH), buffer(h_R2I) if needs_grad else None, buffer(out_TH), torch.get_num_threads()
@@ -114,32 +123,35 @@ class ExpertBlock(torch.autograd.Function):
             buffer(grad_TH.contiguous()),
             None if grad_x_TH is None else buffer(grad_x_TH),
             buffer(grad_weight_Tk),
-            grad_up and tuple(map(buffer, grad_up)),
-            grad_down and tuple(map(buffer, grad_down)),
+            grad_up and (buffer(grad_up[0]), buffer(grad_up[1])),
+            grad_down and (buffer(grad_down[0]), buffer(grad_down[1])),
             torch.get_num_threads(),
         )
-        factors = zip((*(grad_up or (None, None)), *(grad_down or (None, None))), (a_up, b_up, a_down, b_down), strict=True)
+        factors = zip(
+            (*(grad_up or (None, None)), *(grad_down or (None, None))), (a_up, b_up, a_down, b_down), strict=True
+        )
         lora_gradients = (None if grad is None or like is None else grad.to(like.dtype) for grad, like in factors)
-        return grad_x_TH, grad_weight_Tk.to(weight_Tk.dtype), *lora_gradients, None, None, None, None, None
+        return grad_x_TH, grad_weight_Tk.to(weight_Tk.dtype), *lora_gradients, None, None, None, None
 
 
 def _block(
     ctx: Any,
     x_TH: Tensor,
     weight_Tk: Tensor,
-    up: tuple[Tensor | None, Tensor | None],
-    down: tuple[Tensor | None, Tensor | None],
+    up_factors: tuple[Tensor | None, Tensor | None],
+    down_factors: tuple[Tensor | None, Tensor | None],
     buckets: Buckets,
 ) -> Block:
+    gate_up, down, gate_up_bias, down_bias, layout = ctx.weights
     return Block(
-        gate_up=Stack.of(ctx.weights[0]),
-        down=Stack.of(ctx.weights[1]),
-        gate_up_lora=_factors(*up, ctx.scalings[0]),
-        down_lora=_factors(*down, ctx.scalings[1]),
-        gate=ctx.gate,
-        alpha=0.0,
-        limit=0.0,
-        interleaved=False,
+        gate_up=Stack.of(gate_up, layout.transposed, gate_up_bias),
+        down=Stack.of(down, layout.transposed, down_bias),
+        gate_up_lora=_factors(*up_factors, ctx.scalings[0]),
+        down_lora=_factors(*down_factors, ctx.scalings[1]),
+        gate=ctx.gate.name,
+        alpha=ctx.gate.alpha,
+        limit=ctx.gate.limit,
+        interleaved=layout.interleaved,
         permutation=buckets.permutation.numpy(),
         offsets=buckets.offsets.numpy(),
         weights=buffer(weight_Tk.detach().float().contiguous()),
@@ -159,3 +171,12 @@ def _gradients(a: Tensor | None, b: Tensor | None, needed: bool) -> tuple[Tensor
     if a is None or b is None or not needed:
         return None
     return torch.empty(a.shape, dtype=torch.float32), torch.empty(b.shape, dtype=torch.float32)
+
+
+def _like(
+    gradients: tuple[Tensor, Tensor] | None, a: Tensor | None, b: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients in the dtypes of their factors."""
+    if gradients is None or a is None or b is None:
+        return None, None
+    return gradients[0].to(a.dtype), gradients[1].to(b.dtype)

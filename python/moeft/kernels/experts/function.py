@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moeft.kernels.experts.lora import join_b, split_a, split_b
+from moeft.kernels.experts.spec import Activation, ExpertLayout, Weights, activate
 from moeft.kernels.grouped_linear import grouped_linear, grouped_outer
 from moeft.kernels.nf4 import NF4Weight
 from moeft.kernels.routing import Buckets
@@ -35,25 +36,28 @@ class ExpertBlock(torch.autograd.Function):
         a_down: Tensor | None,
         b_down: Tensor | None,
         buckets: Buckets,
-        gate_up: NF4Weight | Tensor,
-        down: NF4Weight | Tensor,
-        activation: Callable[[Tensor], Tensor],
+        weights: Weights,
+        activation: Activation,
         scalings: tuple[float, float],
     ) -> Tensor:
+        gate_up, down, gate_up_bias, down_bias, layout = weights
         tokens, top_k = weight_Tk.shape
         up_lora = _Lora.of(a_up, b_up, scalings[0], gate_up.shape[0], x_TH.dtype)
         down_lora = _Lora.of(a_down, b_down, scalings[1], gate_up.shape[0], x_TH.dtype)
 
         x_RH = x_TH.index_select(0, buckets.permutation // top_k)
-        h_R2I, x_Rr = _linear(x_RH, gate_up, up_lora, buckets.offsets)
-        gate_RI, up_RI = h_R2I.chunk(2, dim=-1)
-        act_RI = activation(gate_RI) * up_RI
-        y_RH, act_Rr = _linear(act_RI, down, down_lora, buckets.offsets)
+        h_R2I, x_Rr = _linear(x_RH, gate_up, up_lora, buckets.offsets, layout.transposed)
+        if gate_up_bias is not None:
+            h_R2I += _bias_rows(gate_up_bias, buckets, h_R2I.dtype)
+        act_RI = activate(activation, *layout.split(h_R2I))
+        y_RH, act_Rr = _linear(act_RI, down, down_lora, buckets.offsets, layout.transposed)
+        if down_bias is not None:
+            y_RH += _bias_rows(down_bias, buckets, y_RH.dtype)
         y_TkH = y_RH.index_select(0, buckets.inverse).view(tokens, top_k, y_RH.shape[-1])
         out_TH = (y_TkH * weight_Tk[..., None]).sum(1).to(x_TH.dtype)
 
         ctx.save_for_backward(x_TH, weight_Tk, a_up, b_up, a_down, b_down, *buckets, h_R2I, x_Rr, act_Rr)
-        ctx.weights = (gate_up, down)
+        ctx.weights = weights
         ctx.activation = activation
         ctx.scalings = scalings
         return out_TH
@@ -63,24 +67,27 @@ class ExpertBlock(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x_TH, weight_Tk, a_up, b_up, a_down, b_down, *routing, h_R2I, x_Rr, act_Rr = ctx.saved_tensors
         buckets = Buckets(*routing)
-        gate_up, down = ctx.weights
+        gate_up, down, _, down_bias, layout = ctx.weights
         tokens, top_k = weight_Tk.shape
         up_lora = _Lora.of(a_up, b_up, ctx.scalings[0], gate_up.shape[0], x_TH.dtype)
         down_lora = _Lora.of(a_down, b_down, ctx.scalings[1], gate_up.shape[0], x_TH.dtype)
         token_R = buckets.permutation // top_k
 
-        act_RI, act_backward = _activate(h_R2I, ctx.activation)
+        act_RI, act_backward = _activate(h_R2I, ctx.activation, layout)
         # The gradient of row y is weight * g: carry g alone and scale what depends on it.
         weight_R1 = weight_Tk.reshape(-1)[buckets.permutation, None].to(grad_TH.dtype)
         g_RH = grad_TH.index_select(0, token_R)
-        grad_act_RI, g_Rr = _linear_backward(g_RH, down, down_lora, buckets.offsets)
+        grad_act_RI, g_Rr = _linear_backward(g_RH, down, down_lora, buckets.offsets, layout.transposed)
         grad_weight_R = torch.linalg.vecdot(grad_act_RI.to(weight_Tk.dtype), act_RI.to(weight_Tk.dtype))
+        if down_bias is not None:
+            bias_RH = _bias_rows(down_bias, buckets, weight_Tk.dtype)
+            grad_weight_R += torch.linalg.vecdot(g_RH.to(weight_Tk.dtype), bias_RH)
         grad_weight_Tk = grad_weight_R[buckets.inverse].view(tokens, top_k)
         grad_a_down, grad_b_down = _lora_backward(
             g_RH * weight_R1, act_RI, None if g_Rr is None else g_Rr * weight_R1, act_Rr, down_lora, buckets.offsets
         )
         grad_h_R2I = act_backward(grad_act_RI * weight_R1)
-        grad_x_RH, grad_h_Rr = _linear_backward(grad_h_R2I, gate_up, up_lora, buckets.offsets)
+        grad_x_RH, grad_h_Rr = _linear_backward(grad_h_R2I, gate_up, up_lora, buckets.offsets, layout.transposed)
         grad_x_TH = grad_x_RH.index_select(0, buckets.inverse).view(tokens, top_k, x_TH.shape[-1]).sum(1)
         x_RH = x_TH.index_select(0, token_R)
         grad_a_up, grad_b_up = _lora_backward(grad_h_R2I, x_RH, grad_h_Rr, x_Rr, up_lora, buckets.offsets)
@@ -90,7 +97,7 @@ class ExpertBlock(torch.autograd.Function):
             _like(grad_a_down, a_down),
             _like(grad_b_down, b_down),
         )
-        return grad_x_TH, grad_weight_Tk, *lora_gradients, None, None, None, None, None
+        return grad_x_TH, grad_weight_Tk, *lora_gradients, None, None, None, None
 
 
 class _Lora:
@@ -111,10 +118,10 @@ class _Lora:
 
 
 def _linear(
-    x_RK: Tensor, weight: NF4Weight | Tensor, lora: _Lora | None, offsets: Tensor
+    x_RK: Tensor, weight: NF4Weight | Tensor, lora: _Lora | None, offsets: Tensor, transposed: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Rows through the weight plus ``scaling * B A``; also returns ``A x``, which backward needs."""
-    y_RF = grouped_linear(x_RK, weight, offsets)
+    y_RF = grouped_linear(x_RK, weight, offsets, transpose=transposed)
     if lora is None:
         return y_RF, None
     x_Rr = grouped_linear(x_RK, lora.a_ErK, offsets)
@@ -122,10 +129,10 @@ def _linear(
 
 
 def _linear_backward(
-    g_RF: Tensor, weight: NF4Weight | Tensor, lora: _Lora | None, offsets: Tensor
+    g_RF: Tensor, weight: NF4Weight | Tensor, lora: _Lora | None, offsets: Tensor, transposed: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the rows; also returns ``B^T g``, which the gradient of A needs."""
-    grad_RK = grouped_linear(g_RF, weight, offsets, transpose=True)
+    grad_RK = grouped_linear(g_RF, weight, offsets, transpose=not transposed)
     if lora is None:
         return grad_RK, None
     g_Rr = grouped_linear(g_RF, lora.b_EFr, offsets, transpose=True)
@@ -143,18 +150,22 @@ def _lora_backward(
     return grad_a_ErK.view(-1, x_RK.shape[-1]), join_b(grad_b_EFr)
 
 
-def _activate(h_R2I: Tensor, activation: Callable[[Tensor], Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _activate(h_R2I: Tensor, activation: Activation, layout: ExpertLayout) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The activation row again, and the function that takes its gradient to the gradient of ``h``."""
-    gate_RI, up_RI = h_R2I.chunk(2, dim=-1)
     with torch.enable_grad():
-        gate_RI = gate_RI.detach().requires_grad_()
-        activated_RI = activation(gate_RI)
+        gate_RI, up_RI = (half.detach().requires_grad_() for half in layout.split(h_R2I))
+        act_RI = activate(activation, gate_RI, up_RI)
 
     def backward(grad_RI: Tensor) -> Tensor:
-        (grad_gate_RI,) = torch.autograd.grad(activated_RI, gate_RI, grad_RI * up_RI)
-        return torch.cat((grad_gate_RI, grad_RI * activated_RI.detach()), dim=-1)
+        return layout.join(*torch.autograd.grad(act_RI, (gate_RI, up_RI), grad_RI))
 
-    return activated_RI.detach() * up_RI, backward
+    return act_RI.detach(), backward
+
+
+def _bias_rows(bias: Tensor, buckets: Buckets, dtype: torch.dtype) -> Tensor:
+    """The bias of every row's expert, ``[R, F]``."""
+    rows = buckets.permutation.shape[0]
+    return bias.to(dtype).repeat_interleave(buckets.offsets.diff(), dim=0, output_size=rows)
 
 
 def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from moeft import _core
 from moeft.kernels.nf4 import NF4Weight
+from moeft.kernels.nf4.cpu import NAMES as DTYPES
 
 if TYPE_CHECKING:
     import numpy as np
-
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class Stack(NamedTuple):
@@ -35,7 +34,8 @@ class Stack(NamedTuple):
     @classmethod
     def of(cls, weight: NF4Weight | Tensor, transposed: bool = False, bias: Tensor | None = None) -> Stack:
         """Buffers of a packed or dense stack ``[E, F, K]``; a weight of two axes counts as a stack of one."""
-        shape = tuple(weight.shape) if len(weight.shape) == 3 else (1, *weight.shape)
+        num_experts, rows, columns = weight.shape if len(weight.shape) == 3 else (1, *weight.shape)
+        shape = (num_experts, rows, columns)
         float_bias = None if bias is None else buffer(bias.float().contiguous())
         if isinstance(weight, Tensor):
             values = buffer(weight.contiguous())

@@ -159,7 +159,8 @@ fn split_key(key: &str) -> Option<(&str, usize, usize)> {
 
 /// Whether a module holds the stacks of all experts. Short targets such as `down_proj` do not tell: they fit any module.
 fn is_experts(module: &str, family: &Family) -> bool {
-    module.strip_suffix(family.modules.experts.as_str()).is_some_and(|layer| layer.ends_with('.'))
+    let experts = family.modules.experts.as_deref();
+    experts.is_some_and(|experts| module.strip_suffix(experts).is_some_and(|layer| layer.ends_with('.')))
 }
 
 /// Whether `target_parameters` name a parameter.

@@ -1,10 +1,11 @@
 //! Runs a merge: read, compute, write, one file after the other, in bounded memory.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use super::factors::{read_a, Factors};
+use super::factors::{read_a, transpose, Factors};
 use super::lora::{merge_panel, Extremes, Storage, Term};
 use super::plan::{Delta, Patch, Plan};
 use super::recipe::Recipe;
@@ -179,6 +180,7 @@ fn write_merged(
     let row_bytes = |dtype: Dtype| patch.cols as usize * dtype.bits() as usize / 8;
     let panel_rows = (CHUNK_BYTES / row_bytes(base).max(1)).clamp(1, patch.rows.max(1) as usize);
     let (mut input, mut output) = (vec![0; panel_rows * row_bytes(base)], vec![0; panel_rows * row_bytes(out)]);
+    let inputs = if patch.transposed { patch.rows } else { patch.cols };
     let mut a_factors = vec![Vec::new(); patch.deltas.len()];
     let mut extremes = Extremes::default();
     factors.load(&plan.adapters, patch)?;
@@ -186,22 +188,26 @@ fn write_merged(
         let factor_expert = patch.first_expert + expert;
         for (a, delta) in a_factors.iter_mut().zip(&patch.deltas) {
             let adapter = &plan.adapters[delta.adapter];
-            read_a(adapter, &adapter.pairs[delta.pair], factor_expert, patch.cols, a)?;
+            read_a(adapter, &adapter.pairs[delta.pair], factor_expert, inputs, a)?;
         }
+        let side = |(a, &delta): (_, &Delta)| {
+            let rank = plan.adapters[delta.adapter].pairs[delta.pair].rank as usize;
+            sides(patch, a, factors.b(delta, factor_expert, patch.factor_experts), rank)
+        };
+        let sides: Vec<_> = a_factors.iter().map(Vec::as_slice).zip(&patch.deltas).map(side).collect();
         for first in (0..patch.rows as usize).step_by(panel_rows) {
             let rows = panel_rows.min(patch.rows as usize - first);
+            let mut terms = Vec::new();
+            for ((left, right), delta) in sides.iter().zip(&patch.deltas) {
+                let pair = &plan.adapters[delta.adapter].pairs[delta.pair];
+                let rank = pair.rank as usize;
+                let b = &left[(patch.first_row as usize + first) * rank..][..rows * rank];
+                let weight = (plan.recipe.models[delta.adapter].weight * plan.recipe.scale) as f32;
+                terms.push(Term { a: right, b, rank, scaling: pair.scaling, weight });
+            }
             let (input, output) = (&mut input[..rows * row_bytes(base)], &mut output[..rows * row_bytes(out)]);
             let place = expert * patch.rows + first as u64;
             tensor.read_at(input, place * row_bytes(base) as u64)?;
-            let term = |(a, &delta): (_, &Delta)| {
-                let pair = &plan.adapters[delta.adapter].pairs[delta.pair];
-                let rank = pair.rank as usize;
-                let b = factors.b(delta, factor_expert, patch.factor_experts);
-                let b = &b[(patch.first_row as usize + first) * rank..][..rows * rank];
-                let weight = (plan.recipe.models[delta.adapter].weight * plan.recipe.scale) as f32;
-                Term { a, b, rank, scaling: pair.scaling, weight }
-            };
-            let terms: Vec<Term<'_>> = a_factors.iter().map(Vec::as_slice).zip(&patch.deltas).map(term).collect();
             extremes = extremes.max(merge_panel(storage, input, output, &terms));
             if let Some((position, value)) = first_non_finite(out, output) {
                 return Err(non_finite(tensor, place * patch.cols + position as u64, value).into());
@@ -211,6 +217,16 @@ fn write_merged(
         }
     }
     Ok(extremes)
+}
+
+/// Both sides of the product that is added to one matrix as it is stored: `[rows, rank]` and `[rank, cols]`. They are B
+/// and A; for a transposed matrix, the transposes of A and B.
+fn sides<'f>(patch: &Patch, a: &'f [f32], b: &'f [f32], rank: usize) -> (Cow<'f, [f32]>, Cow<'f, [f32]>) {
+    if patch.transposed {
+        (transpose(a, patch.rows as usize).into(), transpose(b, rank).into())
+    } else {
+        (b.into(), a.into())
+    }
 }
 
 fn non_finite(tensor: Tensor<'_>, position: u64, value: f32) -> AdapterError {

@@ -68,19 +68,31 @@ impl Factors {
     }
 }
 
-/// A of one expert, `[rank, cols]`.
+/// A of one expert, `[rank, inputs]`.
 ///
 /// # Errors
 /// [`crate::Error::Io`].
-pub fn read_a(adapter: &Adapter, pair: &Pair, expert: u64, cols: u64, values: &mut Vec<f32>) -> Result<()> {
+pub fn read_a(adapter: &Adapter, pair: &Pair, expert: u64, inputs: u64, values: &mut Vec<f32>) -> Result<()> {
     let tensor = adapter.tensor(&pair.a);
-    let count = pair.rank * cols;
+    let count = pair.rank * inputs;
     let size = u64::from(tensor.info.dtype.bits()) / 8;
     let mut bytes = vec![0; (count * size) as usize];
     tensor.read_at(&mut bytes, expert * count * size)?;
     values.resize(count as usize, 0.0);
     decode(tensor.info.dtype, &bytes, values);
     Ok(())
+}
+
+/// A matrix of rows of `cols` values, the other way round.
+pub fn transpose(matrix: &[f32], cols: usize) -> Vec<f32> {
+    let mut out = vec![0.0; matrix.len()];
+    let rows = matrix.len() / cols.max(1);
+    for (row, values) in matrix.chunks_exact(cols.max(1)).enumerate() {
+        for (col, &value) in values.iter().enumerate() {
+            out[col * rows + row] = value;
+        }
+    }
+    out
 }
 
 /// B from `[out, rank * experts]` with the expert fastest to `[experts, out, rank]`, a few rows at a time.

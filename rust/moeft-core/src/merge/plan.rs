@@ -34,6 +34,8 @@ pub struct Patch {
     pub rows: u64,
     /// Columns of one matrix.
     pub cols: u64,
+    /// Whether a matrix is `[in, out]`: the transpose of the delta is added.
+    pub transposed: bool,
     /// Experts that the factors were made for; 1 for a Linear.
     pub factor_experts: u64,
     /// What is added, in the order of the recipe.
@@ -69,10 +71,10 @@ impl Plan {
             let (path, advice) = (recipe.base_model, "merge into the 16-bit base that it was made from");
             return Err(CheckpointError::AlreadyQuantized { path, method, advice }.into());
         }
-        let family = Family::for_model_type(config.model_type(&recipe.base_model)?)?;
+        let family = Family::of_checkpoint(config.model_type(&recipe.base_model)?, &base)?;
         let adapters =
-            recipe.models.iter().map(|model| Adapter::open(&model.adapter, family)).collect::<Result<Vec<_>>>()?;
-        let names = DiskNames::new(&base, family, &config);
+            recipe.models.iter().map(|model| Adapter::open(&model.adapter, &family)).collect::<Result<Vec<_>>>()?;
+        let names = DiskNames::new(&base, &family, &config);
         let mut patches = BTreeMap::new();
         for (adapter_index, adapter) in adapters.iter().enumerate() {
             for (pair_index, pair) in adapter.pairs.iter().enumerate() {
@@ -112,6 +114,7 @@ fn assign(
                     first_row: 0,
                     rows,
                     cols,
+                    transposed: false,
                     factor_experts: 1,
                     deltas: vec![],
                     rounding,
@@ -122,8 +125,11 @@ fn assign(
             let name = format!("{}.{}", pair.module, stack.parameter());
             match names.stack(&pair.module, stack)?.ok_or_else(|| no_target(name))? {
                 StackOnDisk::Fused(tensor) => {
-                    let [experts, rows, cols] = shape(&tensor, "[experts, out, in]")?;
-                    check_factors(adapter, pair, &tensor, [experts, rows, cols])?;
+                    let transposed = names.family.layout.transposed;
+                    let axes = if transposed { "[experts, in, out]" } else { "[experts, out, in]" };
+                    let [experts, rows, cols] = shape(&tensor, axes)?;
+                    let [outputs, inputs] = if transposed { [cols, rows] } else { [rows, cols] };
+                    check_factors(adapter, pair, &tensor, [experts, outputs, inputs])?;
                     add(
                         tensor,
                         Patch {
@@ -132,6 +138,7 @@ fn assign(
                             first_row: 0,
                             rows,
                             cols,
+                            transposed,
                             factor_experts: experts,
                             deltas: vec![],
                             rounding,
@@ -157,6 +164,7 @@ fn assign(
                                     first_row: part * rows,
                                     rows,
                                     cols,
+                                    transposed: false,
                                     factor_experts: experts,
                                     deltas: vec![],
                                     rounding,
@@ -186,10 +194,15 @@ fn unexpected(tensor: &Tensor<'_>, expected: &str) -> CheckpointError {
     }
 }
 
-/// Checks both factors against a weight of `[experts, out, in]`.
-fn check_factors(adapter: &Adapter, pair: &Pair, tensor: &Tensor<'_>, [experts, rows, cols]: [u64; 3]) -> Result<()> {
+/// Checks both factors against a weight that maps `inputs` to `outputs`.
+fn check_factors(
+    adapter: &Adapter,
+    pair: &Pair,
+    tensor: &Tensor<'_>,
+    [experts, outputs, inputs]: [u64; 3],
+) -> Result<()> {
     let rank = pair.rank;
-    for (key, expected) in [(&pair.a, [experts * rank, cols]), (&pair.b, [rows, rank * experts])] {
+    for (key, expected) in [(&pair.a, [experts * rank, inputs]), (&pair.b, [outputs, rank * experts])] {
         let actual = &adapter.tensor(key).info.shape;
         if *actual != expected {
             return Err(AdapterError::Shape {

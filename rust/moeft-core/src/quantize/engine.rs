@@ -39,8 +39,8 @@ pub fn quantize(source: &Path, out: &Path, options: &Options, progress: &mut dyn
         let advice = "quantise the 16-bit checkpoint that it was made from";
         return Err(CheckpointError::AlreadyQuantized { path: source.into(), method, advice }.into());
     }
-    let family = Family::for_model_type(config.model_type(source)?)?;
-    let plan = Plan::new(&DiskNames::new(&checkpoint, family, &config), options)?;
+    let family = Family::of_checkpoint(config.model_type(source)?, &checkpoint)?;
+    let plan = Plan::new(&DiskNames::new(&checkpoint, &family, &config), options)?;
     let base_fingerprint = fingerprint(&checkpoint)?;
     let hash = plan_hash(&("quantize", options, &plan, &config.fields), [&checkpoint])?;
     let mut stage = Stage::open(out, &hash)?;

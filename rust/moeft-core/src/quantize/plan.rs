@@ -111,7 +111,8 @@ impl Plan {
         let mut packed = BTreeSet::new();
         for layer in names.layers() {
             for stack in Stack::ALL {
-                let module = format!("{layer}{}", names.family.modules.experts);
+                let Some(experts) = &names.family.modules.experts else { continue };
+                let module = format!("{layer}{experts}");
                 let Some(found) = names.stack(&module, stack)? else { continue };
                 let packing = pack_stack(&module, stack, &found, names.num_experts)?;
                 components.extend(packing.sources.iter().map(|name| (name.clone(), Component::Experts)));
