@@ -96,6 +96,12 @@ def nf4_unnest(codes: _Array, absmax2: _Array, offset: float, out: _Array) -> No
         out: Output, float32, as long as ``codes``.
     """
 
+def instruction_set() -> str:
+    """Return "scalar", "avx2" or "avx512": the largest that the CPU has, or what ``MOEFT_ISA`` names."""
+
+def has_bf16_instructions() -> bool:
+    """Return whether this CPU multiplies bf16 directly (AVX512-BF16, AMX)."""
+
 def grouped_linear(
     x: _Array, dtype: _WeightDtype, offsets: _Array, stack: Any, transpose: bool, out: _Array, threads: int
 ) -> None:

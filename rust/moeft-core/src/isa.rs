@@ -74,6 +74,14 @@ impl Isa {
     }
 }
 
+/// Whether this CPU multiplies bf16 directly: AVX512-BF16, which CPUs with AMX have too. Our kernels compute in f32.
+pub fn has_bf16_instructions() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// The set of that name, or the largest available; the name back if it cannot be used.
 fn choose(asked: Option<&str>) -> std::result::Result<Isa, String> {
     match asked {

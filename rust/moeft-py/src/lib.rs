@@ -6,6 +6,7 @@ mod error;
 mod experts;
 mod floats;
 mod grouped_linear;
+mod isa;
 mod merge;
 mod nf4;
 mod progress;
@@ -27,6 +28,8 @@ mod _core {
     use super::experts::{experts_backward, experts_forward};
     #[pymodule_export]
     use super::grouped_linear::grouped_linear;
+    #[pymodule_export]
+    use super::isa::{has_bf16_instructions, instruction_set};
     #[pymodule_export]
     use super::merge::merge_checkpoint;
     #[pymodule_export]

@@ -12,10 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moeft import _core
 from moeft.kernels import nf4
+from moeft.kernels.grouped_linear import cpu
 from moeft.kernels.nf4 import NF4Weight
 
 __all__ = ["packed_linear"]
+
+FEW_ROWS = 8  # reading the weight is then all the work, and the core reads it packed
 
 
 def packed_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -39,9 +43,26 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: NF4Weight) -> Tensor:
         ctx.weight = weight
-        return functional.linear(x, nf4.dequantize(weight, dtype=x.dtype))
+        return _multiply(x, weight, transpose=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ nf4.dequantize(ctx.weight, dtype=grad.dtype), None
+        return _multiply(grad, ctx.weight, transpose=True), None
+
+
+def _multiply(x: Tensor, weight: NF4Weight, transpose: bool) -> Tensor:
+    if _in_core(x):
+        rows = x.reshape(-1, x.shape[-1])
+        one_group = torch.tensor([0, rows.shape[0]], dtype=torch.int32)
+        y = cpu.grouped_linear(rows, weight, one_group, transpose)
+        return y.view(*x.shape[:-1], y.shape[-1])
+    dense = nf4.dequantize(weight, dtype=x.dtype)
+    return x @ dense if transpose else functional.linear(x, dense)
+
+
+def _in_core(x: Tensor) -> bool:
+    """Whether the Rust core multiplies: on the CPU, unless it has instructions for bf16 that only PyTorch uses."""
+    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES:
+        return False
+    return x.dtype == torch.float32 or not _core.has_bf16_instructions() or x.numel() <= FEW_ROWS * x.shape[-1]
