@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import moeft
 from moeft.integration import experts_module, peft_lora
-from tests.tiny_models import MOE_NAMES, UNKNOWN_NAMES, randomise_lora, save_tiny_model, token_ids
+from tests.tiny_models import FAMILY_NAMES, randomise_lora, save_tiny_model, token_ids
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -54,7 +54,7 @@ def wrappers(model):
     return [m for m in model.modules() if isinstance(m, peft_lora.UnpackedParamWrapper)]
 
 
-@pytest.fixture(scope="module", params=[*MOE_NAMES, *UNKNOWN_NAMES])
+@pytest.fixture(scope="module", params=[*FAMILY_NAMES, "flex_olmo"])
 def base(request, tmp_path_factory):
     return save_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -22,7 +22,9 @@ def test_every_family_file_says_what_transformers_builds(name):
     module = experts_of(name)
     spec = experts_module.read("experts", module, families.for_model_type(module.config.model_type))
     if name == "gpt_oss":
-        assert spec == experts_module.ExpertsModule(ExpertLayout(True, True), ClampedSwiglu(1.702, 1.0), True)
+        assert spec == experts_module.ExpertsModule(
+            ExpertLayout(True, True), ClampedSwiglu(module.alpha, module.limit), True
+        )
     else:
         assert spec == experts_module.ExpertsModule(ExpertLayout(False, False), module.act_fn, False)
 

@@ -14,7 +14,7 @@ from types import ModuleType
 REGISTRIES = {
     "transformers.quantizers.auto": "moeft.integration.register",
     "transformers.integrations.moe": "moeft.integration.register_experts",
-    "peft.tuners.lora.model": "moeft.integration.register_lora",
+    "peft.tuners.lora.model": "moeft.integration.peft_lora",
 }
 
 

@@ -45,6 +45,7 @@ class Family:
         model_types: Values of ``model_type`` in ``config.json`` that belong to it.
         layers: Module path of the decoder layers, in memory.
         multimodal_prefix: Prefix of the text model inside a multimodal model; stands for ``model.``.
+        disk_prefix: The same in a multimodal checkpoint, where it may differ.
         text_class: transformers class of the text part alone.
         config: Our name of a config field -> its spellings in this family.
         experts: Path of the experts module below a decoder layer; None in a dense family.
@@ -56,6 +57,7 @@ class Family:
     model_types: tuple[str, ...]
     layers: str
     multimodal_prefix: str | None
+    disk_prefix: str | None
     text_class: str | None
     config: dict[str, tuple[str, ...]]
     experts: str | None
@@ -120,6 +122,7 @@ def _parse(name: str, table: dict[str, Any]) -> Family:
         model_types=tuple(table["model_types"]),
         layers=table["layers"],
         multimodal_prefix=table.get("multimodal_prefix"),
+        disk_prefix=table.get("disk", {}).get("multimodal_prefix", table.get("multimodal_prefix")),
         text_class=table.get("text_class"),
         config={field: tuple(spellings) for field, spellings in table.get("config", {}).items()},
         experts=modules.get("experts"),

@@ -43,7 +43,7 @@ def forward(
         UnsupportedModelError: If the module is of a kind that the block does not know.
         ValueError: If stacks and an adapter on them are trained together.
     """
-    if self._is_expert_parallel:
+    if getattr(self, "_is_expert_parallel", False):
         raise UnsupportedModelError(
             'experts_implementation="moeft" does not run in expert parallel; use "grouped_mm" there'
         )

@@ -64,12 +64,12 @@ def load(
     model_class = transformers.AutoModelForCausalLM
     text_config = getattr(model_config, "text_config", None)
     renaming: dict[str, str] = {}
-    if text_only and text_config is not None and family and family.text_class and family.multimodal_prefix:
+    if text_only and text_config is not None and family and family.text_class and family.disk_prefix:
         quantization = getattr(model_config, "quantization_config", None)
         if quantization is not None:
             text_config.quantization_config = quantization
         model_class = getattr(transformers, family.text_class)
-        renaming = {f"^{re.escape(family.multimodal_prefix)}": "model."}
+        renaming = {f"^{re.escape(family.disk_prefix)}": "model."}
         options |= {"config": text_config, "key_mapping": renaming}
     model, info = model_class.from_pretrained(path, **options)
     loading_check.check(info["missing_keys"], info["mismatched_keys"], info.get("conversion_errors", {}))

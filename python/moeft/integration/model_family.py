@@ -70,6 +70,7 @@ def _by_attributes(model: nn.Module, model_type: str) -> families.Family | None:
         model_types=(model_type,),
         layers=layers,
         multimodal_prefix=None,
+        disk_prefix=None,
         text_class=None,
         config={},
         experts=experts,

@@ -118,3 +118,6 @@ def install() -> None:
 
     create_new_module.knows_packed_weights = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create_new_module)
+
+
+install()  # here too, as PEFT may be imported first, and its import runs this file

@@ -24,7 +24,7 @@ pub struct Family {
     pub model_types: Vec<String>,
     /// Module path of the list of decoder layers, as in memory.
     pub layers: String,
-    /// What stands for `model.` on the disk of a multimodal checkpoint.
+    /// What stands for `model.` in a multimodal model.
     pub multimodal_prefix: Option<String>,
     /// Class that holds the text part alone.
     pub text_class: Option<String>,
@@ -96,6 +96,8 @@ pub enum ExpertStorage {
 pub struct DiskLayout {
     /// The layout that the hub's checkpoints of this family have; a dense family has none.
     pub experts: Option<ExpertStorage>,
+    /// What stands for `model.` in a multimodal checkpoint, if it is not as in memory.
+    pub multimodal_prefix: Option<String>,
     /// Name of one expert's gate below the layer; `{e}` stands for the expert.
     pub gate: Option<String>,
     /// Name of one expert's up projection.

@@ -161,14 +161,17 @@ impl<'a> DiskNames<'a> {
         names.iter().flat_map(|name| self.prefixes(name)).collect()
     }
 
-    /// The name itself, and with the multimodal prefix put on or taken off.
+    /// The name itself, and with every other prefix that the text model may have.
     fn prefixes(&self, name: &str) -> Vec<String> {
         let mut names = vec![name.to_string()];
-        if let Some(multimodal) = &self.family.multimodal_prefix {
-            if let Some(rest) = name.strip_prefix(multimodal.as_str()) {
-                names.push(format!("model.{rest}"));
-            } else if let Some(rest) = name.strip_prefix("model.") {
-                names.push(format!("{multimodal}{rest}"));
+        let multimodal = [&self.family.disk.multimodal_prefix, &self.family.multimodal_prefix];
+        let roots: Vec<&str> = multimodal.into_iter().flatten().map(String::as_str).chain(["model."]).collect();
+        if let Some(rest) = roots.iter().find_map(|root| name.strip_prefix(root)) {
+            for root in roots {
+                let other = format!("{root}{rest}");
+                if !names.contains(&other) {
+                    names.push(other);
+                }
             }
         }
         names

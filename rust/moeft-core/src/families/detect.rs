@@ -66,7 +66,7 @@ pub fn family<'n>(model_type: &str, tensors: impl Iterator<Item = (&'n str, &'n 
             gate: template("gate_proj"),
             up: template("up_proj"),
             down: template("down_proj"),
-            renames: vec![],
+            ..DiskLayout::default()
         },
         experts_counted: Some(experts_counted),
     })
