@@ -1,4 +1,4 @@
-"""NF4 on the CPU: tensors handed to the Rust core as buffers, without a copy."""
+"""NF4 and FP4 on the CPU: tensors handed to the Rust core as buffers, without a copy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeft import _core
-from moeft.kernels.nf4.weight import NESTED_BLOCK, Layout
+from moeft.kernels.nf4.weight import NESTED_BLOCK, Codebook, Layout, NF4Weight
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,7 @@ NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
 }
 
 
-def quantize(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, layout: Layout, codebook: Codebook) -> tuple[Tensor, Tensor]:
     """As :func:`moeft.kernels.nf4.reference.quantize`, bit for bit."""
     packed = torch.empty(layout.groups, layout.packed_bytes, dtype=torch.uint8)
     absmax = torch.empty(layout.groups, layout.blocks, dtype=torch.float32)
@@ -31,22 +31,29 @@ def quantize(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         layout.groups,
         layout.group_len,
         layout.block_size,
+        codebook,
         packed.view(-1).numpy(),
         absmax.view(-1).numpy(),
+        torch.get_num_threads(),
     )
     return packed, absmax
 
 
-def dequantize(packed: Tensor, absmax: Tensor, layout: Layout, out: Tensor) -> None:
-    """Restore values into ``out``; as :func:`moeft.kernels.nf4.reference.dequantize`, bit for bit."""
+def dequantize(weight: NF4Weight, out: Tensor) -> None:
+    """Restore a weight, double-quantised or not, into ``out``."""
+    layout, nested = weight.layout, weight.nested
     _core.nf4_dequantize(
-        packed.detach().contiguous().view(-1).numpy(),
-        absmax.detach().contiguous().view(-1).numpy(),
+        weight.packed.detach().contiguous().view(-1).numpy(),
+        weight.absmax.detach().contiguous().view(-1).numpy(),
+        None if nested is None else nested.absmax.detach().contiguous().numpy(),
+        0.0 if nested is None else float(nested.offset),
         layout.groups,
         layout.group_len,
         layout.block_size,
+        weight.codebook,
         _buffer(out),
         NAMES[out.dtype],
+        torch.get_num_threads(),
     )
 
 
