@@ -71,14 +71,16 @@ def test_outputs_that_overlap_are_refused():
 def test_inputs_may_share_memory():
     memory = np.zeros(64, np.float32)
     out = np.full(64, np.nan, np.float32)
-    _core.nf4_dequantize(memory.view(np.uint8)[:32], memory[:1], 1, 64, 64, out, "float32")
+    _core.nf4_dequantize(memory.view(np.uint8)[:32], memory[:1], None, 0.0, 1, 64, 64, "nf4", out, "float32", 1)
     np.testing.assert_array_equal(out, 0.0)
 
 
 def test_the_gil_is_released_during_the_work():
     values = np.zeros(1 << 25, np.float32)
     packed, absmax = np.empty(1 << 24, np.uint8), np.empty(1 << 19, np.float32)
-    worker = threading.Thread(target=_core.nf4_quantize, args=(values, "float32", 1, len(values), 64, packed, absmax))
+    worker = threading.Thread(
+        target=_core.nf4_quantize, args=(values, "float32", 1, len(values), 64, "nf4", packed, absmax, 1)
+    )
     steps = 0
     worker.start()
     while worker.is_alive():

@@ -21,6 +21,7 @@ __version__: str
 # numpy declares the buffer protocol to type checkers only from Python 3.12 on.
 _Array = NDArray[Any] | Buffer
 _WeightDtype = Literal["float32", "bfloat16", "float16"]
+_Codebook = Literal["nf4", "fp4"]
 
 def nf4_quantize(
     values: _Array,
@@ -28,10 +29,12 @@ def nf4_quantize(
     groups: int,
     group_len: int,
     block_size: int,
+    codebook: _Codebook,
     packed: _Array,
     absmax: _Array,
+    threads: int,
 ) -> None:
-    """Quantise ``values`` to NF4, byte-identical to bitsandbytes on each group.
+    """Quantise ``values`` to 4 bits, byte-identical to bitsandbytes on each group.
 
     Args:
         values: ``groups * group_len`` values, float32 or uint16 by ``dtype``.
@@ -39,29 +42,40 @@ def nf4_quantize(
         groups: Experts of a stack, or 1. A block never crosses a group.
         group_len: Values per group.
         block_size: Values per scale, a power of two from 32 to 4096.
+        codebook: The sixteen values.
         packed: Output, uint8, ``groups * ceil(group_len / 2)``; the first value is the high nibble.
-        absmax: Output, float32, ``groups * ceil(group_len / block_size)``.
+        absmax: Output, float32, ``groups * ceil(group_len / block_size)``; not finite where a value is not.
+        threads: Most threads to use.
     """
 
 def nf4_dequantize(
     packed: _Array,
     absmax: _Array,
+    absmax2: _Array | None,
+    offset: float,
     groups: int,
     group_len: int,
     block_size: int,
+    codebook: _Codebook,
     out: _Array,
     dtype: _WeightDtype,
+    threads: int,
 ) -> None:
-    """Restore NF4 values: code times absmax in float32, rounded once to ``dtype``.
+    """Restore 4-bit values: code times absmax in float32, rounded once to ``dtype``.
 
     Args:
         packed: uint8, ``groups * ceil(group_len / 2)``.
-        absmax: float32, ``groups * ceil(group_len / block_size)``.
+        absmax: ``groups * ceil(group_len / block_size)``; float32, or uint8 codes of ``nf4_nest`` with ``absmax2``.
+        absmax2: float32, ``ceil(len(absmax) / 256)``, or None.
+        offset: As returned by ``nf4_nest``; not used without ``absmax2``.
         groups: Experts of a stack, or 1.
         group_len: Values per group.
         block_size: Values per scale, a power of two from 32 to 4096.
-        out: Output, ``groups * group_len`` values, float32 or uint16 by ``dtype``.
+        codebook: The sixteen values.
+        out: Output, ``groups * group_len`` values, float32 or uint16 by ``dtype``. If it exceeds the last-level cache
+            it is written past it.
         dtype: Element type of ``out``.
+        threads: Most threads to use.
     """
 
 def nf4_first_non_finite(values: _Array, dtype: _WeightDtype) -> int | None:

@@ -4,6 +4,7 @@
 //! standalone binary (`moeft-merge`) are thin layers over this crate.
 
 pub mod adapter;
+mod cache;
 pub mod checkpoint;
 mod error;
 pub mod experts;

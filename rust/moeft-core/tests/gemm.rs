@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use moeft_core::gemm::{add_outer, multiply, Floats, Matrix, Rows, Side, Values};
 use moeft_core::isa::Isa;
-use moeft_core::nf4::{self, Layout, Scales};
+use moeft_core::nf4::{self, Codebook, Layout, Scales};
 use proptest::prelude::*;
 
 /// Values in [-1, 1) that depend on the seed alone.
@@ -57,18 +57,18 @@ proptest! {
         let dense = random(rows * cols, seed);
         let layout = Layout { groups: 1, group_len: rows * cols, block_size: 64 };
         let (mut packed, mut absmax) = (vec![0; layout.packed_len()], vec![0.0; layout.absmax_len()]);
-        nf4::quantize(&dense, layout, &mut packed, &mut absmax)?;
+        nf4::quantize(&dense, Codebook::Nf4, layout, &mut packed, &mut absmax)?;
         let (bf16s, f16s): (Vec<_>, Vec<_>) = dense.iter().map(|&v| (bf16::from_f32(v), f16::from_f32(v))).unzip();
         let values = match kind {
             0 => Values::Dense(Floats::F32(&dense)),
             1 => Values::Dense(Floats::Bf16(&bf16s)),
             2 => Values::Dense(Floats::F16(&f16s)),
-            _ => Values::Nf4 { packed: &packed, scales: Scales::Plain(&absmax), block_size: 64 },
+            _ => Values::Nf4 { packed: &packed, scales: Scales::Plain(&absmax), block_size: 64, codebook: Codebook::Nf4 },
         };
         let mut held = dense.clone();
         match values {
             Values::Dense(floats) => floats.widen(0, &mut held),
-            Values::Nf4 { .. } => nf4::dequantize(&packed, &absmax, layout, &mut held)?,
+            Values::Nf4 { .. } => nf4::dequantize(&packed, Scales::Plain(&absmax), Codebook::Nf4, layout, &mut held)?,
         }
         let weight = Matrix { values, rows, cols };
         for isa in Isa::available() {

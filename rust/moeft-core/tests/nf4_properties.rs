@@ -1,9 +1,9 @@
-//! NF4: what must hold for all inputs.
+//! NF4: what must hold for all inputs. That each path equals the definition is tested beside the paths.
 
 use std::fmt::Debug;
 
 use half::{bf16, f16};
-use moeft_core::nf4::{self, scalar, Element, GroupQuantizer, Layout};
+use moeft_core::nf4::{self, Codebook, Element, GroupQuantizer, Layout, Scales};
 use proptest::prelude::*;
 
 fn layouts() -> impl Strategy<Value = Layout> {
@@ -32,69 +32,11 @@ fn to_bits<T: Element>(values: &[T]) -> Vec<u32> {
 
 fn quantize<T: Element>(values: &[T], layout: Layout) -> (Vec<u8>, Vec<f32>) {
     let (mut packed, mut absmax) = (vec![0xaa; layout.packed_len()], vec![f32::NAN; layout.absmax_len()]);
-    nf4::quantize(values, layout, &mut packed, &mut absmax).unwrap();
+    nf4::quantize(values, Codebook::Nf4, layout, &mut packed, &mut absmax).unwrap();
     (packed, absmax)
 }
 
-fn assert_equals_scalar<T: Element>(layout: Layout, values: &[T]) {
-    let (packed, absmax) = quantize(values, layout);
-    let (scalar_packed, scalar_absmax) = scalar::quantize(values, layout);
-    assert_eq!(packed, scalar_packed);
-    assert_eq!(to_bits(&absmax), to_bits(&scalar_absmax));
-
-    let mut restored = vec![T::from_f32(f32::NAN); values.len()];
-    nf4::dequantize(&packed, &absmax, layout, &mut restored).unwrap();
-    assert_eq!(to_bits(&restored), to_bits(&scalar::dequantize::<T>(&packed, &absmax, layout)));
-}
-
 proptest! {
-    #[test]
-    fn f32_equals_scalar((layout, values) in weights(floats())) {
-        assert_equals_scalar(layout, &values);
-    }
-
-    #[test]
-    fn bf16_equals_scalar((layout, values) in weights(floats().prop_map(bf16::from_f32))) {
-        assert_equals_scalar(layout, &values);
-    }
-
-    #[test]
-    fn f16_equals_scalar((layout, values) in weights(floats().prop_map(f16::from_f32))) {
-        assert_equals_scalar(layout, &values);
-    }
-
-    /// Values next to a threshold are where multiplying by the reciprocal differs from dividing.
-    #[test]
-    fn values_at_thresholds_equal_scalar(
-        absmax in 0.5f32..1.5, at in prop::collection::vec((0..15usize, -2..3i32), 1..200)
-    ) {
-        let near = at.iter().map(|&(i, ulps)| (nf4::MIDPOINTS[i] * absmax).to_bits().wrapping_add_signed(ulps));
-        let mut values: Vec<f32> = near.map(f32::from_bits).collect();
-        values.iter_mut().step_by(64).for_each(|first| *first = absmax);
-        assert_equals_scalar(Layout { groups: 1, group_len: values.len(), block_size: 64 }, &values);
-    }
-
-    #[test]
-    fn any_bits_equal_scalar(bits in prop::collection::vec(any::<u16>(), 0..200)) {
-        let layout = Layout { groups: 1, group_len: bits.len(), block_size: 64 };
-        assert_equals_scalar(layout, &bits.iter().map(|&b| bf16::from_bits(b)).collect::<Vec<_>>());
-        assert_equals_scalar(layout, &bits.iter().map(|&b| f16::from_bits(b)).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn dequantise_equals_scalar_for_any_scale(
-        packed in prop::collection::vec(any::<u8>(), 60), scales in prop::collection::vec(floats(), 4)
-    ) {
-        let layout = Layout { groups: 1, group_len: 119, block_size: 32 };
-        let mut wide = vec![0.0f32; 119];
-        nf4::dequantize(&packed, &scales, layout, &mut wide).unwrap();
-        prop_assert_eq!(to_bits(&wide), to_bits(&scalar::dequantize::<f32>(&packed, &scales, layout)));
-        let mut half = vec![bf16::ZERO; 119];
-        nf4::dequantize(&packed, &scales, layout, &mut half).unwrap();
-        let rounded: Vec<bf16> = wide.iter().map(|&v| bf16::from_f32(v)).collect();
-        prop_assert_eq!(to_bits(&half), to_bits(&rounded));
-    }
-
     #[test]
     fn streaming_equals_one_shot(
         (layout, values) in weights(floats()), cuts in prop::collection::vec(0..200usize, 0..12)
@@ -136,8 +78,8 @@ proptest! {
         let layout = Layout { groups: 1, group_len: values.len(), block_size: 64 };
         let (packed, absmax) = quantize(&values, layout);
         let mut restored = vec![0.0f32; values.len()];
-        nf4::dequantize(&packed, &absmax, layout, &mut restored).unwrap();
-        let half_gap = nf4::CODE.windows(2).map(|pair| (pair[1] - pair[0]) / 2.0).fold(0.0, f32::max);
+        nf4::dequantize(&packed, Scales::Plain(&absmax), Codebook::Nf4, layout, &mut restored).unwrap();
+        let half_gap = Codebook::Nf4.codes().windows(2).map(|pair| (pair[1] - pair[0]) / 2.0).fold(0.0, f32::max);
         for (i, (value, restored)) in values.iter().zip(&restored).enumerate() {
             let bound = absmax[i / 64] * (half_gap + 4.0 * f32::EPSILON);
             prop_assert!((value - restored).abs() <= bound, "{value} became {restored} at {i}");
@@ -174,17 +116,5 @@ proptest! {
             let bound = absmax2[i / 256] * (half_gap + 1.0 / 65535.0) + 4.0 * f32::EPSILON;
             prop_assert!((value - restored).abs() <= bound, "{value} became {restored} at {i}");
         }
-    }
-}
-
-#[test]
-fn large_weights_equal_scalar() {
-    // Large enough for the parallel path: one odd group, few large groups, many small ones.
-    for (groups, group_len) in [(1, 600_001), (2, 600_000), (3000, 201)] {
-        let layout = Layout { groups, group_len, block_size: 64 };
-        let values: Vec<f32> = (0..layout.values_len() as u32)
-            .map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0)
-            .collect();
-        assert_equals_scalar(layout, &values);
     }
 }

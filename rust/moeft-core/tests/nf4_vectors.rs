@@ -1,7 +1,7 @@
 //! NF4 against bytes written by bitsandbytes (`tests/vectors`).
 
 use half::{bf16, f16};
-use moeft_core::nf4::{self, scalar, Element, GroupQuantizer, Layout};
+use moeft_core::nf4::{self, scalar, Codebook, Element, GroupQuantizer, Layout, Scales};
 use serde_json::Value;
 
 fn vectors(name: &str) -> Value {
@@ -33,11 +33,11 @@ fn check_case<T: Element>(case: &Value, values: &[T]) {
         Layout { groups: 1, group_len: values.len(), block_size: case["block_size"].as_u64().unwrap() as usize };
     let (packed, absmax) = (bytes(&case["packed"]), to_bits(&floats(&case["absmax"])));
 
-    let (scalar_packed, scalar_absmax) = scalar::quantize(values, layout);
+    let (scalar_packed, scalar_absmax) = scalar::quantize(Codebook::Nf4, values, layout);
     assert_eq!((scalar_packed, to_bits(&scalar_absmax)), (packed.clone(), absmax.clone()), "scalar, {name}");
 
     let (mut fast_packed, mut fast_absmax) = (vec![0xaa; layout.packed_len()], vec![f32::NAN; layout.absmax_len()]);
-    nf4::quantize(values, layout, &mut fast_packed, &mut fast_absmax).unwrap();
+    nf4::quantize(values, Codebook::Nf4, layout, &mut fast_packed, &mut fast_absmax).unwrap();
     assert_eq!((fast_packed, to_bits(&fast_absmax)), (packed.clone(), absmax.clone()), "fast, {name}");
 
     let (mut packed_out, mut absmax_out) = (Vec::new(), Vec::new());
@@ -70,12 +70,12 @@ fn platform_independent_vector_is_reproduced() {
     let layout = Layout { groups: 1, group_len: 160, block_size: 64 };
     let values: Vec<f32> = (0..160).map(|i| ((i * 37 + 11) % 128 - 64) as f32 / 64.0 * 0.5f32.powi(i / 64)).collect();
     let (mut packed, mut absmax) = (vec![0; 80], vec![0.0; 3]);
-    nf4::quantize(&values, layout, &mut packed, &mut absmax).unwrap();
+    nf4::quantize(&values, Codebook::Nf4, layout, &mut packed, &mut absmax).unwrap();
     assert_eq!(packed, bytes(&document["packed_hex"]));
     assert_eq!(to_bits(&absmax), bits(&document["absmax_f32_hex"]));
 
     let mut restored = vec![f32::NAN; 160];
-    nf4::dequantize(&packed, &absmax, layout, &mut restored).unwrap();
+    nf4::dequantize(&packed, Scales::Plain(&absmax), Codebook::Nf4, layout, &mut restored).unwrap();
     assert_eq!(to_bits(&restored[..8]), bits(&document["dequant_f32_hex_first8"]));
 
     let (mut codes, mut absmax2) = ([0; 3], [0.0]);
@@ -90,8 +90,8 @@ fn platform_independent_vector_is_reproduced() {
 #[test]
 fn tables_have_the_published_bits() {
     let document = vectors("nf4.json");
-    assert_eq!(to_bits(&nf4::CODE), bits(&document["code_hex"]));
-    assert_eq!(to_bits(&nf4::MIDPOINTS), bits(&document["midpoints_hex"]));
+    assert_eq!(to_bits(Codebook::Nf4.codes()), bits(&document["code_hex"]));
+    assert_eq!(to_bits(Codebook::Nf4.midpoints()), bits(&document["midpoints_hex"]));
     assert_eq!(to_bits(&nf4::DYNAMIC_MAP), bits(&document["dynamic_map_hex"]));
 }
 

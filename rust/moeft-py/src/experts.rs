@@ -1,13 +1,12 @@
 //! The expert block for Python.
 
-use std::num::NonZeroUsize;
-
 use moeft_core::experts::{self, Block, Gate, Gradients, Lora, Routing};
 use moeft_core::gemm::Stack;
 use moeft_core::parallel;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::arguments::thread_limit;
 use crate::buffers::{Buffers, Input, Output};
 use crate::error::IntoPyResult;
 use crate::floats::{FloatInput, FloatOutput};
@@ -47,8 +46,9 @@ pub fn experts_forward(
     x: &Bound<'_, PyAny>,
     h: Option<&Bound<'_, PyAny>>,
     out: &Bound<'_, PyAny>,
-    threads: NonZeroUsize,
+    threads: i64,
 ) -> PyResult<()> {
+    let threads = thread_limit(threads)?;
     let mut buffers = Buffers::default();
     let taken = BlockBuffers::take(&mut buffers, &block)?;
     let x = FloatInput::take(&mut buffers, "x", x, &block.dtype)?;
@@ -72,8 +72,9 @@ pub fn experts_backward(
     grad_weights: &Bound<'_, PyAny>,
     grad_gate_up: Option<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
     grad_down: Option<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
-    threads: NonZeroUsize,
+    threads: i64,
 ) -> PyResult<()> {
+    let threads = thread_limit(threads)?;
     let mut buffers = Buffers::default();
     let taken = BlockBuffers::take(&mut buffers, &block)?;
     let x = FloatInput::take(&mut buffers, "x", x, &block.dtype)?;

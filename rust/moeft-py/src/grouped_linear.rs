@@ -1,11 +1,10 @@
 //! The grouped linear for Python.
 
-use std::num::NonZeroUsize;
-
 use moeft_core::gemm::{self, Side};
 use moeft_core::parallel;
 use pyo3::prelude::*;
 
+use crate::arguments::thread_limit;
 use crate::buffers::Buffers;
 use crate::error::IntoPyResult;
 use crate::floats::{FloatInput, FloatOutput};
@@ -22,8 +21,9 @@ pub fn grouped_linear(
     stack: StackArgument<'_>,
     transpose: bool,
     out: &Bound<'_, PyAny>,
-    threads: NonZeroUsize,
+    threads: i64,
 ) -> PyResult<()> {
+    let threads = thread_limit(threads)?;
     let mut buffers = Buffers::default();
     let x = FloatInput::take(&mut buffers, "x", x, dtype)?;
     let offsets = buffers.input::<i32>("offsets", offsets)?;

@@ -1,5 +1,6 @@
 //! The Python extension module `moeft._core`: buffers in, one core call with the GIL released, one error table.
 
+mod arguments;
 mod buffers;
 mod checkpoint;
 mod error;

@@ -1,10 +1,14 @@
-//! NF4 for Python.
+//! NF4 and FP4 for Python.
+
+use std::num::NonZeroUsize;
 
 use half::{bf16, f16};
-use moeft_core::nf4::{self, Layout};
+use moeft_core::nf4::{self, Codebook, Layout, Scales};
+use moeft_core::parallel::with_threads;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::arguments::{codebook_named, thread_limit};
 use crate::buffers::{Buffers, WeightElement};
 use crate::error::IntoPyResult;
 
@@ -29,61 +33,95 @@ pub fn nf4_quantize(
     py: Python<'_>,
     values: &Bound<'_, PyAny>,
     dtype: &str,
-    groups: usize,
-    group_len: usize,
-    block_size: usize,
+    groups: i64,
+    group_len: i64,
+    block_size: i64,
+    codebook: &str,
     packed: &Bound<'_, PyAny>,
     absmax: &Bound<'_, PyAny>,
+    threads: i64,
 ) -> PyResult<()> {
-    let layout = Layout { groups, group_len, block_size };
-    with_dtype!(dtype, quantize(py, values, layout, packed, absmax))
+    let layout = layout(groups, group_len, block_size)?;
+    let (codebook, threads) = (codebook_named(codebook)?, thread_limit(threads)?);
+    with_dtype!(dtype, quantize(py, values, codebook, layout, packed, absmax, threads))
 }
 
 fn quantize<T: WeightElement>(
     py: Python<'_>,
     values: &Bound<'_, PyAny>,
+    codebook: Codebook,
     layout: Layout,
     packed: &Bound<'_, PyAny>,
     absmax: &Bound<'_, PyAny>,
+    threads: NonZeroUsize,
 ) -> PyResult<()> {
     let mut buffers = Buffers::default();
     let values = buffers.input::<T::Carrier>("values", values)?;
     let mut packed = buffers.output::<u8>("packed", packed)?;
     let mut absmax = buffers.output::<f32>("absmax", absmax)?;
     let (values, packed, absmax) = (T::view(values.slice()), packed.slice_mut(), absmax.slice_mut());
-    py.detach(|| nf4::quantize(values, layout, packed, absmax)).into_py()
+    py.detach(|| with_threads(threads, || nf4::quantize(values, codebook, layout, packed, absmax))).into_py()
 }
 
-/// Restore values from `packed` and `absmax` into `out`.
+/// Restore values from `packed` and `absmax` into `out`. With `absmax2`, `absmax` is nested.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 pub fn nf4_dequantize(
     py: Python<'_>,
     packed: &Bound<'_, PyAny>,
     absmax: &Bound<'_, PyAny>,
-    groups: usize,
-    group_len: usize,
-    block_size: usize,
+    absmax2: Option<&Bound<'_, PyAny>>,
+    offset: f32,
+    groups: i64,
+    group_len: i64,
+    block_size: i64,
+    codebook: &str,
     out: &Bound<'_, PyAny>,
     dtype: &str,
+    threads: i64,
 ) -> PyResult<()> {
-    let layout = Layout { groups, group_len, block_size };
-    with_dtype!(dtype, dequantize(py, packed, absmax, layout, out))
+    let layout = layout(groups, group_len, block_size)?;
+    let (codebook, threads) = (codebook_named(codebook)?, thread_limit(threads)?);
+    with_dtype!(dtype, dequantize(py, packed, absmax, absmax2, offset, codebook, layout, out, threads))
 }
 
+#[allow(clippy::too_many_arguments)]
 fn dequantize<T: WeightElement>(
     py: Python<'_>,
     packed: &Bound<'_, PyAny>,
     absmax: &Bound<'_, PyAny>,
+    absmax2: Option<&Bound<'_, PyAny>>,
+    offset: f32,
+    codebook: Codebook,
     layout: Layout,
     out: &Bound<'_, PyAny>,
+    threads: NonZeroUsize,
 ) -> PyResult<()> {
     let mut buffers = Buffers::default();
     let packed = buffers.input::<u8>("packed", packed)?;
-    let absmax = buffers.input::<f32>("absmax", absmax)?;
+    let (plain, nested);
+    let scales = if let Some(absmax2) = absmax2 {
+        nested = (buffers.input::<u8>("absmax", absmax)?, buffers.input::<f32>("absmax2", absmax2)?);
+        Scales::Nested { codes: nested.0.slice(), absmax2: nested.1.slice(), offset, first: 0 }
+    } else {
+        plain = buffers.input::<f32>("absmax", absmax)?;
+        Scales::Plain(plain.slice())
+    };
     let mut out = buffers.output::<T::Carrier>("out", out)?;
-    let (packed, absmax, out) = (packed.slice(), absmax.slice(), T::view_mut(out.slice_mut()));
-    py.detach(|| nf4::dequantize(packed, absmax, layout, out)).into_py()
+    let (packed, out) = (packed.slice(), T::view_mut(out.slice_mut()));
+    py.detach(|| with_threads(threads, || nf4::dequantize(packed, scales, codebook, layout, out))).into_py()
+}
+
+/// The layout of these sizes; negative ones are refused here, the others where the layout is used.
+fn layout(groups: i64, group_len: i64, block_size: i64) -> PyResult<Layout> {
+    let size = |name: &str, value: i64| {
+        usize::try_from(value).map_err(|_| PyValueError::new_err(format!("{name} is {value}, expected 0 or more")))
+    };
+    Ok(Layout {
+        groups: size("groups", groups)?,
+        group_len: size("group_len", group_len)?,
+        block_size: size("block_size", block_size)?,
+    })
 }
 
 /// Position of the first infinite or NaN value, or None.

@@ -1,9 +1,10 @@
 //! Stacks of experts, packed or dense, from Python.
 
 use moeft_core::gemm::{Stack, StackValues};
-use moeft_core::nf4::Scales;
+use moeft_core::nf4::{Codebook, Scales};
 use pyo3::prelude::*;
 
+use crate::arguments::codebook_named;
 use crate::buffers::{Buffers, Input};
 use crate::floats::FloatInput;
 
@@ -12,6 +13,7 @@ use crate::floats::FloatInput;
 pub struct StackArgument<'py> {
     values: Bound<'py, PyAny>,
     dtype: String,
+    codebook: String,
     shape: (usize, usize, usize),
     transposed: bool,
     bias: Option<Bound<'py, PyAny>>,
@@ -24,6 +26,7 @@ pub struct StackArgument<'py> {
 /// Buffers of one stack.
 pub struct StackBuffers {
     values: StackInput,
+    codebook: Codebook,
     bias: Option<Input<f32>>,
 }
 
@@ -49,22 +52,22 @@ impl StackBuffers {
             },
         };
         let bias = stack.bias.as_ref().map(|bias| buffers.input("bias", bias)).transpose()?;
-        Ok(Self { values, bias })
+        Ok(Self { values, codebook: codebook_named(&stack.codebook)?, bias })
     }
 
     /// The stack.
     pub fn view(&self, stack: &StackArgument<'_>) -> Stack<'_> {
         let (num_experts, rows, cols) = stack.shape;
-        let block_size = stack.block_size;
+        let (block_size, codebook) = (stack.block_size, self.codebook);
         let values = match &self.values {
             StackInput::Dense(floats) => StackValues::Dense(floats.view()),
             StackInput::Nf4 { packed, absmax } => {
-                StackValues::Nf4 { packed: packed.slice(), scales: Scales::Plain(absmax.slice()), block_size }
+                StackValues::Nf4 { packed: packed.slice(), scales: Scales::Plain(absmax.slice()), block_size, codebook }
             }
             StackInput::Nested { packed, codes, absmax2 } => {
                 let (codes, absmax2, offset) = (codes.slice(), absmax2.slice(), stack.nested_offset);
                 let scales = Scales::Nested { codes, absmax2, offset, first: 0 };
-                StackValues::Nf4 { packed: packed.slice(), scales, block_size }
+                StackValues::Nf4 { packed: packed.slice(), scales, block_size, codebook }
             }
         };
         let bias = self.bias.as_ref().map(Input::slice);

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from moeft import _core
 from moeft.kernels.experts.spec import Activation, ClampedSwiglu, Weights
-from moeft.kernels.grouped_linear.cpu import DTYPES, Stack, buffer
+from moeft.kernels.grouped_linear.cpu import DTYPES, Stack
+from moeft.kernels.nf4.cpu import buffer
 from moeft.kernels.routing import Buckets
 
 if TYPE_CHECKING:

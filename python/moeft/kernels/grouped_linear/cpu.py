@@ -13,6 +13,8 @@ from torch import Tensor
 from moeft import _core
 from moeft.kernels.nf4 import NF4Weight
 from moeft.kernels.nf4.cpu import NAMES as DTYPES
+from moeft.kernels.nf4.cpu import buffer
+from moeft.kernels.nf4.weight import Codebook
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +25,7 @@ class Stack(NamedTuple):
 
     values: np.ndarray
     dtype: str
+    codebook: Codebook
     shape: tuple[int, int, int]
     transposed: bool
     bias: np.ndarray | None
@@ -39,11 +42,12 @@ class Stack(NamedTuple):
         float_bias = None if bias is None else buffer(bias.float().contiguous())
         if isinstance(weight, Tensor):
             values = buffer(weight.contiguous())
-            return cls(values, DTYPES[weight.dtype], shape, transposed, float_bias, 0, None, None, 0.0)
+            return cls(values, DTYPES[weight.dtype], "nf4", shape, transposed, float_bias, 0, None, None, 0.0)
         nested = weight.nested
         return cls(
             buffer(weight.packed.contiguous()),
-            "nf4",
+            "packed",
+            weight.codebook,
             shape,
             transposed,
             float_bias,
@@ -69,9 +73,3 @@ def grouped_linear(x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor,
         torch.get_num_threads(),
     )
     return out
-
-
-def buffer(tensor: Tensor) -> np.ndarray:
-    """A flat view of a contiguous tensor that numpy can name: 16-bit floats as uint16."""
-    flat = tensor.detach().view(-1)
-    return (flat.view(torch.uint16) if flat.dtype in (torch.bfloat16, torch.float16) else flat).numpy()

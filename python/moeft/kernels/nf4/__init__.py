@@ -1,18 +1,20 @@
-"""Pack weights to 4-bit NormalFloat and back, byte-compatible with bitsandbytes."""
+"""Pack weights to 4-bit NormalFloat (or FP4) and back, byte-compatible with bitsandbytes."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from moeft.kernels.nf4 import cpu, reference
-from moeft.kernels.nf4.weight import NESTED_BLOCK, Layout, NestedStatistics, NF4Weight
+from moeft.kernels.nf4.weight import NESTED_BLOCK, Codebook, Layout, NestedStatistics, NF4Weight
 
 __all__ = [
     "BLOCK_SIZES",
     "NESTED_BLOCK",
+    "Codebook",
     "Layout",
     "NF4Weight",
     "NestedStatistics",
@@ -25,35 +27,45 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def quantize(w: Tensor, block_size: int = 64, double_quant: bool = False) -> NF4Weight:
+def quantize(w: Tensor, block_size: int = 64, double_quant: bool = False, codebook: Codebook = "nf4") -> NF4Weight:
     """Pack a weight to 4 bits.
 
     Args:
-        w: Weight of any shape, float32, bfloat16 or float16. The first axis of a 3-D weight counts experts; each is
-            packed on its own, so that no block crosses an expert.
+        w: Weight of any shape, float32, bfloat16 or float16; copied first if it is not contiguous. The first axis of a
+            3-D weight counts experts; each is packed on its own, so that no block crosses an expert.
         block_size: Elements that share one absmax, along the flattened weight.
         double_quant: Pack the absmax to 8 bits too, which saves 0.047 bytes per parameter.
+        codebook: The sixteen values, ``"nf4"`` or ``"fp4"``.
 
     Returns:
         The packed weight, on the device of ``w``.
 
     Raises:
-        ValueError: If a value is not finite, or the dtype or the block size is not one of those above.
+        ValueError: If ``w`` is empty, a value is not finite, or the dtype, the block size or the codebook is not one
+            of those above.
 
     Source:
         QLoRA, https://arxiv.org/abs/2305.14314
     """
     _check("w", w)
+    if w.numel() == 0:
+        raise ValueError(f"w is empty, shape {tuple(w.shape)}, expected at least one value")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size}, expected one of {BLOCK_SIZES}")
+    if codebook not in get_args(Codebook):
+        raise ValueError(f"codebook is {codebook!r}, expected one of {get_args(Codebook)}")
     layout = Layout.of(w.shape, block_size)
     w = w.detach().contiguous()
-    _require_finite(w)
     path = cpu if w.device.type == "cpu" else reference
-    packed, absmax = path.quantize(w, layout)
+    packed, absmax = path.quantize(w, layout, codebook)
+    _require_finite(w, absmax)
     stacked = w.ndim > 2
     weight = NF4Weight(
-        packed.view(layout.packed_shape(stacked)), absmax.view(layout.absmax_shape(stacked)), w.shape, block_size
+        packed.view(layout.packed_shape(stacked)),
+        absmax.view(layout.absmax_shape(stacked)),
+        w.shape,
+        block_size,
+        codebook=codebook,
     )
     return _nest(weight) if double_quant else weight
 
@@ -70,8 +82,10 @@ def dequantize(weight: NF4Weight, out: Tensor | None = None, dtype: torch.dtype 
         The weight in its own shape, sharing memory with ``out`` if that was given.
 
     Raises:
-        ValueError: If ``out`` is not contiguous or has another number of elements, another device or dtype.
+        ValueError: If ``out`` is not contiguous, overlaps the weight or has another number of elements, another device
+            or dtype; if codes or statistics of the weight have a wrong dtype or length.
     """
+    _check_packed(weight)
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     _check("out", out)
@@ -82,11 +96,12 @@ def dequantize(weight: NF4Weight, out: Tensor | None = None, dtype: torch.dtype 
         )
     if out.device != weight.device:
         raise ValueError(f"out is on {out.device}, the packed weight on {weight.device}")
-    weight = restore_absmax(weight)
     if weight.device.type == "cpu":
-        cpu.dequantize(weight.packed, weight.absmax, weight.layout, out)
+        cpu.dequantize(weight, out)
     else:
-        out.view(-1).copy_(reference.dequantize(weight.packed, weight.absmax, weight.layout, out.dtype).view(-1))
+        weight = restore_absmax(weight)
+        values = reference.dequantize(weight.packed, weight.absmax, weight.layout, out.dtype, weight.codebook)
+        out.view(-1).copy_(values.view(-1))
     return out.view(weight.shape)
 
 
@@ -114,12 +129,31 @@ def _check(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16")
 
 
-def _require_finite(w: Tensor) -> None:
+def _check_packed(weight: NF4Weight) -> None:
+    layout, nested = weight.layout, weight.nested
+    expected = {
+        "packed": (weight.packed, torch.uint8, layout.groups * layout.packed_bytes),
+        "absmax": (weight.absmax, torch.float32 if nested is None else torch.uint8, layout.groups * layout.blocks),
+    }
+    if nested is not None:
+        blocks = -(-layout.groups * layout.blocks // NESTED_BLOCK)
+        expected["nested.absmax"] = (nested.absmax, torch.float32, blocks)
+        expected["nested.offset"] = (nested.offset, torch.float32, 1)
+    for name, (tensor, dtype, length) in expected.items():
+        if tensor.dtype != dtype or tensor.numel() != length:
+            raise ValueError(
+                f"{name} is {tensor.dtype} of {tensor.numel()} elements, expected {dtype} of {length} for a weight of "
+                f"shape {tuple(weight.shape)} in blocks of {weight.block_size}"
+            )
+
+
+def _require_finite(w: Tensor, absmax: Tensor) -> None:
+    """A value that is not finite shows in the absmax of its block, so that the values need no pass of their own."""
     if w.device.type == "cpu":
-        position = cpu.first_non_finite(w)
+        position = None if cpu.first_non_finite(absmax) is None else cpu.first_non_finite(w)
     else:
-        finite = torch.isfinite(w).view(-1)
-        position = None if bool(finite.all()) else int((~finite).nonzero()[0])
+        finite = torch.isfinite(absmax).all()
+        position = None if bool(finite) else int((~torch.isfinite(w)).view(-1).nonzero()[0])
     if position is not None:
         raise ValueError(
             f"w has a value that is not finite ({w.view(-1)[position].item()}) at flat position {position}; "

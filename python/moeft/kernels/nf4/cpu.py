@@ -1,4 +1,4 @@
-"""NF4 on the CPU: tensors handed to the Rust core as buffers, without a copy."""
+"""NF4 and FP4 on the CPU: tensors handed to the Rust core as buffers, without a copy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeft import _core
-from moeft.kernels.nf4.weight import NESTED_BLOCK, Layout
+from moeft.kernels.nf4.weight import NESTED_BLOCK, Codebook, Layout, NF4Weight
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,32 +21,39 @@ NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
 }
 
 
-def quantize(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, layout: Layout, codebook: Codebook) -> tuple[Tensor, Tensor]:
     """As :func:`moeft.kernels.nf4.reference.quantize`, bit for bit."""
     packed = torch.empty(layout.groups, layout.packed_bytes, dtype=torch.uint8)
     absmax = torch.empty(layout.groups, layout.blocks, dtype=torch.float32)
     _core.nf4_quantize(
-        _buffer(values),
+        buffer(values),
         NAMES[values.dtype],
         layout.groups,
         layout.group_len,
         layout.block_size,
+        codebook,
         packed.view(-1).numpy(),
         absmax.view(-1).numpy(),
+        torch.get_num_threads(),
     )
     return packed, absmax
 
 
-def dequantize(packed: Tensor, absmax: Tensor, layout: Layout, out: Tensor) -> None:
-    """Restore values into ``out``; as :func:`moeft.kernels.nf4.reference.dequantize`, bit for bit."""
+def dequantize(weight: NF4Weight, out: Tensor) -> None:
+    """Restore a weight, double-quantised or not, into ``out``."""
+    layout, nested = weight.layout, weight.nested
     _core.nf4_dequantize(
-        packed.detach().contiguous().view(-1).numpy(),
-        absmax.detach().contiguous().view(-1).numpy(),
+        buffer(weight.packed.contiguous()),
+        buffer(weight.absmax.contiguous()),
+        None if nested is None else buffer(nested.absmax.contiguous()),
+        0.0 if nested is None else float(nested.offset),
         layout.groups,
         layout.group_len,
         layout.block_size,
-        _buffer(out),
+        weight.codebook,
+        buffer(out),
         NAMES[out.dtype],
+        torch.get_num_threads(),
     )
 
 
@@ -67,7 +74,7 @@ def unnest(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
 
 def first_non_finite(values: Tensor) -> int | None:
     """Flat position of the first NaN or infinity."""
-    return _core.nf4_first_non_finite(_buffer(values), NAMES[values.dtype])
+    return _core.nf4_first_non_finite(buffer(values), NAMES[values.dtype])
 
 
 @functools.cache
@@ -77,7 +84,7 @@ def dynamic_map() -> Tensor:
     return unnest(codes, torch.ones(1), torch.zeros(1))
 
 
-def _buffer(tensor: Tensor) -> np.ndarray:
-    """A flat view that numpy can name: 16-bit floats as uint16."""
+def buffer(tensor: Tensor) -> np.ndarray:
+    """A flat view of a contiguous tensor that numpy can name: 16-bit floats as uint16."""
     flat = tensor.detach().view(-1)
-    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
+    return (flat.view(torch.uint16) if flat.dtype in (torch.bfloat16, torch.float16) else flat).numpy()

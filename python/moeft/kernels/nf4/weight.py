@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Codebook = Literal["nf4", "fp4"]  # the sixteen values; names as in bitsandbytes' quant_type
 NESTED_BLOCK = 256  # absmax values that share one second-level statistic, as in bitsandbytes
 
 
@@ -54,7 +56,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """A 4-bit weight. The bytes are those of bitsandbytes' NF4, group by group.
+    """A 4-bit weight. The bytes are those of bitsandbytes, group by group.
 
     Attributes:
         packed: uint8, ``[ceil(n / 2)]``, or ``[E, ceil(n / 2)]`` for a stack of E experts of n elements each.
@@ -63,6 +65,7 @@ class NF4Weight:
         shape: Shape of the weight that was packed.
         block_size: Elements that share one absmax. A block never crosses an expert.
         nested: Second-level statistics of a double-quantised weight.
+        codebook: The sixteen values that the codes stand for.
     """
 
     packed: Tensor
@@ -70,6 +73,7 @@ class NF4Weight:
     shape: torch.Size
     block_size: int
     nested: NestedStatistics | None = None
+    codebook: Codebook = "nf4"
 
     @property
     def layout(self) -> Layout:

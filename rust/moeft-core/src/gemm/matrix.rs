@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::floats::Floats;
 use super::{run, Kernel};
 use crate::isa::Isa;
-use crate::nf4::{decode_run, Scales};
+use crate::nf4::{decode_run, Codebook, Scales};
 
 /// Values of one weight, as stored.
 #[derive(Debug, Clone, Copy)]
@@ -20,6 +20,8 @@ pub enum Values<'a> {
         scales: Scales<'a>,
         /// Values that share a scale.
         block_size: usize,
+        /// What the codes stand for.
+        codebook: Codebook,
     },
 }
 
@@ -63,9 +65,9 @@ impl<'a> Matrix<'a> {
                     run(isa, Widen(floats.slice(start(row)..start(row) + width), out));
                 }
             }
-            Values::Nf4 { packed, scales, block_size } => {
+            Values::Nf4 { packed, scales, block_size, codebook } => {
                 for (row, out) in rows.clone().zip(scratch.chunks_exact_mut(width)) {
-                    decode_run(isa, packed, scales, block_size, start(row), out);
+                    decode_run(isa, packed, scales, block_size, start(row), out, codebook);
                 }
             }
         }

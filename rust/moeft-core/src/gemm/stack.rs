@@ -2,7 +2,7 @@
 
 use super::floats::Floats;
 use super::matrix::{Matrix, Values};
-use crate::nf4::{Layout, Scales, NESTED_BLOCK_SIZE};
+use crate::nf4::{Codebook, Layout, Scales};
 use crate::{Error, Result};
 
 /// Values of a stack of experts, as stored.
@@ -18,6 +18,8 @@ pub enum StackValues<'a> {
         scales: Scales<'a>,
         /// Values that share a scale.
         block_size: usize,
+        /// What the codes stand for.
+        codebook: Codebook,
     },
 }
 
@@ -62,12 +64,13 @@ impl<'a> Stack<'a> {
         let len = self.rows * self.cols;
         let values = match self.values {
             StackValues::Dense(floats) => Values::Dense(floats.slice(expert * len..(expert + 1) * len)),
-            StackValues::Nf4 { packed, scales, block_size } => {
+            StackValues::Nf4 { packed, scales, block_size, codebook } => {
                 let (bytes, blocks) = (len.div_ceil(2), len.div_ceil(block_size));
                 Values::Nf4 {
                     packed: &packed[expert * bytes..][..bytes],
-                    scales: scales.slice(expert * blocks..(expert + 1) * blocks),
+                    scales: scales.skip(expert * blocks),
                     block_size,
+                    codebook,
                 }
             }
         };
@@ -84,12 +87,10 @@ impl<'a> Stack<'a> {
         let len = self.rows.saturating_mul(self.cols);
         match self.values {
             StackValues::Dense(floats) => check_len(name, floats.len(), len.saturating_mul(self.num_experts))?,
-            StackValues::Nf4 { packed, scales, block_size } => {
+            StackValues::Nf4 { packed, scales, block_size, .. } => {
                 let layout = Layout { groups: self.num_experts, group_len: len, block_size };
                 layout.check((name, layout.values_len()), packed.len(), scales.len())?;
-                if let Scales::Nested { absmax2, .. } = scales {
-                    check_len("nested absmax", absmax2.len(), scales.len().div_ceil(NESTED_BLOCK_SIZE))?;
-                }
+                scales.check()?;
             }
         }
         self.bias.map_or(Ok(()), |bias| check_len("bias", bias.len(), self.num_experts.saturating_mul(self.outputs())))

@@ -1,69 +1,68 @@
-//! The dequantiser that runs: one table of sixteen products per block, parallel over chunks of large weights.
+//! The dequantiser that runs: parallel over chunks of large weights, past the cache for outputs that do not fit it.
 
 use rayon::prelude::*;
 
 use super::element::Element;
-use super::quantize::{PARALLEL_LEN, TASK_LEN};
-use super::{Layout, CODE};
-use crate::{parallel, Result};
+use super::quantize::{runs_inline, TASK_LEN};
+use super::{kernel, Codebook, Layout, Scales};
+use crate::isa::Isa;
+use crate::{cache, parallel, Result};
 
-/// Restores NF4 values into `out`: code times absmax in f32, rounded once (to nearest even) to `T`.
+/// Restores 4-bit values into `out`: code times absmax in f32, rounded once (to nearest even) to `T`.
+///
+/// An `out` larger than the last-level cache is written past it: whoever reads it next finds it in memory.
 ///
 /// # Arguments
 /// * `packed` - [`Layout::packed_len`] bytes.
-/// * `absmax` - [`Layout::absmax_len`] scales.
+/// * `scales` - [`Layout::absmax_len`] scales, plain or nested; `first` is 0.
 /// * `out` - output, `layout.groups * layout.group_len` values.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if a length or the block size does not fit.
-pub fn dequantize<T: Element>(packed: &[u8], absmax: &[f32], layout: Layout, out: &mut [T]) -> Result<()> {
-    layout.check(("out", out.len()), packed.len(), absmax.len())?;
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if a length or the block size does not fit, or if
+/// `MOEFT_ISA` names no instruction set of this CPU.
+pub fn dequantize<T: Element>(
+    packed: &[u8],
+    scales: Scales<'_>,
+    codebook: Codebook,
+    layout: Layout,
+    out: &mut [T],
+) -> Result<()> {
+    let streaming = size_of_val(out) > cache::last_level_bytes();
+    dequantize_with(Isa::active()?, packed, scales, codebook, layout, out, streaming)
+}
+
+/// [`dequantize`] with the instructions of `isa`, which this CPU has, past the cache or not.
+pub(super) fn dequantize_with<T: Element>(
+    isa: Isa,
+    packed: &[u8],
+    scales: Scales<'_>,
+    codebook: Codebook,
+    layout: Layout,
+    out: &mut [T],
+    streaming: bool,
+) -> Result<()> {
+    layout.check(("out", out.len()), packed.len(), scales.len())?;
+    scales.check()?;
     if out.is_empty() {
         return Ok(());
     }
-    let block_size = layout.block_size;
-    let (group_packed, group_absmax) = (layout.group_packed_len(), layout.group_absmax_len());
-    if out.len() < PARALLEL_LEN {
-        let groups = packed.chunks(group_packed).zip(absmax.chunks(group_absmax));
-        for ((p, a), o) in groups.zip(out.chunks_mut(layout.group_len)) {
-            dequantize_group(p, a, block_size, o);
-        }
+    let restore = |group: usize, start: usize, out: &mut [T]| {
+        let packed = &packed[group * layout.group_packed_len()..];
+        let scales = scales.skip(group * layout.group_absmax_len());
+        kernel::restore(isa, codebook, packed, scales, layout.block_size, start, out, streaming);
+    };
+    if runs_inline(out.len()) {
+        out.chunks_mut(layout.group_len).enumerate().for_each(|(group, out)| restore(group, 0, out));
     } else {
         parallel::install(|| {
-            packed
-                .par_chunks(group_packed)
-                .zip(absmax.par_chunks(group_absmax))
-                .zip(out.par_chunks_mut(layout.group_len))
+            out.par_chunks_mut(layout.group_len)
+                .enumerate()
                 .with_min_len(TASK_LEN.div_ceil(layout.group_len))
-                .for_each(|((p, a), o)| dequantize_group_parallel(p, a, block_size, o));
+                .for_each(|(group, out)| {
+                    let tasks = out.par_chunks_mut(TASK_LEN).enumerate();
+                    tasks.for_each(|(task, out)| restore(group, task * TASK_LEN, out));
+                });
         });
     }
     Ok(())
-}
-
-/// Restores one group in parallel.
-fn dequantize_group_parallel<T: Element>(packed: &[u8], absmax: &[f32], block_size: usize, out: &mut [T]) {
-    if out.len() < PARALLEL_LEN {
-        return dequantize_group(packed, absmax, block_size, out);
-    }
-    packed
-        .par_chunks(TASK_LEN / 2)
-        .zip(absmax.par_chunks(TASK_LEN / block_size))
-        .zip(out.par_chunks_mut(TASK_LEN))
-        .for_each(|((p, a), o)| dequantize_group(p, a, block_size, o));
-}
-
-/// Restores one group, or a part of one that starts at a block.
-fn dequantize_group<T: Element>(packed: &[u8], absmax: &[f32], block_size: usize, out: &mut [T]) {
-    for ((bytes, &absmax), out) in packed.chunks(block_size / 2).zip(absmax).zip(out.chunks_mut(block_size)) {
-        let table = CODE.map(|code| T::from_f32(code * absmax));
-        let mut pairs = out.chunks_exact_mut(2);
-        for (pair, &byte) in (&mut pairs).zip(bytes) {
-            pair[0] = table[usize::from(byte >> 4)];
-            pair[1] = table[usize::from(byte & 15)];
-        }
-        if let ([last], Some(&byte)) = (pairs.into_remainder(), bytes.last()) {
-            *last = table[usize::from(byte >> 4)];
-        }
-    }
 }

@@ -4,7 +4,17 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 mod sealed {
+    /// Which type it is, for code that reads and writes vectors of it.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Kind {
+        F32,
+        Bf16,
+        F16,
+    }
+
     pub trait Sealed: Copy + Default + Send + Sync + 'static {
+        /// The implementing type.
+        const KIND: Kind;
         /// Largest magnitude, widened exactly; NaN if any value is NaN, 0 for no values.
         fn absmax(values: &[Self]) -> f32;
         /// Widens `values` exactly into `out`, which is as long.
@@ -13,7 +23,7 @@ mod sealed {
         fn is_non_finite(self) -> bool;
     }
 }
-pub(super) use sealed::Sealed;
+pub(super) use sealed::{Kind, Sealed};
 
 /// A floating-point type of weights: `f32`, [`half::bf16`] or [`half::f16`]. Sealed.
 pub trait Element: sealed::Sealed {
@@ -39,6 +49,8 @@ impl Element for f32 {
 }
 
 impl Sealed for f32 {
+    const KIND: Kind = Kind::F32;
+
     #[inline]
     fn absmax(values: &[Self]) -> f32 {
         f32::from_bits(values.iter().fold(0, |max, v| max.max((v.to_bits() & 0x7fff_ffff) as i32)) as u32)
@@ -68,6 +80,8 @@ impl Element for bf16 {
 }
 
 impl Sealed for bf16 {
+    const KIND: Kind = Kind::Bf16;
+
     #[inline]
     fn absmax(values: &[Self]) -> f32 {
         bf16::from_bits(magnitude_max(values.iter().map(|v| v.to_bits()))).to_f32()
@@ -99,6 +113,8 @@ impl Element for f16 {
 }
 
 impl Sealed for f16 {
+    const KIND: Kind = Kind::F16;
+
     #[inline]
     fn absmax(values: &[Self]) -> f32 {
         f16::from_bits(magnitude_max(values.iter().map(|v| v.to_bits()))).to_f32()

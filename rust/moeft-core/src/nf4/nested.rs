@@ -99,6 +99,11 @@ fn check_lengths(codes: usize, absmax2: usize, absmax: (&'static str, usize)) ->
     if absmax.1 != codes {
         return Err(Error::invalid(absmax.0, format!("{} long", absmax.1), format!("as many as codes, {codes}")));
     }
+    check_absmax2(codes, absmax2)
+}
+
+/// Checks the number of second-level scales of `codes` codes.
+pub(super) fn check_absmax2(codes: usize, absmax2: usize) -> Result<()> {
     let blocks = codes.div_ceil(NESTED_BLOCK_SIZE);
     if absmax2 != blocks {
         return Err(Error::invalid("absmax2", format!("{absmax2} long"), format!("ceil(codes / 256) = {blocks}")));

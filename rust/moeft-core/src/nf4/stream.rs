@@ -2,10 +2,11 @@
 
 use super::layout::check_block_size;
 use super::quantize::quantize_group_parallel;
-use super::Element;
+use super::{Codebook, Element};
+use crate::isa::Isa;
 use crate::{Error, Result};
 
-/// Quantises one group from pieces of any length; equal to [`quantize`](super::quantize()) on the whole.
+/// Quantises one group to NF4 from pieces of any length; equal to [`quantize`](super::quantize()) on the whole.
 ///
 /// Holds at most one block; outputs are appended as blocks complete.
 ///
@@ -22,6 +23,7 @@ use crate::{Error, Result};
 /// ```
 #[derive(Debug, Clone)]
 pub struct GroupQuantizer {
+    isa: Isa,
     group_len: usize,
     block_size: usize,
     /// Values taken so far, those in `carry` included.
@@ -34,10 +36,11 @@ impl GroupQuantizer {
     /// A quantiser for one group of `group_len` values.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the block size is not a power of two from 32 to 4096.
+    /// [`Error::InvalidArgument`] if the block size is not a power of two from 32 to 4096, or if `MOEFT_ISA` names no
+    /// instruction set of this CPU.
     pub fn new(group_len: usize, block_size: usize) -> Result<Self> {
         check_block_size(block_size)?;
-        Ok(Self { group_len, block_size, taken: 0, carry: Vec::with_capacity(block_size) })
+        Ok(Self { isa: Isa::active()?, group_len, block_size, taken: 0, carry: Vec::with_capacity(block_size) })
     }
 
     /// Takes the next values and appends the blocks they complete.
@@ -63,12 +66,12 @@ impl GroupQuantizer {
             self.carry.extend(head.iter().map(|v| v.to_f32()));
             rest = tail;
             if self.carry.len() == self.block_size {
-                append(&self.carry, self.block_size, packed_out, absmax_out);
+                self.append(&self.carry, packed_out, absmax_out);
                 self.carry.clear();
             }
         }
         let (blocks, tail) = rest.split_at(rest.len() - rest.len() % self.block_size);
-        append(blocks, self.block_size, packed_out, absmax_out);
+        self.append(blocks, packed_out, absmax_out);
         self.carry.extend(tail.iter().map(|v| v.to_f32()));
         Ok(())
     }
@@ -81,15 +84,16 @@ impl GroupQuantizer {
         if self.taken != self.group_len {
             return Err(Error::invalid("values", format!("{} in all", self.taken), self.group_len));
         }
-        append(&self.carry, self.block_size, packed_out, absmax_out);
+        self.append(&self.carry, packed_out, absmax_out);
         Ok(())
     }
-}
 
-/// Quantises whole blocks (the last may be the group's short one) onto the ends of the outputs.
-fn append<T: Element>(values: &[T], block_size: usize, packed_out: &mut Vec<u8>, absmax_out: &mut Vec<f32>) {
-    let (packed_start, absmax_start) = (packed_out.len(), absmax_out.len());
-    packed_out.resize(packed_start + values.len().div_ceil(2), 0);
-    absmax_out.resize(absmax_start + values.len().div_ceil(block_size), 0.0);
-    quantize_group_parallel(values, block_size, &mut packed_out[packed_start..], &mut absmax_out[absmax_start..]);
+    /// Quantises whole blocks (the last may be the group's short one) onto the ends of the outputs.
+    fn append<T: Element>(&self, values: &[T], packed_out: &mut Vec<u8>, absmax_out: &mut Vec<f32>) {
+        let (packed_start, absmax_start) = (packed_out.len(), absmax_out.len());
+        packed_out.resize(packed_start + values.len().div_ceil(2), 0);
+        absmax_out.resize(absmax_start + values.len().div_ceil(self.block_size), 0.0);
+        let (packed, absmax) = (&mut packed_out[packed_start..], &mut absmax_out[absmax_start..]);
+        quantize_group_parallel(self.isa, Codebook::Nf4, values, self.block_size, packed, absmax);
+    }
 }

@@ -7,7 +7,7 @@ mod ordered;
 
 use std::cell::Cell;
 use std::num::NonZeroUsize;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 
 pub use ordered::ordered;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -54,18 +54,38 @@ pub fn install<R: Send>(work: impl FnOnce() -> R + Send) -> R {
 
 /// The pool of that many threads in this process.
 fn pool(threads: usize) -> Arc<ThreadPool> {
-    type Key = (u32, usize);
-    static POOLS: Mutex<Vec<(Key, Arc<ThreadPool>)>> = Mutex::new(Vec::new());
-
-    let key = (std::process::id(), threads);
-    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, pool)) = pools.iter().find(|(k, _)| *k == key) {
+    let mut pools = Process::current().pools.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, pool)) = pools.iter().find(|(size, _)| *size == threads) {
         return Arc::clone(pool);
     }
     let named = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("moeft-{i}"));
     let pool = Arc::new(named.build().expect("the system gives no more threads"));
-    pools.push((key, Arc::clone(&pool)));
+    pools.push((threads, Arc::clone(&pool)));
     pool
+}
+
+/// The pools of one process, by size, and what a child of it adds.
+///
+/// A lock of our own for each process, because another thread may hold the parent's at the moment of the fork, and in
+/// the child nobody would ever release it.
+struct Process {
+    id: u32,
+    pools: Mutex<Vec<(usize, Arc<ThreadPool>)>>,
+    child: OnceLock<Box<Process>>,
+}
+
+impl Process {
+    fn current() -> &'static Self {
+        static FIRST: OnceLock<Process> = OnceLock::new();
+
+        let id = std::process::id();
+        let new = || Self { id, pools: Mutex::default(), child: OnceLock::new() };
+        let mut process = FIRST.get_or_init(new);
+        while process.id != id {
+            process = process.child.get_or_init(|| Box::new(new()));
+        }
+        process
+    }
 }
 
 #[cfg(test)]
