@@ -68,7 +68,7 @@ pub fn round_trip(dtype: Dtype, value: f32) -> f32 {
 
 /// The bits of `value` as bf16. Without branches, so that the loop around it becomes vector code.
 #[inline(always)]
-fn round_bf16(value: f32) -> u16 {
+pub(crate) fn round_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
     let quiet_nan = (bits >> 16) as u16 | 0x40;

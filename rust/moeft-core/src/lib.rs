@@ -5,6 +5,7 @@
 
 pub mod adapter;
 pub mod checkpoint;
+mod dynamic8;
 mod error;
 pub mod families;
 mod float;
@@ -12,6 +13,7 @@ pub mod isa;
 pub mod merge;
 pub mod names;
 pub mod nf4;
+pub mod optim;
 pub mod parallel;
 pub mod progress;
 pub mod quantize;
