@@ -7,11 +7,11 @@ use super::buffers::{Gradients, Moments, Parameters, Task};
 use crate::isa::Isa;
 use crate::{parallel, Error, Result};
 
-/// Weights of one task of the pool: a multiple of the block size, 0.45 MB of f32 weights, gradients and moments.
-const TASK_LEN: usize = 1 << 14;
+/// Weights of one task of the pool: a multiple of the block size, 1 MiB of f32 weights, gradients and moments.
+const TASK_LEN: usize = 1 << 16;
 
 /// Fewer weights than this are updated without the pool.
-const PARALLEL_LEN: usize = 1 << 16;
+const PARALLEL_LEN: usize = 2 * TASK_LEN;
 
 /// What rules a step.
 #[derive(Debug, Clone, Copy, PartialEq)]

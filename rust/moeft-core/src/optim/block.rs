@@ -45,6 +45,14 @@ struct Scratch {
 
 #[inline(always)]
 fn run_blocks(mut task: Task<'_>, factors: &Factors) {
+    if let Task {
+        parameters: Parameters::F32(weights),
+        gradients: Gradients::F32(gradients),
+        moments: Moments::F32 { exp_avg, exp_avg_sq },
+    } = task
+    {
+        return update(weights, gradients, exp_avg, exp_avg_sq, factors);
+    }
     let mut scratch = Scratch {
         weights: [0.0; BLOCK_SIZE],
         gradients: [0.0; BLOCK_SIZE],
