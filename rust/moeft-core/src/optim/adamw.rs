@@ -104,7 +104,7 @@ pub fn adamw_step(
     let task = Task { parameters, gradients, moments };
     task.check()?;
     let (isa, factors) = (Isa::active()?, hyperparameters.factors(step));
-    if task.len() < PARALLEL_LEN {
+    if task.len() < PARALLEL_LEN || parallel::threads() == 1 {
         block::run(isa, task, &factors);
     } else {
         parallel::install(|| run_parallel(isa, task, &factors));
