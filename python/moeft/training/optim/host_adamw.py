@@ -36,7 +36,7 @@ class HostAdamW(torch.optim.Optimizer):
         weight_decay: A weight loses this part of itself times ``lr``.
         state_bits: 32, or 8: block-wise codes of 256 values with one scale, as in bitsandbytes' ``AdamW8bit``.
         master_weights: Keep a float32 master copy of bfloat16 parameters on the host. Without it an update below
-            1/512 of a weight is lost, and late in training most are.
+            1/512 of a weight is lost, and late in training many are.
         min_8bit_size: Parameters with fewer values keep 32-bit state, as in bitsandbytes.
 
     Raises:
