@@ -238,6 +238,30 @@ def test_training_key_that_cannot_be_used_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_optimiser_and_adapter_dtype_of_the_recipe_reach_the_run(base, tmp_path):
+    training = {"optim": "adamw_moeft_8bit", "optim_args": "min_8bit_size=0", "max_steps": 2, "loraplus_lr_ratio": 4}
+    training |= {"lr_scheduler_type": "cosine", "min_lr_ratio": 0.5}
+    folder = start(write_recipe(tmp_path, base, lora={"dtype": "bfloat16"}, training=training))
+    assert {t.dtype for t in load_file(folder.path / "adapter" / "adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    saved = torch.load(folder.path / "checkpoints" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert {state["exp_avg"].dtype for state in saved["state"].values()} == {torch.uint8}
+    assert {state["master"].dtype for state in saved["state"].values()} == {torch.float32}
+    # After the last step the schedule stands at its floor: half of 5e-3, and four times that for B.
+    assert {group["lr"] for group in saved["param_groups"] if group["params"]} == {2.5e-3, 1e-2}
+
+
+def test_optimiser_that_nobody_knows_is_refused_before_anything_is_written(base, tmp_path):
+    path = write_recipe(tmp_path, base, training={"optim": "adamw_moft_8bit", "min_lr_ratio": 2})
+    with pytest.raises(RecipeError) as caught:
+        start(path)
+    assert "training.optim is 'adamw_moft_8bit'" in str(caught.value)
+    assert "did you mean 'adamw_moeft_8bit'?" in str(caught.value)
+    assert "training.min_lr_ratio is 2, expected a number from 0 to 1" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_field_of_our_training_arguments_is_known_to_recipes():
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     ours = [field.name for field in dataclasses.fields(SFTConfig) if field.name not in theirs]

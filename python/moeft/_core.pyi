@@ -178,6 +178,61 @@ def bucket(expert_index: _Array, num_experts: int, permutation: _Array, inverse:
         offsets: Output, int32, ``num_experts + 1``: where each expert starts, then R.
     """
 
+def adamw_step(
+    param: _Array,
+    grad: _Array,
+    exp_avg: _Array,
+    exp_avg_sq: _Array,
+    exp_avg_absmax: _Array | None,
+    exp_avg_sq_absmax: _Array | None,
+    rounded: _Array | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    threads: int,
+) -> None:
+    """Update weights and moments by one step of AdamW. All CPUs and numbers of threads give the same bits.
+
+    Args:
+        param: Weights, changed; float32, or bfloat16 as uint16.
+        grad: Gradients of the weights; float32, or bfloat16 as uint16.
+        exp_avg: Mean of gradients, changed; float32, or uint8 codes if ``exp_avg_absmax`` is given.
+        exp_avg_sq: Mean of their squares, changed; of the same type.
+        exp_avg_absmax: float32, one scale per 256 codes of ``exp_avg``, changed.
+        exp_avg_sq_absmax: The same for ``exp_avg_sq``.
+        rounded: Output, uint16: the new weights as bfloat16; only for float32 ``param``.
+        lr: Learning rate.
+        beta1: Decay of ``exp_avg``, in [0, 1).
+        beta2: Decay of ``exp_avg_sq``, in [0, 1).
+        eps: Added to the root of the corrected mean of squares.
+        weight_decay: Weights lose this part of themselves times ``lr``.
+        step: Number of this step, from 1.
+        threads: Most threads to use.
+    """
+
+def blockwise_quantize(values: _Array, signed: bool, codes: _Array, absmax: _Array) -> None:
+    """Store values in 8 bits as bitsandbytes does on the CPU, but zero as zero.
+
+    Args:
+        values: float32.
+        signed: Whether codes mean values in [-1, 1] or in [0, 1] of the scale.
+        codes: Output, uint8, as long as ``values``.
+        absmax: Output, float32, ``ceil(len(values) / 256)``.
+    """
+
+def blockwise_dequantize(codes: _Array, absmax: _Array, signed: bool, out: _Array) -> None:
+    """Restore values from 8 bits: what the code means times the scale, in float32.
+
+    Args:
+        codes: uint8.
+        absmax: float32, ``ceil(len(codes) / 256)``.
+        signed: As in ``blockwise_quantize``.
+        out: Output, float32, as long as ``codes``.
+    """
+
 _Path = str | PathLike[str]
 _Progress = Callable[[int, int, str], object]
 

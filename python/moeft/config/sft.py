@@ -24,7 +24,7 @@ _SET_ELSEWHERE = {
 }
 """Trainer arguments that another key of the recipe decides."""
 
-_OURS = ("max_skipped_steps",)
+_OURS = ("max_skipped_steps", "loraplus_lr_ratio", "min_lr_ratio")
 """Trainer arguments that moeft adds to those of transformers."""
 
 
@@ -56,6 +56,9 @@ class Lora(Section):
     experts_rank: int | None = Field(default=None, ge=1, description="Rank of each expert's adapter; null takes `rank`")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank")
     init_seed: int = Field(default=0, ge=0, description="Seed of the adapter's first weights")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Type of the adapter's weights; bfloat16 halves them and their gradients"
+    )
 
 
 class Data(Section):
@@ -111,7 +114,8 @@ class SftRecipe(Recipe):
     evaluation: Evaluation = Field(default_factory=Evaluation, description="Generation on held-out rows")
     training: dict[str, Any] = Field(
         default_factory=dict,
-        description="Arguments of the trainer, by their names in transformers.TrainingArguments, and max_skipped_steps",
+        description="Arguments of the trainer, by their names in transformers.TrainingArguments, and those that moeft "
+        "adds: max_skipped_steps, loraplus_lr_ratio, min_lr_ratio",
     )
     merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")
 

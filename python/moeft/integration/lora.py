@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TARGETS = ("attention", "experts", "mlp")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUT = "peft-0.19.1"  # expert factors: A [E * r, in] expert-major, B [out, r * E] expert fastest
 FINGERPRINT_KEY = "moeft.base_fingerprint"
 
@@ -38,6 +39,23 @@ class LoraModel(PeftModelForCausalLM):
         for file in Path(save_directory).rglob("adapter_model.safetensors"):
             _core.stamp_metadata(str(file), stamp)
 
+    def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load weights into an adapter; one that is there keeps its dtype. See ``PeftModel.load_adapter``."""
+        # PEFT would turn a bfloat16 adapter into float32, and a run that resumes into another one.
+        dtypes = {p.dtype for p in self._factors(adapter_name)}
+        loaded = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        if len(dtypes) == 1:
+            self.cast_adapter(dtypes.pop(), adapter_name)
+        return loaded
+
+    def cast_adapter(self, dtype: torch.dtype, adapter_name: str = "default") -> None:
+        """Give an adapter's weights another dtype; an optimiser must be made after it."""
+        for factor in self._factors(adapter_name):
+            factor.data = factor.data.to(dtype)
+
+    def _factors(self, adapter_name: str) -> list[torch.nn.Parameter]:
+        return [p for name, p in self.named_parameters() if ".lora_" in name and f".{adapter_name}." in f"{name}."]
+
 
 def add_lora(
     model: PreTrainedModel,
@@ -48,6 +66,7 @@ def add_lora(
     experts_rank: int | None = None,
     rslora: bool = False,
     seed: int | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> LoraModel:
     """Add a trainable LoRA adapter and freeze everything else.
 
@@ -59,16 +78,20 @@ def add_lora(
         experts_rank: Another rank for the experts, with the same scale as the others.
         rslora: Scale by ``alpha / sqrt(r)`` instead.
         seed: Seed of the initial A, for a reproducible adapter.
+        dtype: Of the adapter's weights, float32 or bfloat16; default as PEFT does, float32 on a 16-bit base. A factor
+            in bfloat16 takes half the memory and its gradient too; let its optimiser keep a float32 copy of it.
 
     Returns:
         A PeftModel; ``save_pretrained`` writes PEFT's ``target_parameters`` layout.
 
     Raises:
-        ValueError: If the rank is not positive or exceeds a targeted weight, or a target is unknown.
+        ValueError: If the rank is not positive or exceeds a targeted weight, or a target or dtype is unknown.
         AdapterError: If a target matches nothing in the model.
     """
     family = model_family.of_model(model)
     _check(rank, experts_rank, targets)
+    if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected {' or '.join(DTYPES)}")
     alpha = rank if alpha is None else alpha
     modules = {t: _linears(model, family, t) for t in targets if t != "experts"}
     stacks = _stacks(model, family) if "experts" in targets else []
@@ -95,7 +118,10 @@ def add_lora(
             torch.manual_seed(seed)
         # PEFT looks for rank_pattern keys among modules only and warns about stacks, although it applies them.
         warnings.filterwarnings("ignore", message=".*rank_pattern.*|.*alpha_pattern.*")
-        return LoraModel(model, config)
+        adapted = LoraModel(model, config)
+    if dtype is not None:
+        adapted.cast_adapter(DTYPES[str(dtype).removeprefix("torch.")])
+    return adapted
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path, trainable: bool = False) -> LoraModel:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeft.config import SftRecipe, validate_training_fields
+from moeft.config import SftRecipe, validate_optimizer, validate_training_fields
 from moeft.errors import CheckpointError, RecipeError
 from moeft.provenance import RunFolder
 from moeft.runs.replies import HeldOutCalls
@@ -37,6 +37,7 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         MoeftError: If the recipe, the model, the data or the training cannot be used; see the classes.
     """
     validate_training_fields(recipe.training)
+    validate_optimizer(recipe.training)
     _check_merge(recipe)
     inputs = {"model": recipe.model, **{f"train[{i}]": path for i, path in enumerate(recipe.data.train)}}
     inputs |= {
@@ -141,6 +142,7 @@ class _Run:
             experts_rank=lora.experts_rank,
             rslora=lora.rslora,
             seed=lora.init_seed,
+            dtype=lora.dtype,
         )
         args = SFTConfig(
             output_dir=str(self.folder.path / "checkpoints"),

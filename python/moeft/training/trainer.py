@@ -10,18 +10,34 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 
+from moeft.config.optimizer import HOST_STATE_BITS, optimizer_problems
 from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
 from moeft.training.guards import NonFiniteGuard
+from moeft.training.optim import HostAdamW, host_options, raise_rate_of_b
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
 
 
 @dataclass
 class MoeConfig(TrainingArguments):
-    """``TrainingArguments`` with the defaults that adapters on quantised experts want."""
+    """``TrainingArguments`` with the defaults that adapters on quantised experts want.
 
+    ``optim`` takes two more names, ``adamw_moeft_host`` and ``adamw_moeft_8bit``:
+    :class:`moeft.training.optim.HostAdamW` with 32- or 8-bit state. ``optim_args`` may set its ``master_weights`` and
+    ``min_8bit_size``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: learning rate of the B factors by that of A; None for the same rate."}
+    )
+    min_lr_ratio: float | None = field(
+        default=None, metadata={"help": "With a cosine schedule: last learning rate by the first, from 0 to 1."}
+    )
     max_skipped_steps: int = field(
         default=10, metadata={"help": "Stop after this many steps in a row with a non-finite loss or gradient."}
     )
@@ -30,6 +46,23 @@ class MoeConfig(TrainingArguments):
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in host memory; only a GPU gains."}
     )
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Loggers besides the run folder."})
+
+    def __post_init__(self) -> None:
+        if problems := optimizer_problems(vars(self)):
+            raise ValueError("; ".join(problems))
+        given = dict(vars(self))
+        is_ours = given["optim"] in HOST_STATE_BITS
+        if is_ours:
+            host_options(given["optim_args"])
+        # TrainingArguments takes names of its own enum only.
+        self.optim: Any = "adamw_torch" if is_ours else given["optim"]
+        super().__post_init__()
+        if is_ours:
+            self.optim = given["optim"]
+        if self.min_lr_ratio is not None:
+            self.lr_scheduler_type = SchedulerType.COSINE_WITH_MIN_LR
+            options = vars(self)["lr_scheduler_kwargs"] or {}
+            self.lr_scheduler_kwargs = {**options, "min_lr_rate": self.min_lr_ratio}
 
 
 class MoeTrainer(Trainer):
@@ -70,6 +103,27 @@ class MoeTrainer(Trainer):
     def skipped_steps(self) -> int:
         """Optimiser steps that were skipped because of a non-finite loss or gradient."""
         return self.guard.skipped_steps
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: MoeConfig, model: Any = None) -> tuple[Any, Any]:
+        """Class and arguments of the optimiser that ``args.optim`` names."""
+        if args.optim not in HOST_STATE_BITS:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        options = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "state_bits": HOST_STATE_BITS[args.optim],
+        }
+        return HostAdamW, options | host_options(args.optim_args)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimiser of ``args.optim``, with a higher rate for B factors if ``args`` ask for it."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.loraplus_lr_ratio is not None:
+            raise_rate_of_b(optimizer, self.model if model is None else model, self.args.loraplus_lr_ratio)
+        return optimizer
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks at the step count after a step only, so it would train one more on a resume of a complete run.

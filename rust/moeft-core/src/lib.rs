@@ -6,6 +6,7 @@
 pub mod adapter;
 mod cache;
 pub mod checkpoint;
+mod dynamic8;
 mod error;
 pub mod experts;
 pub mod families;
@@ -15,6 +16,7 @@ pub mod isa;
 pub mod merge;
 pub mod names;
 pub mod nf4;
+pub mod optim;
 pub mod parallel;
 pub mod progress;
 pub mod quantize;

@@ -10,6 +10,7 @@ mod grouped_linear;
 mod isa;
 mod merge;
 mod nf4;
+mod optim;
 mod progress;
 mod routing;
 mod stacks;
@@ -35,6 +36,8 @@ mod _core {
     use super::merge::merge_checkpoint;
     #[pymodule_export]
     use super::nf4::{nf4_dequantize, nf4_first_non_finite, nf4_nest, nf4_quantize, nf4_unnest};
+    #[pymodule_export]
+    use super::optim::{adamw_step, blockwise_dequantize, blockwise_quantize};
     #[pymodule_export]
     use super::routing::bucket;
 }

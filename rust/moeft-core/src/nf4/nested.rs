@@ -6,7 +6,7 @@
 use std::sync::LazyLock;
 
 use super::DYNAMIC_MAP;
-use crate::{Error, Result};
+use crate::{dynamic8, Error, Result};
 
 /// Values of absmax that share one second-level scale.
 pub const NESTED_BLOCK_SIZE: usize = 256;
@@ -66,26 +66,11 @@ pub fn unnest(codes: &[u8], absmax2: &[f32], offset: f32, absmax_out: &mut [f32]
     Ok(())
 }
 
-/// Code of a value in [-1, 1] the way bitsandbytes' CPU kernel finds it: [-1, 1] is cut into 65535
-/// steps and the code nearest to the *step* is taken, not the code nearest to the value. Hence zero
-/// becomes code 131 (2.0e-5), and codes 124 to 130 are never written.
+/// Code of a value in [-1, 1] as bitsandbytes' CPU kernel finds it: zero becomes code 131 (2.0e-5), and codes 124 to
+/// 130 are never written. A block whose absmax is below 2.9e-39 has an infinite reciprocal, so zeros of it are NaN.
 fn encode(scaled: f32) -> u8 {
-    // A block whose absmax is below 2.9e-39 has an infinite reciprocal, so zeros of it are NaN here;
-    // the cast takes NaN to step 0, as bitsandbytes does.
-    let step = (scaled.clamp(-1.0, 1.0) + 1.0) * 32767.5 + 0.5;
-    STEP_CODES[step as usize]
-}
-
-/// Nearest code of each of the 65536 step positions.
-static STEP_CODES: LazyLock<Vec<u8>> =
-    LazyLock::new(|| (0..=u16::MAX).map(|step| nearest(f32::from(step) * (2.0 / 65535.0) - 1.0)).collect());
-
-/// The code nearest to `value`.
-fn nearest(value: f32) -> u8 {
-    let right = DYNAMIC_MAP.partition_point(|&code| code < value).clamp(1, 255);
-    let left = right - 1;
-    let is_right = DYNAMIC_MAP[right] - value < value - DYNAMIC_MAP[left];
-    (if is_right { right } else { left }) as u8
+    static STEP_CODES: LazyLock<Vec<u8>> = LazyLock::new(|| dynamic8::step_codes(&DYNAMIC_MAP));
+    STEP_CODES[dynamic8::step(scaled) as usize]
 }
 
 /// Mean summed in f64, so that it does not depend on the machine.

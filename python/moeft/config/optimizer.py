@@ -1,0 +1,64 @@
+"""Values of the trainer arguments that choose optimiser and schedule."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from moeft.errors import RecipeError
+
+HOST_STATE_BITS = {"adamw_moeft_host": 32, "adamw_moeft_8bit": 8}
+"""Names of ``optim`` that moeft adds to those of transformers, and the bits of their state."""
+
+COSINE = ("cosine", "cosine_with_min_lr")
+"""Schedules that ``min_lr_ratio`` gives a floor."""
+
+
+def optimizer_problems(training: Mapping[str, Any]) -> list[str]:
+    """What is wrong with ``optim``, ``lr_scheduler_type``, ``loraplus_lr_ratio`` and ``min_lr_ratio``.
+
+    Args:
+        training: Arguments of the trainer; those that are absent keep their defaults.
+
+    Returns:
+        One sentence per problem, naming the nearest known name.
+    """
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    schedules = [kind.value for kind in SchedulerType]
+    known = {"optim": [*HOST_STATE_BITS, *(kind.value for kind in OptimizerNames)], "lr_scheduler_type": schedules}
+    problems = []
+    for key, names in known.items():
+        name = _value(training.get(key))
+        if name is not None and name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
+            problems.append(f"{key} is {name!r}, which neither moeft nor transformers knows; {hint}")
+    ratio = training.get("loraplus_lr_ratio")
+    if ratio is not None and not (_is_number(ratio) and 0 < ratio < float("inf")):
+        problems.append(f"loraplus_lr_ratio is {ratio!r}, expected a positive number; 1 trains A and B alike")
+    floor, schedule = training.get("min_lr_ratio"), _value(training.get("lr_scheduler_type", "linear"))
+    if floor is not None and not (_is_number(floor) and 0 <= floor <= 1):
+        problems.append(f"min_lr_ratio is {floor!r}, expected a number from 0 to 1")
+    if floor is not None and schedule in schedules and schedule not in COSINE:
+        problems.append(f"min_lr_ratio is for a cosine schedule, not {schedule!r}; set lr_scheduler_type to 'cosine'")
+    return problems
+
+
+def validate_optimizer(training: Mapping[str, Any]) -> None:
+    """Check optimiser and schedule of a recipe before anything is loaded.
+
+    Raises:
+        RecipeError: Naming every value that cannot be used.
+    """
+    if problems := [f"training.{problem}" for problem in optimizer_problems(training)]:
+        raise RecipeError("\n  ".join(["the recipe's training section cannot be used:", *problems]))
+
+
+def _value(name: Any) -> Any:
+    """The name itself, of a member of an enum too."""
+    return getattr(name, "value", name)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
