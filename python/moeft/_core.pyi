@@ -96,15 +96,25 @@ def nf4_unnest(codes: _Array, absmax2: _Array, offset: float, out: _Array) -> No
         out: Output, float32, as long as ``codes``.
     """
 
-def bucket(expert_index: _Array, num_experts: int, permutation: _Array, inverse: _Array, offsets: _Array) -> None:
+def bucket(top_k_index: _Array, num_experts: int, permutation: _Array, inverse: _Array, offsets: _Array) -> None:
     """Sort R rows by expert; rows of one expert keep their order.
 
     Args:
-        expert_index: int32 or int64, R experts in ``0 .. num_experts - 1``.
+        top_k_index: int32 or int64, R experts in ``0 .. num_experts - 1``.
         num_experts: Number of experts.
         permutation: Output, int64, R: row at each sorted position.
         inverse: Output, int64, R: sorted position of each row.
         offsets: Output, int32, ``num_experts + 1``: where each expert starts, then R.
+    """
+
+def load_statistics(offsets: _Array) -> tuple[float, float, float]:
+    """Say how evenly rows are spread over E experts.
+
+    Args:
+        offsets: int32, E + 1 values as ``bucket`` fills them.
+
+    Returns:
+        Entropy of the shares in nats; the same divided by ``ln E``; standard deviation of the counts over their mean.
     """
 
 _Path = str | PathLike[str]

@@ -24,5 +24,5 @@ mod _core {
     #[pymodule_export]
     use super::nf4::{nf4_dequantize, nf4_first_non_finite, nf4_nest, nf4_quantize, nf4_unnest};
     #[pymodule_export]
-    use super::routing::bucket;
+    use super::routing::{bucket, load_statistics};
 }
