@@ -179,6 +179,31 @@ def quantize_checkpoint(source: _Path, out: _Path, options: str, progress: _Prog
         OSError: If a file cannot be read or written, or the disk is too small.
     """
 
+def convert_layout(
+    source: _Path, out: _Path, direction: Literal["fuse", "unfuse"], progress: _Progress | None = None
+) -> str:
+    """Fuse the experts of a checkpoint folder into stacks or take the stacks apart, bit for bit, in bounded memory.
+
+    Writes to ``OUT.partial`` and renames it when everything is on the disk; the same call after an interruption goes
+    on where it was.
+
+    Args:
+        source: Folder with config.json and safetensors weights.
+        out: Folder to write; must not exist or be empty.
+        direction: What to do.
+        progress: As in ``quantize_checkpoint``.
+
+    Returns:
+        JSON report: ``out``, ``direction``, ``layers``, ``tensors_read``, ``tensors_made``, ``tensors_copied``,
+        ``bytes``, ``shards_resumed``, ``seconds``.
+
+    Raises:
+        CheckpointError: If experts are missing, mixed, in that layout already, packed or of shapes that do not agree,
+            or ``out`` is not empty.
+        UnsupportedModelError: If no family file knows the ``model_type``.
+        OSError: If a file cannot be read or written, or the disk is too small.
+    """
+
 def merge_checkpoint(recipe: str, folder: _Path, out: _Path, progress: _Progress | None = None) -> str:
     """Merge LoRA adapters into a checkpoint, in bounded memory, in the layout of the base.
 

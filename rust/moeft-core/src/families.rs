@@ -28,6 +28,9 @@ pub struct Family {
     pub config: ConfigFields,
     /// Module paths below a decoder layer.
     pub modules: Modules,
+    /// How the stacks of experts lie in memory.
+    #[serde(default)]
+    pub layout: StackLayout,
     /// How the experts lie on disk.
     pub disk: DiskLayout,
 }
@@ -52,6 +55,19 @@ pub struct Modules {
     pub attention: Vec<String>,
     /// Projections of the dense MLP.
     pub mlp: Vec<String>,
+}
+
+/// How the stacks of experts lie in memory. All false is `gate_up_proj` `[E, 2I, H]`, gate rows first, and `down_proj`
+/// `[E, H, I]`.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StackLayout {
+    /// `[E, H, 2I]` and `[E, I, H]` instead.
+    pub transposed: bool,
+    /// Gate and up alternate along the axis of 2I.
+    pub interleaved: bool,
+    /// Each stack has a bias of its own.
+    pub biased: bool,
 }
 
 /// Whether the experts of a layer are one tensor or one tensor each.

@@ -9,6 +9,7 @@ mod error;
 pub mod families;
 mod float;
 pub mod isa;
+pub mod layout;
 pub mod merge;
 pub mod names;
 pub mod nf4;

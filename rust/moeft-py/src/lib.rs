@@ -18,7 +18,7 @@ mod _core {
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
     #[pymodule_export]
-    use super::checkpoint::{fingerprint, quantize_checkpoint, stamp_metadata, tensors};
+    use super::checkpoint::{convert_layout, fingerprint, quantize_checkpoint, stamp_metadata, tensors};
     #[pymodule_export]
     use super::merge::merge_checkpoint;
     #[pymodule_export]
