@@ -212,6 +212,12 @@ impl Checkpoint {
         })
     }
 
+    /// Number of tensors.
+    #[allow(clippy::len_without_is_empty)] // No caller asks.
+    pub fn len(&self) -> u64 {
+        self.places.len() as u64
+    }
+
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         self.tensors().map(|tensor| tensor.info.bytes).sum()

@@ -132,7 +132,7 @@ impl<'a> Context<'_, 'a> {
         let last =
             self.layer.per_expert.values().filter_map(|experts| experts.last_key_value()).max_by_key(|last| last.0);
         let (&last, found) = last.expect("a layer is listed for its tensors");
-        let experts = self.experts(last + 1, *found)?;
+        let experts = self.experts(last.saturating_add(1), *found)?;
         let weight = *gates.and_then(|gates| gates.get(&0)).ok_or_else(|| self.missing(Part::Gate, Kind::Weight, 0))?;
         let &[outputs, inputs] = weight.info.shape.as_slice() else {
             return Err(mismatch(weight, "[intermediate, hidden]".into()));
@@ -141,7 +141,7 @@ impl<'a> Context<'_, 'a> {
         for (stack, kind) in self.present() {
             let sizes = sizes_of(gate, stack, kind);
             let target = self.arrangement.strides(sizes);
-            let mut gathers = Vec::with_capacity(experts as usize);
+            let mut gathers = Vec::new();
             let mut file = None;
             for expert in 0..experts {
                 let mut sources = Vec::with_capacity(Part::of(stack).len());

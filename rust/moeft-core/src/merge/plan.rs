@@ -189,7 +189,8 @@ fn unexpected(tensor: &Tensor<'_>, expected: &str) -> CheckpointError {
 /// Checks both factors against a weight of `[experts, out, in]`.
 fn check_factors(adapter: &Adapter, pair: &Pair, tensor: &Tensor<'_>, [experts, rows, cols]: [u64; 3]) -> Result<()> {
     let rank = pair.rank;
-    for (key, expected) in [(&pair.a, [experts * rank, cols]), (&pair.b, [rows, rank * experts])] {
+    let factor_rows = experts.saturating_mul(rank);
+    for (key, expected) in [(&pair.a, [factor_rows, cols]), (&pair.b, [rows, factor_rows])] {
         let actual = &adapter.tensor(key).info.shape;
         if *actual != expected {
             return Err(AdapterError::Shape {
