@@ -167,11 +167,11 @@ def experts_backward(
         threads: Most threads to use.
     """
 
-def bucket(expert_index: _Array, num_experts: int, permutation: _Array, inverse: _Array, offsets: _Array) -> None:
+def bucket(top_k_index: _Array, num_experts: int, permutation: _Array, inverse: _Array, offsets: _Array) -> None:
     """Sort R rows by expert; rows of one expert keep their order.
 
     Args:
-        expert_index: int32 or int64, R experts in ``0 .. num_experts - 1``.
+        top_k_index: int32 or int64, R experts in ``0 .. num_experts - 1``.
         num_experts: Number of experts.
         permutation: Output, int64, R: row at each sorted position.
         inverse: Output, int64, R: sorted position of each row.
@@ -231,6 +231,14 @@ def blockwise_dequantize(codes: _Array, absmax: _Array, signed: bool, out: _Arra
         absmax: float32, ``ceil(len(codes) / 256)``.
         signed: As in ``blockwise_quantize``.
         out: Output, float32, as long as ``codes``.
+def load_statistics(offsets: _Array) -> tuple[float, float, float]:
+    """Say how evenly rows are spread over E experts.
+
+    Args:
+        offsets: int32, E + 1 values as ``bucket`` fills them.
+
+    Returns:
+        Entropy of the shares in nats; the same divided by ``ln E``; standard deviation of the counts over their mean.
     """
 
 _Path = str | PathLike[str]
@@ -292,6 +300,31 @@ def quantize_checkpoint(source: _Path, out: _Path, options: str, progress: _Prog
         CheckpointError: If the source is damaged, packed already or not finite, or ``out`` is not empty.
         UnsupportedModelError: If no family file knows the ``model_type``.
         ValueError: If ``options`` cannot be used.
+        OSError: If a file cannot be read or written, or the disk is too small.
+    """
+
+def convert_layout(
+    source: _Path, out: _Path, direction: Literal["fuse", "unfuse"], progress: _Progress | None = None
+) -> str:
+    """Fuse the experts of a checkpoint folder into stacks or take the stacks apart, bit for bit, in bounded memory.
+
+    Writes to ``OUT.partial`` and renames it when everything is on the disk; the same call after an interruption goes
+    on where it was.
+
+    Args:
+        source: Folder with config.json and safetensors weights.
+        out: Folder to write; must not exist or be empty.
+        direction: What to do.
+        progress: As in ``quantize_checkpoint``.
+
+    Returns:
+        JSON report: ``out``, ``direction``, ``layers``, ``tensors_read``, ``tensors_made``, ``tensors_copied``,
+        ``bytes``, ``shards_resumed``, ``seconds``.
+
+    Raises:
+        CheckpointError: If experts are missing, mixed, in that layout already, packed or of shapes that do not agree,
+            or ``out`` is not empty.
+        UnsupportedModelError: If no family file knows the ``model_type``.
         OSError: If a file cannot be read or written, or the disk is too small.
     """
 

@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from moeft import _core
+from moeft.checkpoint.layout import LayoutReport, fuse_experts, unfuse_experts
 from moeft.progress_bar import byte_bar
 from moeft.provenance.files import write_json
 
-__all__ = ["QuantizeReport", "fingerprint", "quantize", "read_report"]
+__all__ = [
+    "LayoutReport",
+    "QuantizeReport",
+    "fingerprint",
+    "fuse_experts",
+    "quantize",
+    "read_report",
+    "unfuse_experts",
+]
 
 REPORT_FILE = "quantize_report.json"
 

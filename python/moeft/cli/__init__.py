@@ -12,6 +12,7 @@ import typer
 
 from moeft import __version__
 from moeft.cli.demo import demo
+from moeft.cli.layout import layout
 from moeft.cli.merge import merge
 from moeft.cli.quantize import quantize
 from moeft.cli.report import report
@@ -19,7 +20,7 @@ from moeft.cli.sft import sft
 from moeft.errors import MoeftError
 
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (quantize, sft, merge, report, demo):
+for _command in (quantize, sft, merge, layout, report, demo):
     app.command()(_command)
 
 

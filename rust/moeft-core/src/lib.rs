@@ -13,6 +13,7 @@ pub mod families;
 mod float;
 pub mod gemm;
 pub mod isa;
+pub mod layout;
 pub mod merge;
 pub mod names;
 pub mod nf4;

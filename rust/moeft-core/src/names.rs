@@ -96,7 +96,8 @@ impl<'a> DiskNames<'a> {
         let name = |template: &str, expert: u64| format!("{layer}{}", template.replace("{e}", &expert.to_string()));
         let found = |expert: u64| templates.iter().any(|template| self.checkpoint.contains(&name(template, expert)));
         let num_experts = self.num_experts.unwrap_or(0);
-        if !(0..=num_experts).any(found) {
+        // A config.json may claim any number; more experts than tensors are not there to be found.
+        if !(0..=num_experts.min(self.checkpoint.len())).any(found) {
             return Ok(None);
         }
         if found(num_experts) {

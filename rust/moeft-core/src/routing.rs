@@ -1,4 +1,8 @@
-//! Stable counting sort of (token, expert) rows by expert.
+//! Stable counting sort of (token, expert) rows by expert, and how evenly the experts are loaded.
+
+mod load;
+
+pub use load::LoadStatistics;
 
 use crate::{Error, Result};
 
@@ -12,7 +16,7 @@ pub trait ExpertIndex: Copy + std::fmt::Display + sealed::Sealed {
     fn position(self, num_experts: usize) -> Option<usize>;
 }
 
-macro_rules! impl_expert_index {
+macro_rules! impl_top_k_index {
     ($($int:ty),*) => {$(
         impl sealed::Sealed for $int {}
         impl ExpertIndex for $int {
@@ -23,12 +27,12 @@ macro_rules! impl_expert_index {
         }
     )*};
 }
-impl_expert_index!(i32, i64);
+impl_top_k_index!(i32, i64);
 
 /// Sorts rows by expert; rows of one expert keep their order.
 ///
 /// # Arguments
-/// * `expert_index` - expert of each of R rows, in `0..num_experts`.
+/// * `top_k_index` - expert of each of R rows, in `0..num_experts`; row = token * k + choice.
 /// * `permutation` - output, R: row at each sorted position.
 /// * `inverse` - output, R: sorted position of each row.
 /// * `offsets` - output, `num_experts + 1`: sorted position where each expert starts, then R.
@@ -46,20 +50,20 @@ impl_expert_index!(i32, i64);
 /// # Ok::<(), moeft_core::Error>(())
 /// ```
 pub fn bucket<I: ExpertIndex>(
-    expert_index: &[I],
+    top_k_index: &[I],
     num_experts: usize,
     permutation: &mut [i64],
     inverse: &mut [i64],
     offsets: &mut [i32],
 ) -> Result<()> {
-    let rows = expert_index.len();
+    let rows = top_k_index.len();
     check_lengths(rows, num_experts, permutation.len(), inverse.len(), offsets.len())?;
 
     offsets.fill(0);
-    for (row, &index) in expert_index.iter().enumerate() {
+    for (row, &index) in top_k_index.iter().enumerate() {
         let Some(expert) = index.position(num_experts) else {
             let expected = format!("an expert in 0..{num_experts}");
-            return Err(Error::invalid("expert_index", format!("{index} at row {row}"), expected));
+            return Err(Error::invalid("top_k_index", format!("{index} at row {row}"), expected));
         };
         offsets[expert + 1] += 1;
     }
@@ -69,7 +73,7 @@ pub fn bucket<I: ExpertIndex>(
 
     // While rows are placed, offsets[e] is the next free position of expert e; in the end that is
     // the start of e + 1, so one shift restores the starts without a second array.
-    for (row, &index) in expert_index.iter().enumerate() {
+    for (row, &index) in top_k_index.iter().enumerate() {
         let expert = index.position(num_experts).expect("checked in the first pass");
         let position = offsets[expert];
         offsets[expert] += 1;
@@ -83,7 +87,7 @@ pub fn bucket<I: ExpertIndex>(
 
 fn check_lengths(rows: usize, num_experts: usize, permutation: usize, inverse: usize, offsets: usize) -> Result<()> {
     if i32::try_from(rows).is_err() {
-        return Err(Error::invalid("expert_index", format!("{rows} long"), format!("at most {} rows", i32::MAX)));
+        return Err(Error::invalid("top_k_index", format!("{rows} long"), format!("at most {} rows", i32::MAX)));
     }
     let expected = [
         ("permutation", permutation, rows),

@@ -1,5 +1,7 @@
 //! `moeft-merge`: arguments -> recipe -> plan -> run -> report.
 
+#![forbid(unsafe_code)]
+
 mod bar;
 
 use std::path::{Path, PathBuf};

@@ -1,9 +1,10 @@
-//! Checkpoints on disk: listed, fingerprinted, stamped, packed.
+//! Checkpoints on disk: listed, fingerprinted, stamped, packed, their experts fused or taken apart.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use moeft_core::checkpoint::{self, Checkpoint};
+use moeft_core::layout::{self, Direction};
 use moeft_core::quantize::{self, Options};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -51,5 +52,27 @@ pub fn quantize_checkpoint(
     let options: Options =
         serde_json::from_str(options).map_err(|error| PyValueError::new_err(format!("options: {error}")))?;
     let report = with_progress(py, progress, |progress| quantize::quantize(&source, &out, &options, progress))?;
+    Ok(json!(report).to_string())
+}
+
+/// Fuses the experts of a checkpoint folder or takes them apart; returns the report as JSON.
+#[pyfunction]
+#[pyo3(signature = (source, out, direction, progress=None))]
+pub fn convert_layout(
+    py: Python<'_>,
+    source: PathBuf,
+    out: PathBuf,
+    direction: &str,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    let direction = match direction {
+        "fuse" => Direction::Fuse,
+        "unfuse" => Direction::Unfuse,
+        other => {
+            let message = format!("direction is {other:?}, expected \"fuse\" or \"unfuse\"");
+            return Err(PyValueError::new_err(message));
+        }
+    };
+    let report = with_progress(py, progress, |progress| layout::convert(&source, &out, direction, progress))?;
     Ok(json!(report).to_string())
 }

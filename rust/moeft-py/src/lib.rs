@@ -25,7 +25,7 @@ mod _core {
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
     #[pymodule_export]
-    use super::checkpoint::{fingerprint, quantize_checkpoint, stamp_metadata, tensors};
+    use super::checkpoint::{convert_layout, fingerprint, quantize_checkpoint, stamp_metadata, tensors};
     #[pymodule_export]
     use super::experts::{experts_backward, experts_forward};
     #[pymodule_export]
@@ -39,5 +39,5 @@ mod _core {
     #[pymodule_export]
     use super::optim::{adamw_step, blockwise_dequantize, blockwise_quantize};
     #[pymodule_export]
-    use super::routing::bucket;
+    use super::routing::{bucket, load_statistics};
 }

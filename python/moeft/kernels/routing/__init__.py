@@ -1,4 +1,4 @@
-"""Sort rows by expert: permutation, inverse and offsets of a stable counting sort."""
+"""Sort rows by expert (permutation, inverse and offsets of a stable counting sort), and say how even the load is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moeft.kernels.routing import cpu, reference
 
-__all__ = ["Buckets", "bucket"]
+__all__ = ["Buckets", "LoadStatistics", "bucket", "load_statistics"]
 
 
 class Buckets(NamedTuple):
@@ -19,21 +19,56 @@ class Buckets(NamedTuple):
     inverse: Tensor  # int64 [R]: sorted position of each row
     offsets: Tensor  # int32 [E + 1]: start of each expert's block, then R
 
+    @property
+    def counts(self) -> Tensor:
+        """Rows of each expert, int32 [E]."""
+        return self.offsets.diff()
+
+
+class LoadStatistics(NamedTuple):
+    """How evenly rows are spread over E experts: float64 scalars on the device of the buckets, all 0 without rows."""
+
+    entropy: Tensor  # of the experts' shares, in nats: ln E if all are equal, 0 if one expert has every row
+    normalized_entropy: Tensor  # entropy / ln E, in [0, 1]; 1 for a single expert
+    coefficient_of_variation: Tensor  # standard deviation of the counts (divided by E) over their mean
+
 
 def bucket(top_k_index: Tensor, num_experts: int) -> Buckets:
     """Sort the rows of a routing decision by expert, keeping the order of tokens inside an expert.
 
     Args:
-        top_k_index: ``[T, k]`` expert of each choice, int32 or int64.
-        num_experts: Number of experts E.
+        top_k_index: ``[T, k]`` expert of each choice, int32 or int64; a copy is made if it is not contiguous.
+        num_experts: Number of experts E, at least k.
 
     Returns:
         The buckets, on the device of ``top_k_index``. No host synchronisation on a GPU.
 
     Raises:
-        ValueError: If an index is not an integer in ``[0, num_experts)`` (checked on the CPU only).
+        ValueError: If the shape or the dtype is another, or an index is not in ``[0, num_experts)`` (that is checked
+            on the CPU only).
     """
     if top_k_index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"top_k_index is {top_k_index.dtype}, expected int32 or int64")
+    if top_k_index.ndim != 2:
+        raise ValueError(f"top_k_index has the shape {list(top_k_index.shape)}, expected [tokens, k]")
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}, expected at least 1")
+    if top_k_index.shape[1] > num_experts:
+        raise ValueError(
+            f"top_k_index has {top_k_index.shape[1]} choices per token, expected at most num_experts = {num_experts}"
+        )
     path = cpu if top_k_index.device.type == "cpu" else reference
     return Buckets(*path.bucket(top_k_index.detach().flatten(), num_experts))
+
+
+def load_statistics(buckets: Buckets) -> LoadStatistics:
+    """Say how evenly the rows are spread over the experts. Reads E + 1 offsets, no row.
+
+    Args:
+        buckets: What :func:`bucket` returned.
+
+    Returns:
+        The statistics; no host synchronisation on a GPU. Rows per expert are ``buckets.counts``.
+    """
+    path = cpu if buckets.offsets.device.type == "cpu" else reference
+    return LoadStatistics(*path.load_statistics(buckets.offsets))

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::header::{Header, TensorInfo, LENGTH_BYTES};
+use super::writer::CHUNK_BYTES;
 use super::CheckpointError;
 use crate::{Error, Result};
 
@@ -87,6 +88,26 @@ impl Tensor<'_> {
     pub fn read_at(&self, buffer: &mut [u8], start: u64) -> Result<()> {
         assert!(start + buffer.len() as u64 <= self.info.bytes, "read past the end of {}", self.info.name);
         self.shard.read_at(buffer, self.info.offset + start)
+    }
+
+    /// Reads `bytes` from byte `start` of this tensor, a chunk at a time; `take` gets the place of the chunk and the chunk.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and what `take` returns.
+    ///
+    /// # Panics
+    /// If the range is not inside the tensor: our own mistake.
+    pub fn for_each_chunk(&self, start: u64, bytes: u64, mut take: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+        let mut buffer = vec![0; CHUNK_BYTES.min(bytes as usize)];
+        let (mut place, end) = (start, start + bytes);
+        while place < end {
+            let count = buffer.len().min((end - place) as usize);
+            let piece = &mut buffer[..count];
+            self.read_at(piece, place)?;
+            take(place, piece)?;
+            place += piece.len() as u64;
+        }
+        Ok(())
     }
 }
 
@@ -189,6 +210,12 @@ impl Checkpoint {
             let shard = &self.shards[shard];
             Tensor { shard, info: &shard.header.tensors[tensor] }
         })
+    }
+
+    /// Number of tensors.
+    #[allow(clippy::len_without_is_empty)] // No caller asks.
+    pub fn len(&self) -> u64 {
+        self.places.len() as u64
     }
 
     /// Bytes of all tensors.

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::Serialize;
-use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::disk::{free_bytes, is_empty, sync_folder};
@@ -112,8 +111,7 @@ impl Stage {
         let mut written = Written { reports: Vec::with_capacity(files.len()), resumed: 0 };
         for (name, header) in files {
             if self.finished.contains_key(&name) {
-                let report = self.verify(&name, progress)?;
-                written.reports.push(serde_json::from_value(report).expect("the plan's hash is that of this program"));
+                written.reports.push(self.verify(&name, progress)?);
                 written.resumed += 1;
                 continue;
             }
@@ -148,13 +146,15 @@ impl Stage {
     }
 
     /// Checks that a finished file is still what was written, and returns its part of the report.
-    fn verify(&self, name: &str, progress: &mut dyn Progress) -> Result<Value> {
+    fn verify<R: DeserializeOwned>(&self, name: &str, progress: &mut dyn Progress) -> Result<R> {
         let (entry, path) = (&self.finished[name], self.path(name));
-        match checksum(&path, progress) {
-            Ok(found) if found == entry.checksum => Ok(entry.report.clone()),
-            Err(Error::Interrupted) => Err(Error::Interrupted),
-            Ok(_) | Err(_) => Err(CheckpointError::ShardChanged { path, folder: self.folder.clone() }.into()),
-        }
+        let report = match checksum(&path, progress) {
+            Err(Error::Interrupted) => return Err(Error::Interrupted),
+            Ok(found) if found == entry.checksum => serde_json::from_value(entry.report.clone()).ok(),
+            Ok(_) | Err(_) => None,
+        };
+        // A journal whose line was damaged is no better than a damaged file.
+        report.ok_or_else(|| CheckpointError::ShardChanged { path, folder: self.folder.clone() }.into())
     }
 
     /// Gives the folder its final name.

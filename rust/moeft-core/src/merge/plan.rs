@@ -202,7 +202,8 @@ fn check_factors(
     [experts, outputs, inputs]: [u64; 3],
 ) -> Result<()> {
     let rank = pair.rank;
-    for (key, expected) in [(&pair.a, [experts * rank, inputs]), (&pair.b, [outputs, rank * experts])] {
+    let factor_rows = experts.saturating_mul(rank);
+    for (key, expected) in [(&pair.a, [factor_rows, inputs]), (&pair.b, [outputs, factor_rows])] {
         let actual = &adapter.tensor(key).info.shape;
         if *actual != expected {
             return Err(AdapterError::Shape {

@@ -12,7 +12,7 @@ use super::{Options, QUANT_METHOD};
 use crate::checkpoint::folder::{copy_side_files, write_index, write_json, Config};
 use crate::checkpoint::stage::{check_output, plan_hash, Stage};
 use crate::checkpoint::{
-    fingerprint, unravel, Checkpoint, CheckpointError, Header, ShardWriter, Tensor, TensorSpec, CHUNK_BYTES, SINGLE,
+    fingerprint, unravel, Checkpoint, CheckpointError, Header, ShardWriter, Tensor, TensorSpec, SINGLE,
 };
 use crate::families::Family;
 use crate::float::{decode, first_non_finite};
@@ -138,7 +138,7 @@ fn run(
         }
         Job::Copy(spec) => {
             let tensor = tensor(&spec.name);
-            for_each_chunk(&tensor, 0, tensor.info.bytes, |_, piece| {
+            tensor.for_each_chunk(0, tensor.info.bytes, |_, piece| {
                 writer.append(&spec.name, piece)?;
                 progress.advance(piece.len() as u64, &spec.name)
             })
@@ -160,7 +160,7 @@ fn pack(
         let mut quantizer = GroupQuantizer::new(packing.group_len as usize, options.block_size)?;
         for (source, start, bytes) in segments(packing, sources, group) {
             let dtype = source.info.dtype;
-            for_each_chunk(source, start, bytes, |place, piece| {
+            source.for_each_chunk(start, bytes, |place, piece| {
                 let first = place * 8 / u64::from(dtype.bits());
                 if let Some((position, value)) = first_non_finite(dtype, piece) {
                     return Err(non_finite(source, first + position as u64, value).into());
@@ -203,25 +203,6 @@ fn segments<'s, 'a>(packing: &Packing, sources: &'s [Tensor<'a>], group: u64) ->
     }
     let parts = sources.len() / packing.groups() as usize;
     sources[group as usize * parts..][..parts].iter().map(|tensor| (tensor, 0, tensor.info.bytes)).collect()
-}
-
-/// Reads `bytes` from byte `start` of a tensor, a chunk at a time; `take` gets the place of the chunk and the chunk.
-fn for_each_chunk(
-    tensor: &Tensor<'_>,
-    start: u64,
-    bytes: u64,
-    mut take: impl FnMut(u64, &[u8]) -> Result<()>,
-) -> Result<()> {
-    let mut buffer = vec![0; CHUNK_BYTES.min(bytes as usize)];
-    let (mut place, end) = (start, start + bytes);
-    while place < end {
-        let count = buffer.len().min((end - place) as usize);
-        let piece = &mut buffer[..count];
-        tensor.read_at(piece, place)?;
-        take(place, piece)?;
-        place += piece.len() as u64;
-    }
-    Ok(())
 }
 
 fn write_f32(name: &str, values: &[f32], writer: &mut ShardWriter, progress: &mut dyn Progress) -> Result<()> {
