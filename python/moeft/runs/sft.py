@@ -147,6 +147,7 @@ class _Run:
             train_on=recipe.data.train_on,
             max_length=recipe.data.max_length,
             on_too_long=recipe.data.on_too_long,
+            packing=recipe.data.packing,
             **recipe.training,
         )
         trainer = SFTTrainer(
@@ -174,17 +175,17 @@ class _Run:
         from moeft.data.chat import Encoded
         from moeft.training.sft import encode_dataset
 
-        parts = [encode_dataset(path, tokenizer, args) for path in self.recipe.data.train]
-        return Encoded([e for part in parts for e in part.examples], [r for part in parts for r in part.rejects])
+        return Encoded.join(encode_dataset(path, tokenizer, args) for path in self.recipe.data.train)
 
     def count_rows(self, trainer: SFTTrainer) -> None:
         from moeft.data.rows import write_rejects
 
-        counts = {
+        counts: dict[str, float] = {
             "train_rows": len(trainer.train_rows.examples),
             "train_tokens": trainer.train_rows.num_tokens,
             "trained_tokens": trainer.train_rows.num_trained_tokens,
             "rejected_rows": len(trainer.train_rows.rejects),
+            "shortened_rows": trainer.train_rows.num_shortened,
         }
         rejects = list(trainer.train_rows.rejects)
         if trainer.eval_rows is not None:
@@ -193,6 +194,10 @@ class _Run:
         write_rejects(rejects, self.folder.path / "rejects.jsonl")
         self.metrics["data"] = counts
         self.show(f"training rows: {trainer.train_rows}")
+        if trainer.train_packs is not None:
+            packs = trainer.train_packs
+            counts |= {"packs": len(packs.packs), "packing_efficiency": packs.efficiency}
+            self.show(f"packing: {packs}")
         if rejects:
             self.show(f"{len(rejects)} rows rejected, reasons in {self.folder.path / 'rejects.jsonl'}")
 

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from moeft.data.collate import count_tokens
 from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
 from moeft.training.guards import NonFiniteGuard
@@ -80,8 +81,7 @@ class MoeTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
-        mask = inputs.get("attention_mask")
-        self.throughput.add(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+        self.throughput.add(count_tokens(inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.see_loss(loss)
         return loss
