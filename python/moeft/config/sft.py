@@ -25,7 +25,7 @@ _SET_ELSEWHERE = {
 }
 """Trainer arguments that another key of the recipe decides."""
 
-_OURS = ("max_skipped_steps",)
+_OURS = ("max_skipped_steps", "activation_checkpointing", "activation_offload")
 """Trainer arguments that moeft adds to those of transformers."""
 
 
@@ -117,7 +117,8 @@ class SftRecipe(Recipe):
     evaluation: Evaluation = Field(default_factory=Evaluation, description="Generation on held-out rows")
     training: dict[str, Any] = Field(
         default_factory=dict,
-        description="Arguments of the trainer, by their names in transformers.TrainingArguments, and max_skipped_steps",
+        description="Arguments of the trainer, by their names in transformers.TrainingArguments, max_skipped_steps, "
+        "activation_checkpointing (none, keep_norm_inputs, full, auto) and activation_offload",
     )
     merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")
 

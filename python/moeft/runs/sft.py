@@ -123,6 +123,14 @@ class _Run:
         from moeft.training.sft import SFTConfig, SFTTrainer
 
         recipe = self.recipe
+        args = SFTConfig(
+            output_dir=str(self.folder.path / "checkpoints"),
+            train_on=recipe.data.train_on,
+            max_length=recipe.data.max_length,
+            on_too_long=recipe.data.on_too_long,
+            packing=recipe.data.packing,
+            **recipe.training,
+        )
         wanted = recipe.quantization
         config = None if wanted is None else NF4Config(**wanted.model_dump())
         model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
@@ -141,14 +149,6 @@ class _Run:
             experts_rank=lora.experts_rank,
             rslora=lora.rslora,
             seed=lora.init_seed,
-        )
-        args = SFTConfig(
-            output_dir=str(self.folder.path / "checkpoints"),
-            train_on=recipe.data.train_on,
-            max_length=recipe.data.max_length,
-            on_too_long=recipe.data.on_too_long,
-            packing=recipe.data.packing,
-            **recipe.training,
         )
         trainer = SFTTrainer(
             model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from moeft.data.collate import count_tokens
 from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
 from moeft.training.guards import NonFiniteGuard
+from moeft.training.layer_policies import LayerPolicies, check_policy_choice
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
 
 
@@ -31,6 +33,32 @@ class MoeConfig(TrainingArguments):
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in host memory; only a GPU gains."}
     )
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Loggers besides the run folder."})
+    activation_checkpointing: bool | str | None = field(
+        default=None,
+        metadata={
+            "help": '"none", "keep_norm_inputs", "full", or "auto", which is a plan or else "full"; true is as in '
+            "transformers, with activation_checkpointing_kwargs."
+        },
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Older name of activation_checkpointing, the only one in transformers 5.17."},
+    )
+    activation_offload: bool = field(
+        default=False, metadata={"help": "Hold in host memory what layers keep for backward; only a GPU gains."}
+    )
+
+    def __post_init__(self) -> None:
+        policy = self.activation_checkpointing
+        if isinstance(policy, str):
+            check_policy_choice(policy)
+            if policy == "none":
+                self.activation_checkpointing = False
+        super().__post_init__()
+        # transformers 5.17 reads the older name alone.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        self.gradient_checkpointing = bool(self.activation_checkpointing)
 
 
 class MoeTrainer(Trainer):
@@ -38,15 +66,19 @@ class MoeTrainer(Trainer):
 
     Args:
         events: Where to record the run; nowhere by default.
+        checkpoint_plan: What ``activation_checkpointing: auto`` stands for: the policy of each decoder layer.
         **kwargs: As for ``transformers.Trainer``, without ``compute_metrics``.
 
     Raises:
-        ValueError: If ``compute_metrics`` is given: evaluation keeps no logits.
+        ValueError: If ``compute_metrics`` is given: evaluation keeps no logits. If a plan does not fit the model or
+            the arguments.
     """
 
     args: MoeConfig
 
-    def __init__(self, *, events: EventSink | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, events: EventSink | None = None, checkpoint_plan: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         if kwargs.get("compute_metrics") is not None:
             raise ValueError("compute_metrics needs logits, which are never kept; call moeft.evaluation on the model")
         super().__init__(**kwargs)
@@ -63,6 +95,9 @@ class MoeTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar())
         self.remove_callback(PrinterCallback)
+        keeping = LayerPolicies(self.model, self.args, checkpoint_plan)
+        keeping.apply()
+        self.add_callback(keeping)
         if self.args.gradient_checkpointing and hasattr(self.model, "enable_input_require_grads"):
             # Reentrant checkpointing drops the gradient of a segment whose inputs require none.
             self.model.enable_input_require_grads()
