@@ -120,9 +120,12 @@ def test_policies_keep_fewer_bytes_the_more_they_do_again(checkpoints, adapter):
     assert kept["none"] > kept["keep_norm_inputs"] > kept["full"] > 0
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_full_keeps_the_input_of_each_layer_and_keep_norm_inputs_the_output_of_each_block(family):
-    model = tiny_model(family)
+@pytest.mark.parametrize(
+    ("family", "adapter"), [*((family, False) for family in FAMILY_NAMES), ("gemma4", True), ("qwen3_moe", True)]
+)
+def test_keep_norm_inputs_keeps_the_output_of_each_block_and_no_more(checkpoints, family, adapter):
+    # With an adapter the first layer's input needs no gradient, and still must not be kept twice.
+    model = packed_with_lora(checkpoints[family]) if adapter else tiny_model(family)
     layers = decoder_layers(model)
     state = IDS.numel() * 64 * 4  # one hidden state of 64 float32 per token
     full, kept = (kept_bytes(model, policy) for policy in ("full", "keep_norm_inputs"))

@@ -130,9 +130,9 @@ class _Block:
         self.offload = offload
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # What needs a gradient goes by position: checkpoint holds keyword arguments alive, and a block's input is the
-        # output of a norm, which is not to be kept.
-        by_name = {name: v for name, v in kwargs.items() if isinstance(v, Tensor) and v.requires_grad}
+        # Tensors go by position: checkpoint holds keyword arguments alive, and a block's input is the output of a norm,
+        # which is not to be kept.
+        by_name = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
         others = {name: v for name, v in kwargs.items() if name not in by_name}
         if self.block in self.outputs:
             # The layer runs again because backward wants what this checkpoint saved the first time: its inputs.
