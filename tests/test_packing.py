@@ -15,6 +15,7 @@ from moeft.data.packing import pack
 from moeft.errors import DataError, UnsupportedModelError
 from moeft.integration.fused_loss import fuse_loss
 from moeft.training.document_isolation import check_document_isolation
+from moeft.training.length_grouping import SeededLengthGroupedSampler
 from tests.tiny_models import COMMON, FAMILY_NAMES, tiny_model, token_ids
 from tests.tiny_training import adapter_weights, load, losses, packed_with_lora, sft_trainer, sums
 
@@ -219,10 +220,12 @@ def test_resumed_run_ends_with_identical_weights(checkpoints, options, at, tmp_p
     options = options | {"max_steps": 9, "save_strategy": "steps", "save_steps": 3}
     size = 2 if options.get("packing") else 4
     options["per_device_train_batch_size"] = size
-    whole = sft_trainer(packed_with_lora(checkpoints["olmoe"]), tmp_path, rows=rows, **options)
+    options |= {"rows": rows, "eval_dataset": sums(5)}
+    whole = sft_trainer(packed_with_lora(checkpoints["olmoe"]), tmp_path, **options)
     assert len(whole.get_train_dataloader()) in (5, 6)
+    whole.evaluate()  # which a resumed run does not repeat
     whole.train()
-    resumed = sft_trainer(packed_with_lora(checkpoints["olmoe"]), tmp_path / "again", rows=rows, **options)
+    resumed = sft_trainer(packed_with_lora(checkpoints["olmoe"]), tmp_path / "again", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
     assert losses(resumed) == losses(whole)
     for name, weight in adapter_weights(whole.model).items():
@@ -240,6 +243,18 @@ def test_grouping_by_length_leaves_less_padding(checkpoints, tmp_path):
         assert sum(len(mask) for mask in masks) == 64
         padding.append(sum(int((mask == 0).sum()) for mask in masks))
     assert padding[1] < padding[0] / 3
+
+
+def test_each_epoch_groups_by_length_in_another_order_that_the_seed_repeats():
+    rows = examples([2 + i % 9 for i in range(40)])
+    orders = []
+    for seed, epoch in ((1, 0), (1, 0), (1, 1), (7, 0)):
+        sampler = SeededLengthGroupedSampler(4, rows, seed)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[1]
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(sorted(order) == list(range(40)) for order in orders)
 
 
 def test_unusable_options_are_refused(checkpoints, tmp_path):

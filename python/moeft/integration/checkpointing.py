@@ -9,9 +9,8 @@ policy                        kept of a layer, besides its input                
 ``full``                      nothing                                              the whole layer at once
 ============================  ===================================================  =================================
 
-``keep_norm_inputs`` holds the insides of one block at a time in backward, where ``full`` holds those of a layer, and
-recomputes no layer's last projection. A block's output is computed once, so a router that is a block of its own, as in
-Gemma 4, routes backward exactly as forward; one inside a block sees the same input twice.
+``keep_norm_inputs`` holds the insides of one block at a time in backward, where ``full`` holds those of a whole layer.
+A router that is a block of its own, as in Gemma 4, chooses experts once; one inside a block sees the same input twice.
 """
 
 from __future__ import annotations
@@ -136,7 +135,8 @@ class _Block:
         others = {name: v for name, v in kwargs.items() if name not in by_name}
         if self.block in self.outputs:
             # The layer runs again because backward wants what this checkpoint saved the first time: its inputs.
-            return checkpoint(self.recall, *args, *by_name.values(), use_reentrant=False)
+            known = tree_map_only(_Kept, _Kept.tensor, self.outputs[self.block])
+            return checkpoint(lambda *_: known, *args, *by_name.values(), use_reentrant=False)
         compute = partial(self.compute, len(args), tuple(by_name), others)
         result = checkpoint(compute, *args, *by_name.values(), use_reentrant=False)
         self.outputs[self.block] = tree_map_only(Tensor, lambda tensor: _Kept(tensor, self.offload), result)
@@ -145,9 +145,6 @@ class _Block:
     def compute(self, num_positional: int, names: Sequence[str], others: dict[str, Any], *values: Any) -> Any:
         named = dict(zip(names, values[num_positional:], strict=True))
         return self.forward(*values[:num_positional], **named, **others)
-
-    def recall(self, *_: Any) -> Any:
-        return tree_map_only(_Kept, _Kept.tensor, self.outputs[self.block])
 
 
 class _Kept:

@@ -18,6 +18,7 @@ from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
 from moeft.training.guards import NonFiniteGuard
 from moeft.training.layer_policies import LayerPolicies, check_policy_choice
+from moeft.training.length_grouping import SeededLengthGroupedSampler
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
 
 
@@ -106,6 +107,21 @@ class MoeTrainer(Trainer):
     def skipped_steps(self) -> int:
         """Optimiser steps that were skipped because of a non-finite loss or gradient."""
         return self.guard.skipped_steps
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return self._length_grouped(rows_per_step, self.train_dataset if train_dataset is None else train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return self._length_grouped(self.args.eval_batch_size, eval_dataset)
+
+    def _length_grouped(self, batch_size: int, dataset: Any) -> SeededLengthGroupedSampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthGroupedSampler(batch_size, dataset, seed)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks at the step count after a step only, so it would train one more on a resume of a complete run.
