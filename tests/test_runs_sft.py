@@ -233,6 +233,13 @@ def test_packed_run_reports_how_full_its_packs_are(base, tmp_path):
     assert f"packing: {counts['packs']} packs of 64 slots, {counts['packing_efficiency']:.1%} full" in shown
 
 
+def test_unknown_policy_is_refused_before_anything_is_written(base, tmp_path):
+    path = write_recipe(tmp_path, base, training={"activation_checkpointing": "keep_norms"})
+    with pytest.raises(RecipeError, match=r"training.activation_checkpointing is 'keep_norms', .*'keep_norm_inputs'\?"):
+        start(path)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

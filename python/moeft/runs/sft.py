@@ -37,6 +37,7 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         MoeftError: If the recipe, the model, the data or the training cannot be used; see the classes.
     """
     validate_training_fields(recipe.training)
+    _check_policy(recipe)
     _check_merge(recipe)
     inputs = {"model": recipe.model, **{f"train[{i}]": path for i, path in enumerate(recipe.data.train)}}
     inputs |= {
@@ -48,6 +49,22 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
     with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), inputs, seed) as folder:
         _Run(recipe, folder, show).execute()
     return folder
+
+
+def _check_policy(recipe: SftRecipe) -> None:
+    """Refuse an unknown policy before the run folder is written.
+
+    Raises:
+        RecipeError: If ``training.activation_checkpointing`` is a word that is not a policy.
+    """
+    from moeft.training.layer_policies import check_policy_choice
+
+    policy = recipe.training.get("activation_checkpointing")
+    try:
+        if isinstance(policy, str):
+            check_policy_choice(policy)
+    except ValueError as error:
+        raise RecipeError(f"training.{error}") from error
 
 
 def _check_merge(recipe: SftRecipe) -> None:
