@@ -52,7 +52,7 @@ def pack(examples: Sequence[Example], max_length: int, seed: int = 0) -> Packed:
         ValueError: If there is no example, or one does not fit; the message counts those.
 
     Source:
-        Best-fit bins and truncation-free packing, https://arxiv.org/abs/2404.10830
+        Fewer Truncations Improve Language Modeling, https://arxiv.org/abs/2404.10830
     """
     lengths = [len(example["input_ids"]) for example in examples]
     too_long = sum(length > max_length for length in lengths)
