@@ -134,14 +134,49 @@ def test_long_row_is_rejected_or_truncated(tokenizer):
     assert len(rejected.examples) == 1
     assert rejected.rejects[0].line == 2
     assert rejected.rejects[0].reason == f"{len(whole['input_ids'])} tokens, max_length is 32"
-    truncated = encode(rows, tokenizer, max_length=32, truncate=True)
+    truncated = encode(rows, tokenizer, max_length=32, on_too_long="truncate")
     assert truncated.rejects == []
     assert truncated.examples[1] == {key: value[:32] for key, value in whole.items()}
 
 
+def test_left_truncation_keeps_the_end_of_the_reply(tokenizer):
+    rows = [row("hi", "word " * 50)]
+    whole = encode(rows, tokenizer).examples[0]
+    shortened = encode(rows, tokenizer, max_length=32, on_too_long="truncate_left")
+    assert shortened.examples == [{key: value[-32:] for key, value in whole.items()}]
+    assert shortened.num_shortened == 1
+    assert str(shortened).endswith(", 0 rejected, 1 shortened")
+
+
+def test_split_row_is_whole_but_for_pieces_without_a_trained_token(tokenizer):
+    rows = [row("prompt " * 40, "word " * 50), row("hi", "hello", line=2)]
+    whole, short = encode(rows, tokenizer).examples
+    split = encode(rows, tokenizer, max_length=32, on_too_long="split")
+    *pieces, last = split.examples
+    assert last == short
+    assert split.num_shortened == 1
+    assert all(len(piece["input_ids"]) <= 32 for piece in pieces)
+    untrained = next(i for i, label in enumerate(whole["labels"]) if label != -100) // 32
+    assert untrained > 0
+    for key, value in whole.items():
+        assert [token for piece in pieces for token in piece[key]] == value[32 * untrained :]
+
+
+def test_row_that_ends_in_a_long_request_is_rejected_when_its_end_is_kept(tokenizer):
+    messages = [*row("hi", "hello").messages, {"role": "user", "content": "word " * 99}]
+    encoded = encode([Row(messages, 1), row("hi", "hello", 2)], tokenizer, max_length=32, on_too_long="truncate_left")
+    assert len(encoded.examples) == 1
+    assert "no trained token among the last 32 of" in encoded.rejects[0].reason
+
+
+def test_pieces_of_one_token_have_nothing_to_predict(tokenizer):
+    with pytest.raises(DataError, match="no trained token among the pieces of 1 of"):
+        encode([row("hi", "hello")], tokenizer, max_length=1, on_too_long="split")
+
+
 def test_row_whose_reply_is_cut_off_is_rejected(tokenizer):
     rows = [row("hi", "hello", line=1), row("word " * 50, "hello", line=2)]
-    encoded = encode(rows, tokenizer, max_length=32, truncate=True)
+    encoded = encode(rows, tokenizer, max_length=32, on_too_long="truncate")
     assert len(encoded.examples) == 1
     assert "no trained token among the first 32 of" in encoded.rejects[0].reason
 
@@ -168,6 +203,8 @@ def test_no_row_left_is_an_error_with_the_first_reasons(tokenizer):
 def test_unusable_tokenizers_and_options_are_refused(tokenizer):
     with pytest.raises(ValueError, match="train_on is 'all'"):
         encode([row("hi", "hello")], tokenizer, train_on="all")
+    with pytest.raises(ValueError, match="on_too_long is 'cut', expected one of reject, truncate"):
+        encode([row("hi", "hello")], tokenizer, on_too_long="cut")
     with pytest.raises(ValueError, match="max_length is 0"):
         encode([row("hi", "hello")], tokenizer, max_length=0)
     tokenizer.chat_template = None

@@ -221,6 +221,25 @@ def test_long_rows_are_truncated_when_the_recipe_says_so(base, tmp_path):
     assert counts[1]["train_tokens"] - counts[0]["train_tokens"] == 64
 
 
+def test_packed_run_reports_how_full_its_packs_are(base, tmp_path):
+    rows = [*sums(), {"prompt": "1 + 1?", "completion": "2" * 100}]
+    data = {"train": [str(write_rows(tmp_path / "rows.jsonl", rows))], "max_length": 64, "on_too_long": "split"}
+    shown = []
+    path = write_recipe(tmp_path, base, data=data | {"packing": True}, training={"max_steps": 1})
+    counts = run(SftRecipe.load(path), show=shown.append).read_json("metrics.json")["data"]
+    assert counts["shortened_rows"] == 1
+    assert counts["train_rows"] > 25
+    assert counts["packing_efficiency"] == counts["train_tokens"] / (64 * counts["packs"])
+    assert f"packing: {counts['packs']} packs of 64 slots, {counts['packing_efficiency']:.1%} full" in shown
+
+
+def test_unknown_policy_is_refused_before_anything_is_written(base, tmp_path):
+    path = write_recipe(tmp_path, base, training={"activation_checkpointing": "keep_norms"})
+    with pytest.raises(RecipeError, match=r"training.activation_checkpointing is 'keep_norms', .*'keep_norm_inputs'\?"):
+        start(path)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -21,10 +21,17 @@ _SET_ELSEWHERE = {
     "train_on": "data.train_on",
     "max_length": "data.max_length",
     "on_too_long": "data.on_too_long",
+    "packing": "data.packing",
 }
 """Trainer arguments that another key of the recipe decides."""
 
-_OURS = ("max_skipped_steps", "loraplus_lr_ratio", "min_lr_ratio")
+_OURS = (
+    "max_skipped_steps",
+    "loraplus_lr_ratio",
+    "min_lr_ratio",
+    "activation_checkpointing",
+    "activation_offload",
+)
 """Trainer arguments that moeft adds to those of transformers."""
 
 
@@ -73,8 +80,13 @@ class Data(Section):
     train_on: Literal["assistant", "last"] = Field(
         default="assistant", description="Tokens in the loss: every assistant turn, or only the last one"
     )
-    max_length: int = Field(default=2048, ge=1, description="Longest row in tokens")
-    on_too_long: Literal["reject", "truncate"] = Field(default="reject", description="What happens to a longer row")
+    max_length: int = Field(default=4096, ge=1, description="Longest row, and slots of a pack, in tokens")
+    on_too_long: Literal["reject", "truncate", "truncate_left", "split"] = Field(
+        default="reject", description="Leave a longer row out, keep its first or last tokens, or cut it into several"
+    )
+    packing: bool = Field(
+        default=False, description="Put several rows into each of `max_length` tokens, held-out rows too"
+    )
 
 
 class Evaluation(Section):
@@ -115,7 +127,8 @@ class SftRecipe(Recipe):
     training: dict[str, Any] = Field(
         default_factory=dict,
         description="Arguments of the trainer, by their names in transformers.TrainingArguments, and those that moeft "
-        "adds: max_skipped_steps, loraplus_lr_ratio, min_lr_ratio",
+        "adds: max_skipped_steps, loraplus_lr_ratio, min_lr_ratio, activation_checkpointing (none, keep_norm_inputs, "
+        "full, auto), activation_offload",
     )
     merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")
 

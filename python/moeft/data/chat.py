@@ -16,10 +16,11 @@ The algorithm, per row:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2.exceptions import TemplateError
 
+from moeft.data.example import IGNORE_INDEX, Example, OnTooLong, check_length_options, fit, num_trained
 from moeft.data.rows import Message, Reject, Row, Rows, write_rejects
 from moeft.errors import DataError
 
@@ -28,17 +29,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
-IGNORE_INDEX = -100
-"""Label of a token that is not trained, as in ``torch.nn.functional.cross_entropy``."""
-
 TrainOn = Literal["assistant", "last"]
-
-
-class Example(TypedDict):
-    """One encoded row; both lists have one entry per token."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 @dataclass(frozen=True)
@@ -47,6 +38,18 @@ class Encoded:
 
     examples: list[Example]
     rejects: list[Reject]
+    num_shortened: int = 0
+    """Rows that were truncated or split to fit ``max_length``."""
+
+    @classmethod
+    def join(cls, parts: "Iterable[Encoded]") -> "Encoded":
+        """Several data sets as one, in their order."""
+        parts = list(parts)
+        return cls(
+            [example for part in parts for example in part.examples],
+            [reject for part in parts for reject in part.rejects],
+            sum(part.num_shortened for part in parts),
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -56,7 +59,7 @@ class Encoded:
     @property
     def num_trained_tokens(self) -> int:
         """Tokens that carry a label."""
-        return sum(_num_trained(example["labels"]) for example in self.examples)
+        return sum(num_trained(example["labels"]) for example in self.examples)
 
     def write_rejects(self, path: "str | Path") -> None:
         """Write the rejects as JSON lines, ``{"source", "line", "reason"}``."""
@@ -65,7 +68,7 @@ class Encoded:
     def __str__(self) -> str:
         return (
             f"{len(self.examples)} rows, {self.num_tokens} tokens, {self.num_trained_tokens} trained, "
-            f"{len(self.rejects)} rejected"
+            f"{len(self.rejects)} rejected" + (f", {self.num_shortened} shortened" if self.num_shortened else "")
         )
 
 
@@ -75,7 +78,7 @@ def encode(
     *,
     train_on: TrainOn = "assistant",
     max_length: int | None = None,
-    truncate: bool = False,
+    on_too_long: OnTooLong = "reject",
 ) -> Encoded:
     """Encode rows; those that cannot be trained on join the rejects of ``rows``.
 
@@ -83,35 +86,38 @@ def encode(
         rows: From ``read_rows``.
         tokenizer: A fast tokenizer with a chat template.
         train_on: Train every assistant turn, or only the last one.
-        max_length: Most tokens of an example; longer rows are rejected.
-        truncate: Keep the first ``max_length`` tokens of a longer row instead.
+        max_length: Most tokens of an example.
+        on_too_long: What becomes of a longer row: "reject" lists it, "truncate" keeps its first tokens,
+            "truncate_left" its last ones, and "split" cuts it into several examples.
 
     Raises:
         DataError: If the tokenizer cannot be used, the template is not prefix-consistent, or no row is left.
-        ValueError: If ``train_on`` or ``max_length`` makes no sense.
+        ValueError: If ``train_on``, ``max_length`` or ``on_too_long`` makes no sense.
     """
-    _check(tokenizer, train_on, max_length)
+    _check(tokenizer, train_on)
+    check_length_options(max_length, on_too_long)
     source = "rows"
     rejects: list[Reject] = []
     if isinstance(rows, Rows):
         rejects += rows.rejects
         source, rows = rows.source, rows.rows
     examples: list[Example] = []
+    num_shortened = 0
     for row in rows:
         try:
             example = encode_messages(row.messages, tokenizer, train_on=train_on)
         except TemplateError as error:
             rejects.append(Reject(row.line, f"the chat template refuses the row: {error}", source))
             continue
-        reason = _fit(example, max_length, truncate)
-        if reason:
+        fitting, reason = fit(example, max_length, on_too_long)
+        if not fitting:
             rejects.append(Reject(row.line, reason, source))
-        else:
-            examples.append(example)
+        examples += fitting
+        num_shortened += bool(fitting) and fitting[0] is not example
     if not examples:
         first = "; ".join(f"line {reject.line}: {reject.reason}" for reject in rejects[:3])
         raise DataError(f"{source}: no row is left to train on. First reasons: {first or 'there were no rows'}")
-    return Encoded(examples, sorted(rejects, key=lambda reject: reject.line))
+    return Encoded(examples, sorted(rejects, key=lambda reject: reject.line), num_shortened)
 
 
 def encode_messages(
@@ -134,33 +140,13 @@ def encode_messages(
     return {"input_ids": list(encoding["input_ids"]), "labels": labels}
 
 
-def _check(tokenizer: Any, train_on: str, max_length: int | None) -> None:
+def _check(tokenizer: Any, train_on: str) -> None:
     if train_on not in ("assistant", "last"):
         raise ValueError(f"train_on is {train_on!r}, expected 'assistant' or 'last'")
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"max_length is {max_length}, expected at least 1, or None for no limit")
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template; set tokenizer.chat_template, or use an instruct model's")
-
-
-def _fit(example: Example, max_length: int | None, truncate: bool) -> str | None:
-    """Shorten the example if asked; returns why it cannot be used, or None."""
-    length = len(example["input_ids"])
-    if max_length is not None and length > max_length:
-        if not truncate:
-            return f"{length} tokens, max_length is {max_length}"
-        example["input_ids"] = example["input_ids"][:max_length]
-        example["labels"] = example["labels"][:max_length]
-    # The first label is never a target: the model predicts from the second token on.
-    if _num_trained(example["labels"][1:]) == 0:
-        return f"no trained token among the first {len(example['labels'])} of {length}"
-    return None
-
-
-def _num_trained(labels: Sequence[int]) -> int:
-    return sum(label != IGNORE_INDEX for label in labels)
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:

@@ -1,9 +1,12 @@
-"""Padding of encoded rows to a batch."""
+"""Batches of encoded rows and of packs."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moeft.data.chat import IGNORE_INDEX, Example
+from moeft.data.example import IGNORE_INDEX, Example
+from moeft.data.packing import Pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,24 +35,80 @@ class PaddingCollator:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of or 1
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, "Tensor"]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Make a batch.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels``, each ``[B, S]`` int64 for B examples padded to S tokens;
             padding has mask 0 and label -100.
         """
-        import torch
+        width = _width(examples, self.pad_to_multiple_of)
+        return {
+            "input_ids": _padded([example["input_ids"] for example in examples], width, self.pad_token_id),
+            "attention_mask": _padded([[1] * len(example["input_ids"]) for example in examples], width, 0),
+            "labels": _padded([example["labels"] for example in examples], width, IGNORE_INDEX),
+        }
 
-        multiple = self.pad_to_multiple_of
-        longest = max(len(example["input_ids"]) for example in examples)
-        shape = (len(examples), -(-longest // multiple) * multiple)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORE_INDEX)
-        for index, example in enumerate(examples):
-            length = len(example["input_ids"])
-            input_ids[index, :length] = torch.tensor(example["input_ids"])
-            attention_mask[index, :length] = 1
-            labels[index, :length] = torch.tensor(example["labels"])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+class PackingCollator:
+    """Batches packs; a ``data_collator`` for ``transformers.Trainer``.
+
+    There is no attention mask: transformers derives from ``position_ids`` that start anew which tokens may see each
+    other, for attention inside sliding windows too, and only when no mask is given.
+    """
+
+    def __init__(self, pad_token_id: int, flatten: bool = False) -> None:
+        """Set up the batch.
+
+        Args:
+            pad_token_id: Id that fills ``input_ids``.
+            flatten: Put all packs into one row without padding, as kernels for sequences of varied length want
+                (flash attention tells examples apart in a batch of one only).
+        """
+        self.pad_token_id = pad_token_id
+        self.flatten = flatten
+
+    def __call__(self, packs: Sequence[Pack]) -> dict[str, Tensor]:
+        """Make a batch.
+
+        Returns:
+            ``input_ids``, ``position_ids`` and ``labels``, each ``[B, S]`` int64 for B packs padded to S tokens, or
+            ``[1, total]`` if flattened. Padding has label -100 and position 0: each such token is alone.
+        """
+        if self.flatten:
+            flat: Pack = {"input_ids": [], "labels": [], "position_ids": []}
+            for pack in packs:
+                flat["input_ids"] += pack["input_ids"]
+                flat["labels"] += pack["labels"]
+                flat["position_ids"] += pack["position_ids"]
+            packs = [flat]
+        width = _width(packs, 1)
+        return {
+            "input_ids": _padded([pack["input_ids"] for pack in packs], width, self.pad_token_id),
+            "position_ids": _padded([pack["position_ids"] for pack in packs], width, 0),
+            "labels": _padded([pack["labels"] for pack in packs], width, IGNORE_INDEX),
+        }
+
+
+def count_tokens(batch: dict[str, Tensor]) -> int:
+    """Tokens of a batch of either collator, without padding."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    if "position_ids" in batch:
+        # An example has a target after its first token, so it has a position 1, and padding has not.
+        return int((batch["position_ids"] > 0).sum() + (batch["position_ids"] == 1).sum())
+    return batch["input_ids"].numel()
+
+
+def _width(rows: Sequence[Example] | Sequence[Pack], multiple: int) -> int:
+    longest = max(len(row["input_ids"]) for row in rows)
+    return -(-longest // multiple) * multiple
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
+    import torch
+
+    padded = torch.full((len(rows), width), value)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.tensor(row)
+    return padded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,21 @@ from moeft.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entrop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class PlainHead(NamedTuple):
+    """A head that is a matrix and perhaps a soft cap of its products."""
+
+    weight: Tensor
+    softcap: float | None
+
+
+def plain_head(model: PreTrainedModel) -> PlainHead | None:
+    """Head of a causal language model of transformers; None if it is not a plain linear layer over ``model.model``."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or not hasattr(model, "model"):
+        return None
+    return PlainHead(head.weight, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
 
 
 def fuse_loss(model: PreTrainedModel) -> bool:
@@ -28,12 +43,10 @@ def fuse_loss(model: PreTrainedModel) -> bool:
         False if the model computes its loss in a way that this cannot replace: a head that is not a plain linear
         layer, or an auxiliary router loss.
     """
-    head = model.get_output_embeddings()
-    plain_head = type(head) is nn.Linear and head.bias is None
-    config = model.config.get_text_config()
-    if not plain_head or getattr(config, "output_router_logits", False) or not hasattr(model, "model"):
+    head = plain_head(model)
+    if head is None or getattr(model.config.get_text_config(), "output_router_logits", False):
         return False
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = head.softcap
     original = model.forward
     if getattr(original, "loss_is_fused", False):
         return True

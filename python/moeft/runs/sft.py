@@ -38,6 +38,7 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
     """
     validate_training_fields(recipe.training)
     validate_optimizer(recipe.training)
+    _check_policy(recipe)
     _check_merge(recipe)
     inputs = {"model": recipe.model, **{f"train[{i}]": path for i, path in enumerate(recipe.data.train)}}
     inputs |= {
@@ -49,6 +50,22 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
     with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), inputs, seed) as folder:
         _Run(recipe, folder, show).execute()
     return folder
+
+
+def _check_policy(recipe: SftRecipe) -> None:
+    """Refuse an unknown policy before the run folder is written.
+
+    Raises:
+        RecipeError: If ``training.activation_checkpointing`` is a word that is not a policy.
+    """
+    from moeft.training.layer_policies import check_policy_choice
+
+    policy = recipe.training.get("activation_checkpointing")
+    try:
+        if isinstance(policy, str):
+            check_policy_choice(policy)
+    except ValueError as error:
+        raise RecipeError(f"training.{error}") from error
 
 
 def _check_merge(recipe: SftRecipe) -> None:
@@ -124,6 +141,14 @@ class _Run:
         from moeft.training.sft import SFTConfig, SFTTrainer
 
         recipe = self.recipe
+        args = SFTConfig(
+            output_dir=str(self.folder.path / "checkpoints"),
+            train_on=recipe.data.train_on,
+            max_length=recipe.data.max_length,
+            on_too_long=recipe.data.on_too_long,
+            packing=recipe.data.packing,
+            **recipe.training,
+        )
         wanted = recipe.quantization
         config = None if wanted is None else NF4Config(**wanted.model_dump())
         model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
@@ -143,13 +168,6 @@ class _Run:
             rslora=lora.rslora,
             seed=lora.init_seed,
             dtype=lora.dtype,
-        )
-        args = SFTConfig(
-            output_dir=str(self.folder.path / "checkpoints"),
-            train_on=recipe.data.train_on,
-            max_length=recipe.data.max_length,
-            on_too_long=recipe.data.on_too_long,
-            **recipe.training,
         )
         trainer = SFTTrainer(
             model=model,
@@ -176,17 +194,17 @@ class _Run:
         from moeft.data.chat import Encoded
         from moeft.training.sft import encode_dataset
 
-        parts = [encode_dataset(path, tokenizer, args) for path in self.recipe.data.train]
-        return Encoded([e for part in parts for e in part.examples], [r for part in parts for r in part.rejects])
+        return Encoded.join(encode_dataset(path, tokenizer, args) for path in self.recipe.data.train)
 
     def count_rows(self, trainer: SFTTrainer) -> None:
         from moeft.data.rows import write_rejects
 
-        counts = {
+        counts: dict[str, float] = {
             "train_rows": len(trainer.train_rows.examples),
             "train_tokens": trainer.train_rows.num_tokens,
             "trained_tokens": trainer.train_rows.num_trained_tokens,
             "rejected_rows": len(trainer.train_rows.rejects),
+            "shortened_rows": trainer.train_rows.num_shortened,
         }
         rejects = list(trainer.train_rows.rejects)
         if trainer.eval_rows is not None:
@@ -195,6 +213,10 @@ class _Run:
         write_rejects(rejects, self.folder.path / "rejects.jsonl")
         self.metrics["data"] = counts
         self.show(f"training rows: {trainer.train_rows}")
+        if trainer.train_packs is not None:
+            packs = trainer.train_packs
+            counts |= {"packs": len(packs.packs), "packing_efficiency": packs.efficiency}
+            self.show(f"packing: {packs}")
         if rejects:
             self.show(f"{len(rejects)} rows rejected, reasons in {self.folder.path / 'rejects.jsonl'}")
 

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from moeft.data.chat import Encoded, encode
-from moeft.data.collate import PaddingCollator
+from moeft.data.collate import PackingCollator, PaddingCollator
+from moeft.data.example import check_length_options
+from moeft.data.packing import Packed, pack
 from moeft.data.rows import Rows, read_rows
+from moeft.training.document_isolation import check_document_isolation, wants_flat_batches
 from moeft.training.trainer import MoeConfig, MoeTrainer
 
 Dataset = str | Path | Iterable[Mapping[str, Any]] | Rows | Encoded
@@ -22,12 +25,18 @@ class SFTConfig(MoeConfig):
     train_on: str = field(
         default="assistant", metadata={"help": 'Tokens in the loss: every "assistant" turn, or only the "last" one.'}
     )
-    max_length: int | None = field(default=2048, metadata={"help": "Longest example in tokens; None for no limit."})
-    on_too_long: str = field(default="reject", metadata={"help": '"reject" or "truncate" longer rows.'})
+    max_length: int | None = field(
+        default=4096, metadata={"help": "Longest example, and slots of a pack, in tokens; None for no limit."}
+    )
+    on_too_long: str = field(
+        default="reject", metadata={"help": '"reject", "truncate", "truncate_left" or "split" longer rows.'}
+    )
+    packing: bool = field(default=False, metadata={"help": "Put several examples into each row of max_length tokens."})
 
     def __post_init__(self) -> None:
-        if self.on_too_long not in ("reject", "truncate"):
-            raise ValueError(f"on_too_long is {self.on_too_long!r}, expected 'reject' or 'truncate'")
+        check_length_options(self.max_length, self.on_too_long)
+        if self.packing and self.max_length is None:
+            raise ValueError("packing needs a max_length, the slots of a pack; it is None")
         super().__post_init__()
 
 
@@ -46,9 +55,11 @@ class SFTTrainer(MoeTrainer):
     Attributes:
         train_rows: What became of the training rows, rejects included.
         eval_rows: The same for held-out rows; None without any.
+        train_packs: The training rows in packs; None without packing. Held-out rows are packed too.
 
     Raises:
         DataError: If no row can be used, or the template hides what the assistant said.
+        UnsupportedModelError: If packs are asked for, and the model would let their examples see each other.
     """
 
     args: SFTConfig
@@ -64,14 +75,25 @@ class SFTTrainer(MoeTrainer):
     ) -> None:
         self.train_rows = encode_dataset(train_dataset, processing_class, args)
         self.eval_rows = None if eval_dataset is None else encode_dataset(eval_dataset, processing_class, args)
-        if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = PaddingCollator(padding_id(processing_class))
+        self.train_packs: Packed | None = None
+        train: list[Any] = self.train_rows.examples
+        held_out: list[Any] | None = None if self.eval_rows is None else self.eval_rows.examples
+        collator: Any = PaddingCollator(padding_id(processing_class))
+        if args.packing:
+            check_document_isolation(model)
+            assert args.max_length is not None
+            seed = args.seed if args.data_seed is None else args.data_seed
+            self.train_packs = pack(train, args.max_length, seed)
+            train = self.train_packs.packs
+            held_out = None if held_out is None else pack(held_out, args.max_length, seed).packs
+            collator = PackingCollator(padding_id(processing_class), wants_flat_batches(model))
         super().__init__(
             model=model,
             args=args,
-            train_dataset=self.train_rows.examples,
-            eval_dataset=None if self.eval_rows is None else self.eval_rows.examples,
+            train_dataset=train,
+            eval_dataset=held_out,
             processing_class=processing_class,
+            data_collator=kwargs.pop("data_collator", None) or collator,
             **kwargs,
         )
 
@@ -91,5 +113,5 @@ def encode_dataset(dataset: Dataset, tokenizer: Any, args: SFTConfig) -> Encoded
         tokenizer,
         train_on=args.train_on,  # type: ignore[arg-type]  # checked by encode
         max_length=args.max_length,
-        truncate=args.on_too_long == "truncate",
+        on_too_long=args.on_too_long,  # type: ignore[arg-type]
     )

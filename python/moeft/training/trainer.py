@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 
 from moeft.config.optimizer import HOST_STATE_BITS, optimizer_problems
+from moeft.data.collate import count_tokens
 from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
 from moeft.training.guards import NonFiniteGuard
+from moeft.training.layer_policies import LayerPolicies, check_policy_choice
+from moeft.training.length_grouping import SeededLengthGroupedSampler
 from moeft.training.optim import HostAdamW, host_options, raise_rate_of_b
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
 
@@ -46,6 +50,20 @@ class MoeConfig(TrainingArguments):
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in host memory; only a GPU gains."}
     )
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Loggers besides the run folder."})
+    activation_checkpointing: bool | str | None = field(
+        default=None,
+        metadata={
+            "help": '"none", "keep_norm_inputs", "full", or "auto", which is a plan or else "full"; true is as in '
+            "transformers, with activation_checkpointing_kwargs."
+        },
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Older name of activation_checkpointing, the only one in transformers 5.17."},
+    )
+    activation_offload: bool = field(
+        default=False, metadata={"help": "Hold in host memory what layers keep for backward; only a GPU gains."}
+    )
 
     def __post_init__(self) -> None:
         if problems := optimizer_problems(vars(self)):
@@ -54,6 +72,10 @@ class MoeConfig(TrainingArguments):
         is_ours = given["optim"] in HOST_STATE_BITS
         if is_ours:
             host_options(given["optim_args"])
+        if isinstance(policy := self.activation_checkpointing, str):
+            check_policy_choice(policy)
+            if policy == "none":
+                self.activation_checkpointing = False
         # TrainingArguments takes names of its own enum only.
         self.optim: Any = "adamw_torch" if is_ours else given["optim"]
         super().__post_init__()
@@ -63,6 +85,10 @@ class MoeConfig(TrainingArguments):
             self.lr_scheduler_type = SchedulerType.COSINE_WITH_MIN_LR
             options = vars(self)["lr_scheduler_kwargs"] or {}
             self.lr_scheduler_kwargs = {**options, "min_lr_rate": self.min_lr_ratio}
+        # transformers 5.17 reads the older name alone.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        self.gradient_checkpointing = bool(self.activation_checkpointing)
 
 
 class MoeTrainer(Trainer):
@@ -70,15 +96,19 @@ class MoeTrainer(Trainer):
 
     Args:
         events: Where to record the run; nowhere by default.
+        checkpoint_plan: What ``activation_checkpointing: auto`` stands for: the policy of each decoder layer.
         **kwargs: As for ``transformers.Trainer``, without ``compute_metrics``.
 
     Raises:
-        ValueError: If ``compute_metrics`` is given: evaluation keeps no logits.
+        ValueError: If ``compute_metrics`` is given: evaluation keeps no logits. If a plan does not fit the model or
+            the arguments.
     """
 
     args: MoeConfig
 
-    def __init__(self, *, events: EventSink | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, events: EventSink | None = None, checkpoint_plan: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         if kwargs.get("compute_metrics") is not None:
             raise ValueError("compute_metrics needs logits, which are never kept; call moeft.evaluation on the model")
         super().__init__(**kwargs)
@@ -95,6 +125,9 @@ class MoeTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar())
         self.remove_callback(PrinterCallback)
+        keeping = LayerPolicies(self.model, self.args, checkpoint_plan)
+        keeping.apply()
+        self.add_callback(keeping)
         if self.args.gradient_checkpointing and hasattr(self.model, "enable_input_require_grads"):
             # Reentrant checkpointing drops the gradient of a segment whose inputs require none.
             self.model.enable_input_require_grads()
@@ -125,6 +158,21 @@ class MoeTrainer(Trainer):
             raise_rate_of_b(optimizer, self.model if model is None else model, self.args.loraplus_lr_ratio)
         return optimizer
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return self._length_grouped(rows_per_step, self.train_dataset if train_dataset is None else train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return self._length_grouped(self.args.eval_batch_size, eval_dataset)
+
+    def _length_grouped(self, batch_size: int, dataset: Any) -> SeededLengthGroupedSampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthGroupedSampler(batch_size, dataset, seed)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks at the step count after a step only, so it would train one more on a resume of a complete run.
         if self.state.global_step >= self.state.max_steps:
@@ -134,8 +182,7 @@ class MoeTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
-        mask = inputs.get("attention_mask")
-        self.throughput.add(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+        self.throughput.add(count_tokens(inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.see_loss(loss)
         return loss

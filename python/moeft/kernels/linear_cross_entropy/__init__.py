@@ -1,91 +1,111 @@
-"""Cross-entropy of a linear head without the logits of a whole batch in memory.
+"""Cross-entropy and log-probabilities of a linear head without the logits of a whole batch in memory.
 
 Shapes: N rows, H hidden, V vocabulary, M rows that count.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moeft.kernels.linear_cross_entropy.function import LinearLogProbs
 from moeft.kernels.linear_cross_entropy.reference import IGNORE_INDEX
 
-__all__ = ["IGNORE_INDEX", "linear_cross_entropy"]
+__all__ = ["IGNORE_INDEX", "linear_cross_entropy", "linear_log_probs"]
 
-CHUNK_ROWS = 1024
+CHUNK_ELEMENTS = 1 << 25  # logits of a chunk: 128 MiB in float32, twice
+MOST_CHUNK_ROWS = 1024
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head_weight: Tensor, labels: Tensor, softcap: float | None = None, chunk_rows: int = CHUNK_ROWS
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, softcap: float | None = None, chunk_rows: int | None = None
 ) -> Tensor:
     """Sum of the cross-entropy of ``softcap * tanh(hidden @ head^T / softcap)`` over the rows that count.
 
-    Rows whose label is -100 are skipped before the matmul. The others go through the head ``chunk_rows`` at a time,
-    and the gradient of ``hidden`` is formed in the same pass, so that no logits outlive a chunk. A head that requires
-    a gradient gets one.
+    Minus the sum of :func:`linear_log_probs`, with its arguments, memory and errors.
+
+    Returns:
+        Scalar float32 (float64 for float64 rows); 0 when no row counts.
+    """
+    return -_counted_log_probs(hidden, head_weight, labels, softcap, chunk_rows)[0].sum()
+
+
+def linear_log_probs(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, softcap: float | None = None, chunk_rows: int | None = None
+) -> Tensor:
+    """Log-probability of each row's label under ``softmax(softcap * tanh(hidden @ head^T / softcap))``.
+
+    Rows whose label is -100 are skipped before the matmul. The others go through the head ``chunk_rows`` at a time. The
+    gradient of ``hidden`` for a coefficient of one is formed in the same pass, so that no logits outlive a chunk and
+    backward only scales. Kept for backward: that gradient, ``[M, H]`` in the dtype of ``hidden``. A head that requires
+    a gradient gets one, for one more pass over the logits in backward.
 
     Args:
         hidden: ``[N, H]`` or any leading shape, last hidden states.
         head_weight: ``[V, H]``.
         labels: Class of each row, int64, already shifted; -100 for rows that do not count.
         softcap: Soft cap of the logits, or None.
-        chunk_rows: Rows of logits in memory at a time.
+        chunk_rows: Rows of logits in memory at a time, in two float32 buffers; by default as many as 32 Mi logits hold,
+            and at most 1024.
 
     Returns:
-        Scalar float32 sum; 0 when no row counts.
+        Float32 (float64 for float64 rows) in the shape of ``labels``; 0 where a row does not count.
 
     Raises:
-        ValueError: If ``labels`` has another shape than ``hidden`` without its last axis.
+        TypeError: If ``labels`` is not int64, or ``hidden`` or ``head_weight`` not floating.
+        ValueError: If shapes do not fit, a label is out of range, or ``softcap`` or ``chunk_rows`` is not positive.
 
     Source:
         Cut Cross-Entropy, https://arxiv.org/abs/2411.09009; the soft cap is that of Gemma 2 and later.
     """
+    counted_M, rows = _counted_log_probs(hidden, head_weight, labels, softcap, chunk_rows)
+    return counted_M.new_zeros(labels.numel()).index_copy(0, rows, counted_M).view(labels.shape)
+
+
+def _counted_log_probs(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, softcap: float | None, chunk_rows: int | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the rows that count, and which rows these are."""
+    _check(hidden, head_weight, labels, softcap, chunk_rows)
+    labels_N = labels.reshape(-1)
+    rows = (labels_N != IGNORE_INDEX).nonzero().squeeze(-1)
+    targets_M = labels_N.index_select(0, rows)
+    _check_range(targets_M, rows, head_weight.shape[0])
+    hidden_MH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden_MH = hidden_MH.to(torch.get_autocast_dtype(device))
+    chunk_rows = chunk_rows or max(1, min(MOST_CHUNK_ROWS, CHUNK_ELEMENTS // head_weight.shape[0]))
+    with torch.autocast(device, enabled=False):
+        log_probs_M = LinearLogProbs.apply(
+            hidden_MH, head_weight, targets_M, softcap, chunk_rows, torch.is_grad_enabled()
+        )
+    return log_probs_M, rows
+
+
+def _check(hidden: Tensor, head_weight: Tensor, labels: Tensor, softcap: float | None, chunk_rows: int | None) -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels is {labels.dtype}, expected torch.int64; call labels.long()")
+    for name, tensor in (("hidden", hidden), ("head_weight", head_weight)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}, expected a floating-point type; is the head still packed?")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])}")
-    rows = (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(-1)
-    counted_MH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows)
-    targets_M = labels.reshape(-1).index_select(0, rows)
-    return _LinearCrossEntropy.apply(counted_MH, head_weight, targets_M, softcap, chunk_rows)
+    if head_weight.ndim != 2 or head_weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"head_weight has shape {tuple(head_weight.shape)}, expected (vocabulary, {hidden.shape[-1]}) to fit hidden"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}, expected a positive number, or None for no cap")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}, expected at least 1")
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_MH: Tensor, head_VH: Tensor, targets_M: Tensor, softcap: float | None, chunk_rows: int
-    ) -> Tensor:
-        head_VH_cast = head_VH.to(hidden_MH.dtype)
-        grad_hidden_MH = torch.empty_like(hidden_MH)
-        grad_head_VH = torch.zeros_like(head_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        loss = hidden_MH.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden_MH.shape[0], chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = (hidden_MH[rows] @ head_VH_cast.mT).float()
-            if softcap is not None:
-                logits = logits.div_(softcap).tanh_()
-                slope = 1 - logits.square()
-                logits = logits.mul_(softcap)
-            log_z = logits.logsumexp(-1)
-            targets = targets_M[rows, None]
-            loss += (log_z - logits.gather(1, targets).squeeze(1)).sum()
-            grad_logits = logits.sub_(log_z[:, None]).exp_()
-            grad_logits.scatter_add_(1, targets, grad_logits.new_full(targets.shape, -1.0))
-            if softcap is not None:
-                grad_logits.mul_(slope)
-            grad_logits = grad_logits.to(hidden_MH.dtype)
-            torch.mm(grad_logits, head_VH_cast, out=grad_hidden_MH[rows])
-            if grad_head_VH is not None:
-                grad_head_VH += grad_logits.mT @ hidden_MH[rows]
-        ctx.save_for_backward(grad_hidden_MH, grad_head_VH)
-        ctx.head_dtype = head_VH.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_MH, grad_head_VH = ctx.saved_tensors
-        head = None if grad_head_VH is None else (grad_head_VH * grad).to(ctx.head_dtype)
-        # In float32: 1 / count and the scale of a gradient scaler do not fit 16 bits.
-        return (grad_hidden_MH * grad.float()).to(grad_hidden_MH.dtype), head, None, None, None
+def _check_range(targets_M: Tensor, rows: Tensor, vocabulary: int) -> None:
+    wrong = ((targets_M < 0) | (targets_M >= vocabulary)).nonzero().squeeze(-1)
+    if wrong.numel():
+        first = int(wrong[0])
+        raise ValueError(
+            f"label {int(targets_M[first])} of row {int(rows[first])} is out of range, expected 0 to {vocabulary - 1}, "
+            f"or {IGNORE_INDEX} for a row that does not count; {wrong.numel()} labels are out of range"
+        )

@@ -1,0 +1,39 @@
+"""Log-probabilities of labels under a causal language model, without full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from moeft.errors import UnsupportedModelError
+from moeft.integration.fused_loss import plain_head
+from moeft.kernels import linear_log_probs
+
+
+def token_log_probs(model: Any, labels: Tensor, *, chunk_rows: int | None = None, **inputs: Any) -> Tensor:
+    """Log-probability of each label, given the tokens before it.
+
+    Differentiable, and a loss may weight the result afterwards: see :func:`moeft.kernels.linear_log_probs`.
+
+    Args:
+        model: A causal language model of transformers, with or without adapters.
+        labels: ``[B, S]`` int64, not shifted; -100 for tokens that do not count.
+        chunk_rows: Rows of logits in memory at a time.
+        **inputs: ``input_ids``, ``attention_mask``, ``position_ids`` and other arguments of the model's forward.
+
+    Returns:
+        ``[B, S - 1]`` float32: entry ``t`` belongs to ``labels[:, t + 1]``; 0 where that is -100.
+
+    Raises:
+        UnsupportedModelError: If the model's head is not a plain linear layer.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = plain_head(base)
+    if head is None:
+        raise UnsupportedModelError(
+            f"the head of {type(base).__name__} is no linear layer without bias; score its logits"
+        )
+    hidden = base.model(**inputs, use_cache=False).last_hidden_state
+    labels = labels.to(hidden.device)[:, 1:]
+    return linear_log_probs(hidden[:, :-1], head.weight, labels, head.softcap, chunk_rows)

@@ -1,0 +1,68 @@
+"""Whether a model keeps the examples of a pack apart: asked of the model itself, not of a list of names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeft.data.collate import PackingCollator
+from moeft.data.packing import Pack
+from moeft.errors import UnsupportedModelError
+
+EXAMPLE_TOKENS = 4
+
+
+def wants_flat_batches(model: Any) -> bool:
+    """Whether the model's attention tells examples apart in a batch of one only, as flash attention does."""
+    return "flash" in (model.config.get_text_config()._attn_implementation or "")
+
+
+def check_document_isolation(model: Any) -> None:
+    """Run a pack of two short examples, and refuse a model in which the second one depends on the first.
+
+    The last hidden states of the second example must have a gradient of exactly zero with respect to the embeddings of
+    the first: attention that masks gives it a weight of zero, which no rounding changes. Layers that carry a state from
+    token to token (linear attention, state-space layers, convolutions) do not read position ids and fail.
+
+    Args:
+        model: A causal language model of transformers, with or without adapters.
+
+    Raises:
+        UnsupportedModelError: If the first example is seen from the second.
+    """
+    embeddings: list[Tensor] = []
+
+    def keep(_: Any, __: Any, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    training = [module for module in base.modules() if module.training]
+    handle = base.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            states = base.eval().base_model(**_batch(base), use_cache=False).last_hidden_state
+            (grad,) = torch.autograd.grad(states[0, EXAMPLE_TOKENS:].float().square().sum(), embeddings[0])
+    finally:
+        handle.remove()
+        for module in training:
+            module.training = True
+    if bool(grad[0, :EXAMPLE_TOKENS].any()):
+        config = base.config.get_text_config()
+        kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ["of unknown kind"])))
+        raise UnsupportedModelError(
+            f"packing would let examples see each other in this {config.model_type} model: its layers ({kinds}) do not "
+            f"all keep them apart with attention {config._attn_implementation!r}. Set packing to false; "
+            "train_sampling_strategy: group_by_length saves padding too"
+        )
+
+
+def _batch(model: Any) -> dict[str, Tensor]:
+    # Ids that any vocabulary has; which ones does not matter.
+    ids = [1 + index % 2 for index in range(2 * EXAMPLE_TOKENS)]
+    pack: Pack = {"input_ids": ids, "labels": ids, "position_ids": [*range(EXAMPLE_TOKENS)] * 2}
+    batch = PackingCollator(0, wants_flat_batches(model))([pack])
+    device = model.get_input_embeddings().weight.device
+    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
