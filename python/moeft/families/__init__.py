@@ -34,6 +34,7 @@ class Family:
         config: Our name of a config field -> its spellings in this family.
         experts: Path of the experts module below a decoder layer.
         linears: Component (``attention``, ``mlp``, ``router``) -> paths of its linear layers below a decoder layer.
+        disk: How the experts lie on disk: the table ``[disk]`` of its file.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Family:
     config: dict[str, tuple[str, ...]]
     experts: str
     linears: dict[str, tuple[str, ...]]
+    disk: dict[str, Any]
 
     @functools.cached_property
     def _layer(self) -> re.Pattern[str]:
@@ -107,4 +109,5 @@ def _parse(name: str, table: dict[str, Any]) -> Family:
         config={field: tuple(spellings) for field, spellings in table["config"].items()},
         experts=modules["experts"],
         linears={component: tuple(modules[component]) for component in ("attention", "mlp", "router")},
+        disk=table.get("disk", {}),
     )
