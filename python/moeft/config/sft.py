@@ -24,7 +24,7 @@ _SET_ELSEWHERE = {
 }
 """Trainer arguments that another key of the recipe decides."""
 
-_OURS = ("max_skipped_steps",)
+_OURS = ("max_skipped_steps", "check_frozen_base", "log_routing")
 """Trainer arguments that moeft adds to those of transformers."""
 
 
@@ -111,7 +111,7 @@ class SftRecipe(Recipe):
     evaluation: Evaluation = Field(default_factory=Evaluation, description="Generation on held-out rows")
     training: dict[str, Any] = Field(
         default_factory=dict,
-        description="Arguments of the trainer, by their names in transformers.TrainingArguments, and max_skipped_steps",
+        description="Arguments of the trainer, by their names in transformers.TrainingArguments, and moeft's own",
     )
     merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")
 

@@ -91,7 +91,9 @@ def _layer(index: int, found: Mapping[str, Weight], family: Family, config: Mapp
         return None
     query_width, hidden = query.shape
     key_width = key.shape[0]
-    heads = int(config["num_attention_heads"])
+    heads = int(config.get("num_attention_heads") or 0)
+    if not heads:
+        return None
     head_dim = query_width // heads
     norms = [
         (width, found.get(f"self_attn.{part}_norm.weight")) for part, width in (("q", query_width), ("k", key_width))
