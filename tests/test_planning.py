@@ -25,11 +25,13 @@ from moeft.planning import Settings, plan, transients
 from moeft.planning.devices import DEVICES
 from moeft.planning.layers import decoder_layers
 from moeft.planning.model import read_model
+from moeft.planning.shapes import LAYERS
 from moeft.planning.sizes import format_bytes, parse_bytes
 from moeft.planning.speed import step_flops
 from tests.tiny_checkpoints import disk_tensors
 from tests.tiny_models import tiny_config, token_ids
 
+FAMILIES = sorted(LAYERS)  # whose plans are promised to be exact
 QUANTIZATIONS = (
     Quantization(),
     Quantization(double_quant=True, attention=True, mlp=True, block_size=128),
@@ -82,18 +84,19 @@ def planned_bytes(forecast):
     return found
 
 
-@pytest.mark.parametrize("source", ["headers", "config"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=["nf4", "double", "none"])
-def test_weight_bytes_are_those_of_the_loaded_model(family, checkpoint, quantization, source):
+def test_weight_bytes_are_those_of_the_loaded_model(family, checkpoint, quantization):
     targets = ("attention", "experts", "mlp") if family == "gemma4" else ("attention", "experts")
     model = load(checkpoint, quantization=quantization)
     parameters = sum(row.parameters for row in moeft.audit(model).rows)
     buffers = sum(b.numel() for n, b in model.named_buffers() if n.endswith("layer_scalar"))
     settings = Settings(quantization=quantization, lora=Lora(rank=3, experts_rank=2, targets=targets))
-    forecast = plan(checkpoint if source == "headers" else checkpoint / "config.json", recipe=settings)
+    forecast = plan(checkpoint, recipe=settings)
+    from_config = plan(checkpoint / "config.json", recipe=settings)
     model = moeft.add_lora(model, 3, targets=targets, experts_rank=2)
-    assert planned_bytes(forecast) == moeft.audit(model).bytes_by_component()
-    assert forecast.parameters == parameters - buffers
+    assert planned_bytes(forecast) == planned_bytes(from_config) == moeft.audit(model).bytes_by_component()
+    assert forecast.parameters == from_config.parameters == parameters - buffers
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert forecast.bytes_of("gradients") == 4 * trained
     assert forecast.bytes_of("optimizer state") == 8 * trained
@@ -142,6 +145,7 @@ def peak_bytes(step):
     return peak
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forecast_peak_is_near_that_of_a_real_step(family, checkpoint, dtype, checkpointing):
@@ -182,7 +186,8 @@ def test_loss_chunk_is_as_large_as_forecast(softcap, chunks):
     assert measured == pytest.approx(4 * rows * vocabulary * copies, rel=0.1)
 
 
-def test_advice_says_what_a_second_plan_would(checkpoint):
+def test_advice_says_what_a_second_plan_would(checkpoints):
+    checkpoint = checkpoints["gemma4"]
     settings = Settings(checkpointing="none", batch_size=4)
     forecast = plan(checkpoint, vram="1MB", recipe=settings)
     assert forecast.fits is False
@@ -207,12 +212,13 @@ def test_streaming_is_offered_as_arithmetic_when_nothing_else_fits():
     assert streamed == forecast.device_bytes - knob.saves_bytes <= 14e9 < streamed + layer
 
 
-def test_a_host_optimizer_takes_nothing_from_the_card(checkpoint):
-    forecast = plan(checkpoint, recipe=Settings(optimizer="adamw_moeft_host"))
+def test_a_host_optimizer_takes_nothing_from_the_card(checkpoints):
+    forecast = plan(checkpoints["olmoe"], recipe=Settings(optimizer="adamw_moeft_host"))
     assert forecast.bytes_of("optimizer state") == 0
 
 
-def test_recipe_decides_what_is_planned(checkpoint, tmp_path):
+def test_recipe_decides_what_is_planned(checkpoints, tmp_path):
+    checkpoint = checkpoints["mixtral"]
     (tmp_path / "recipe.yaml").write_text(
         f"model: {checkpoint}\noutput: out\nquantization: {{attention: true}}\ndtype: float32\n"
         "lora: {rank: 2, targets: [attention]}\ndata: {train: rows.jsonl, max_length: 99}\n"

@@ -14,6 +14,7 @@ from moeft.planning.activations import head_gradient_bytes, saved_bytes
 from moeft.planning.layers import decoder_layers, traits_of
 from moeft.planning.model import read_model
 from moeft.planning.settings import Settings
+from moeft.planning.shapes import LAYERS
 from tests.tiny_models import token_ids
 
 
@@ -44,6 +45,7 @@ def predicted(checkpoint, settings):
     return saved_bytes(layers, traits_of(family), settings) + head_gradient_bytes(layers, settings)
 
 
+@pytest.mark.parametrize("family", sorted(LAYERS))
 @pytest.mark.parametrize("policy", ["none", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forecast_is_within_a_tenth_of_what_is_kept(family, checkpoint, dtype, policy):

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from moeft.errors import TrainingError
+from moeft.planning import Settings, plan
 from moeft.training.out_of_memory import is_out_of_memory
 from moeft.training.routing_monitor import RoutingMonitor
 from tests.test_trainer_guard import Sink
@@ -25,9 +26,9 @@ class FlipOneBit(TrainerCallback):
             tensors["base_model.model.model.norm.weight"].data[0] += 1e-6
 
 
-def test_unchanged_base_is_recorded_with_hash_and_cost(checkpoint, tmp_path):
+def test_unchanged_base_is_recorded_with_hash_and_cost(checkpoints, tmp_path):
     sink = Sink()
-    sft_trainer(packed_with_lora(checkpoint), tmp_path, events=sink, max_steps=1).train()
+    sft_trainer(packed_with_lora(checkpoints["gemma4"]), tmp_path, events=sink, max_steps=1).train()
     (event,) = [event for event in sink.events if event["kind"] == "frozen_base"]
     assert event["changed"] == []
     assert len(event["sha256"]) == 64
@@ -151,9 +152,13 @@ def test_out_of_memory_names_the_parts_and_a_knob(checkpoints, tmp_path):
     model = packed_with_lora(checkpoints["mixtral"])
     layers = model.get_base_model().model.layers
     layers[1].self_attn = Greedy(layers[1].self_attn)
+    trainer = sft_trainer(model, tmp_path)
+    trainer.forecast = plan(checkpoints["mixtral"], recipe=Settings(checkpointing="none", batch_size=4))
     with pytest.raises(TrainingError, match=r"out of memory in step 1: .*you tried to allocate") as caught:
-        sft_trainer(model, tmp_path).train()
+        trainer.train()
     text = str(caught.value)
+    best = next(knob for knob in trainer.forecast.advice if knob.exists)
+    assert f"the plan says what saves most: {str(best).strip()}" in text
     assert "held: " in text
     assert "experts 0.00 GiB" in text
     assert "for adapter: choose a smaller lora.rank" in text

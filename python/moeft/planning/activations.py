@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moeft.planning.adapters import rank_of
 from moeft.planning.layers import Layer, Traits
 from moeft.planning.settings import Settings
 from moeft.planning.weights import FLOAT_BYTES
@@ -29,7 +30,7 @@ def saved_bytes(layers: Sequence[Layer], traits: Traits, settings: Settings) -> 
     if settings.checkpointing == "full":
         return len(layers) * element * tokens * hidden + last_norm
     if settings.checkpointing == "keep_norm_inputs":
-        return sum(element * tokens * hidden * _norm_inputs(layer, traits) for layer in layers) + last_norm
+        return sum(_kept_outputs(layer, traits, settings) for layer in layers) + last_norm
     rotary = 2 * element * settings.max_length * sum({layer.window: layer.head_dim for layer in layers}.values())
     # The first norm reads embeddings, which need no gradient.
     unneeded = _norm(tokens, hidden, 1, traits)
@@ -51,6 +52,15 @@ def layer_bytes(layer: Layer, traits: Traits, settings: Settings) -> int:
     )
 
 
+def recomputed_bytes(layer: Layer, traits: Traits, settings: Settings) -> int:
+    """Bytes of one layer while backward runs through it again: all of it, or its norms and its largest block."""
+    if settings.checkpointing == "full":
+        return layer_bytes(layer, traits, settings)
+    attention, mlp, experts = _attention(layer, traits, settings), _mlp(layer, settings), _experts(layer, settings)
+    blocks = (attention, mlp, experts) if traits.parallel_experts else (attention, mlp + experts)
+    return _norms(layer, traits, settings) + max(blocks)
+
+
 def is_masked(layer: Layer, settings: Settings) -> bool:
     """Whether attention of this layer takes a mask instead of its plain causal form."""
     return settings.masked or (layer.window is not None and settings.max_length > layer.window)
@@ -59,6 +69,14 @@ def is_masked(layer: Layer, settings: Settings) -> bool:
 def _norm(tokens: int, width: int, rows: int, traits: Traits) -> int:
     """Input in float32 and the statistics of every row."""
     return F32 * tokens * (width + rows * traits.norm_statistics)
+
+
+def _kept_outputs(layer: Layer, traits: Traits, settings: Settings) -> int:
+    """Under "keep_norm_inputs": the input of a layer and the output of each of its blocks, a router's choice too."""
+    tokens, parallel = settings.tokens, traits.parallel_experts and layer.experts > 0
+    blocks = 2 + (parallel and layer.mlp > 0)  # attention; feed-forward, in one or with experts beside it
+    router = tokens * (F32 * layer.experts + (F32 + INT64) * layer.top_k) if parallel else 0
+    return FLOAT_BYTES[settings.dtype] * tokens * layer.hidden * (1 + blocks) + router
 
 
 def _norm_inputs(layer: Layer, traits: Traits) -> int:
@@ -89,7 +107,8 @@ def _attention(layer: Layer, traits: Traits, settings: Settings) -> int:
             saved += _norm(tokens, layer.key * own_input, layer.key // layer.head_dim, traits)
     if "attention" in settings.lora.targets:
         inputs = 2 + layer.value_projection
-        saved += _lora(settings, layer.hidden, inputs, layer.query, settings.lora.rank * (inputs + 1), shared=True)
+        ranks = rank_of(settings.lora, "attention") * (inputs + 1)
+        saved += _lora(settings, layer.hidden, inputs, layer.query, ranks, shared=True)
     return saved
 
 
@@ -98,7 +117,7 @@ def _mlp(layer: Layer, settings: Settings) -> int:
         return 0
     saved = 3 * FLOAT_BYTES[settings.dtype] * settings.tokens * layer.mlp
     if "mlp" in settings.lora.targets:
-        saved += _lora(settings, layer.hidden, 2, layer.mlp, 3 * settings.lora.rank, shared=False)
+        saved += _lora(settings, layer.hidden, 2, layer.mlp, 3 * rank_of(settings.lora, "mlp"), shared=False)
     return saved
 
 
@@ -106,12 +125,13 @@ def _lora(settings: Settings, hidden: int, readers: int, output_width: int, rank
     """Inputs that adapters keep: of ``readers`` layers of the hidden state, and of the layer that ends the block.
 
     In float32 the readers share one tensor, and the output layer of attention reads what attention keeps already
-    (``shared``); otherwise each has a float32 copy.
+    (``shared``); otherwise each has a copy in the adapter's type.
     """
-    if settings.dtype == "float32":
+    element = FLOAT_BYTES[settings.adapter_dtype]
+    if settings.dtype == settings.adapter_dtype:
         readers, output_width = 1, 0 if shared else output_width
     width = hidden * readers + output_width
-    return F32 * settings.tokens * (width + ranks)
+    return element * settings.tokens * (width + ranks)
 
 
 def _experts(layer: Layer, settings: Settings) -> int:
@@ -121,5 +141,5 @@ def _experts(layer: Layer, settings: Settings) -> int:
     router = F32 * tokens * (layer.experts + 1) + (F32 + INT64) * rows
     block = element * tokens * layer.hidden + element * rows * 2 * layer.expert + (F32 + 2 * INT64) * rows
     if "experts" in settings.lora.targets:
-        block += 2 * element * rows * (settings.lora.experts_rank or settings.lora.rank)
+        block += 2 * element * rows * rank_of(settings.lora, "experts")
     return router + block

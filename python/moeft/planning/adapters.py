@@ -8,7 +8,6 @@ from moeft.config.sft import Lora
 from moeft.families import Family
 from moeft.planning.weights import Weight, adapted
 
-PARAMETER_BYTES = 4  # PEFT makes float32 adapters on 16-bit bases
 HOST_OPTIMIZERS = ("adamw_moeft_host", "adamw_moeft_8bit")
 ADAM_BYTES = 8.0  # two float32 moments
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256  # two moments of one byte, and a float32 scale per 256 values of each
@@ -22,12 +21,23 @@ def adapter_parameters(weights: Sequence[Weight], family: Family, lora: Lora) ->
     """
     found: dict[str, int] = {}
     for target in lora.targets:
-        rank = (lora.experts_rank or lora.rank) if target == "experts" else lora.rank
-        shapes = [weight.shape for weight in adapted(weights, family, target)]
-        count = sum(rank * (shape[0] if len(shape) > 2 else 1) * (shape[-2] + shape[-1]) for shape in shapes)
+        count = sum(_factors(weight, rank_of(lora, target, weight.name)) for weight in adapted(weights, family, target))
         if count:
             found[target] = count
     return found
+
+
+def rank_of(lora: Lora, target: str, name: str = "") -> int:
+    """Rank of the adapter of one weight, or of a target."""
+    own = getattr(lora, "ranks", {})
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    default = (lora.experts_rank or lora.rank) if target == "experts" else lora.rank
+    return own.get(f"{target}.{last}", own.get(target, default))
+
+
+def _factors(weight: Weight, rank: int) -> int:
+    *stack, rows, columns = weight.shape
+    return rank * (stack[0] if stack else 1) * (rows + columns)
 
 
 def optimizer_bytes(name: str) -> tuple[float, str]:

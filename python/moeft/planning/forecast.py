@@ -12,16 +12,17 @@ from moeft.config.sft import Lora, SftRecipe
 from moeft.errors import CheckpointError
 from moeft.families import Family
 from moeft.planning import activations, transients
-from moeft.planning.adapters import PARAMETER_BYTES, adapter_parameters, optimizer_bytes
+from moeft.planning.adapters import adapter_parameters, optimizer_bytes, rank_of
 from moeft.planning.advice import Knob, changes, exists, streaming
 from moeft.planning.devices import find_device, nearest_names
 from moeft.planning.layers import Layer, decoder_layers, traits_of
 from moeft.planning.model import Model, read_model
 from moeft.planning.report import LAYER_BACKWARD, LOSS_HEAD, WEIGHTS, Plan, PlanRow
 from moeft.planning.settings import Settings, read_settings
+from moeft.planning.shapes import LAYERS
 from moeft.planning.sizes import format_bytes, parse_bytes
 from moeft.planning.speed import Speed, predict
-from moeft.planning.weights import Weight, with_packing
+from moeft.planning.weights import FLOAT_BYTES, Weight, with_packing
 
 # Assumed, not derived: what a CUDA context takes differs by driver and card, fragmentation by the order of requests.
 CONTEXT_BYTES = 450_000_000
@@ -125,16 +126,17 @@ class _Forecast:
         if family is None:
             return
         found = adapter_parameters(self.weights, family, settings.lora)
+        dtype, size = settings.adapter_dtype, FLOAT_BYTES[settings.adapter_dtype]
         for target, count in found.items():
             yield PlanRow(
                 f"adapter {target}",
-                "float32",
-                count * PARAMETER_BYTES,
-                _rank_of(target, settings.lora),
+                dtype,
+                count * size,
+                _ranks(target, settings.lora),
                 parameters=count,
             )
         trained = sum(found.values())
-        yield PlanRow("gradients", "float32", trained * PARAMETER_BYTES, f"of {trained:,} trained parameters")
+        yield PlanRow("gradients", dtype, trained * size, f"of {trained:,} trained parameters")
         per_parameter, source = optimizer_bytes(settings.optimizer)
         yield PlanRow("optimizer state", settings.optimizer, round(trained * per_parameter), source)
 
@@ -160,7 +162,7 @@ class _Forecast:
         yield estimate("loss gradient", gradient, "hidden states of the rows that count", phase=LOSS_HEAD)
         backward = {"phase": LAYER_BACKWARD}
         if settings.checkpointing != "none":
-            largest = max(activations.layer_bytes(layer, traits, settings) for layer in layers)
+            largest = max(activations.recomputed_bytes(layer, traits, settings) for layer in layers)
             yield estimate("recomputed layer", largest, "activations of the largest layer", **backward)
         packed_experts = settings.quantization is not None and settings.quantization.experts
         if packed_experts:
@@ -210,8 +212,9 @@ def _resolve(model: Model, settings: Settings, *, given: bool) -> tuple[Settings
         notes.append("layers of another kind than attention: activations, workspaces and speed are left out")
     else:
         notes.append("activations: rows as long as data.max_length, scaled-dot-product attention, no dropout")
-    if settings.checkpointing == "keep_norm_inputs":
-        notes.append("keep_norm_inputs is counted as the inputs of all norms of a layer, in the compute type")
+    notes += _not_counted(settings)
+    if model.family.name not in LAYERS:
+        notes.append(f"plans of {model.family.name} models were not compared with loaded ones")
     notes.append(
         f"assumed, not derived: {format_bytes(FRAGMENTATION_BYTES)} of fragmentation, {format_bytes(CONTEXT_BYTES)} of "
         "CUDA context"
@@ -249,7 +252,16 @@ def _expert_bytes(forecast: _Forecast) -> list[int]:
     return list(totals.values())
 
 
-def _rank_of(target: str, lora: Lora) -> str:
-    if target == "experts":
-        return f"rank {lora.experts_rank or lora.rank} on every expert"
-    return f"rank {lora.rank}"
+def _ranks(target: str, lora: Lora) -> str:
+    return f"rank {rank_of(lora, target)}" + (" on every expert" if target == "experts" else "")
+
+
+def _not_counted(settings: Settings) -> Iterator[str]:
+    """Keys of a recipe that make a run smaller and that this forecast takes no account of."""
+    for key, everything in (("layers", None), ("experts", "all")):
+        if getattr(settings.lora, key, everything) != everything:
+            yield f"lora.{key} is not counted: the adapter is planned for all"
+    if getattr(settings.lora, "stack_on", ()):
+        yield "lora.stack_on is not counted: adapters below the new one come on top of this plan"
+    if settings.offload:
+        yield "activation_offload is not counted: activations are planned on the card"

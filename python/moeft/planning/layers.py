@@ -18,17 +18,21 @@ class Traits:
     Attributes:
         value_norm: Values are normalised too.
         router_norm: The router normalises its input.
+        parallel_experts: Experts, router and dense block stand side by side in the layer, not in one block.
         shared_norm_inputs: Norms of a layer that read a tensor which another norm of it reads as well.
         norm_statistics: Values kept per normalised row: Gemma 4 keeps the power and its argument.
     """
 
     value_norm: bool = False
     router_norm: bool = False
+    parallel_experts: bool = False
     shared_norm_inputs: int = 0
     norm_statistics: int = 1
 
 
-TRAITS = {"gemma4": Traits(value_norm=True, router_norm=True, shared_norm_inputs=1, norm_statistics=2)}
+TRAITS = {
+    "gemma4": Traits(value_norm=True, router_norm=True, parallel_experts=True, shared_norm_inputs=1, norm_statistics=2)
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Layer:
         heads: Query heads.
         qk_norm_rows: Rows per token that the norms of queries and keys see, together; 0 without such norms.
         norms: Norms over the hidden width.
-        mlp: Inner width of the dense feed-forward block.
+        mlp: Inner width of dense feed-forward blocks, shared experts included.
         experts: Number of experts.
         expert: Inner width of an expert.
         top_k: Experts per token.
@@ -100,8 +104,8 @@ def _layer(index: int, found: Mapping[str, Weight], family: Family, config: Mapp
     ]
     norm_rows = sum(width // norm.shape[0] for width, norm in norms if norm is not None)
     stack = found.get(f"{family.experts}.{STACKS[0]}")
-    dense = found.get("mlp.up_proj.weight")
-    shape = (0, 0, 0) if stack is None else stack.shape
+    experts = 0 if stack is None else stack.shape[0]
+    dense = [w for name, w in found.items() if name.endswith("up_proj.weight") and w.component != "experts"]
     linears = [w for name, w in found.items() if len(w.shape) == 2 and w.component in ("attention", "mlp", "router")]
     return Layer(
         hidden=hidden,
@@ -112,9 +116,9 @@ def _layer(index: int, found: Mapping[str, Weight], family: Family, config: Mapp
         heads=heads,
         qk_norm_rows=norm_rows,
         norms=sum(w.component == "norms" and w.shape == (hidden,) and "attn." not in name for name, w in found.items()),
-        mlp=0 if dense is None else dense.shape[0],
-        experts=shape[0],
-        expert=shape[1] // 2,
+        mlp=sum(weight.shape[0] for weight in dense),
+        experts=experts,
+        expert=0 if stack is None else stack.elements // (2 * hidden * experts),
         top_k=int(config.get("num_experts_per_tok") or config.get("top_k_experts") or 0) if stack else 0,
         window=_window(index, config),
         parameters=sum(weight.parameters for weight in linears),

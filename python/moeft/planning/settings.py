@@ -26,6 +26,7 @@ class Settings:
         max_length: Tokens per row; every row is taken to be this long.
         batch_size: Rows per micro-batch.
         packing: Whether a row holds several documents, which needs an attention mask.
+        offload: Whether activations wait for backward in host memory.
         checkpointing: "none", "full" or "keep_norm_inputs".
         optimizer: Name as in ``TrainingArguments.optim``.
     """
@@ -37,6 +38,7 @@ class Settings:
     max_length: int = 2048
     batch_size: int = 1
     packing: bool = False
+    offload: bool = False
     checkpointing: str = "full"
     optimizer: str = TRANSFORMERS_OPTIMIZER
 
@@ -50,6 +52,11 @@ class Settings:
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.batch_size * self.max_length
+
+    @property
+    def adapter_dtype(self) -> str:
+        """Type of the adapter: float32 unless the recipe has a key for it."""
+        return getattr(self.lora, "dtype", "float32")
 
     @property
     def masked(self) -> bool:
@@ -82,6 +89,7 @@ def read_settings(recipe: str | Path | SftRecipe | Settings | None) -> Settings:
         max_length=recipe.data.max_length,
         batch_size=int(training.get("per_device_train_batch_size", TRANSFORMERS_BATCH)),
         packing=bool(_asked(recipe, "packing", False)),
+        offload=bool(_asked(recipe, "activation_offload", False)),
         checkpointing=_checkpointing(recipe),
         optimizer=str(training.get("optim", TRANSFORMERS_OPTIMIZER)),
     )
@@ -89,7 +97,9 @@ def read_settings(recipe: str | Path | SftRecipe | Settings | None) -> Settings:
 
 def _checkpointing(recipe: SftRecipe) -> str:
     default = "full" if recipe.training.get("gradient_checkpointing") else "none"
-    policy = _asked(recipe, "activation_checkpointing", None) or default
+    policy = _asked(recipe, "activation_checkpointing", default)
+    if isinstance(policy, bool):  # as transformers spells it
+        return "full" if policy else "none"
     return "full" if policy == "auto" else str(policy)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeft.config.sft import Quantization
+from moeft.planning.adapters import rank_of
 from moeft.planning.layers import Layer
 from moeft.planning.settings import Settings
 from moeft.planning.weights import FLOAT_BYTES, Weight
@@ -43,7 +44,7 @@ def expert_lora_bytes(layers: Sequence[Layer], settings: Settings) -> int:
     """Factors of one layer's experts in the compute type and in another order, and their gradients likewise."""
     if "experts" not in settings.lora.targets:
         return 0
-    rank, element = settings.lora.experts_rank or settings.lora.rank, FLOAT_BYTES[settings.dtype]
+    rank, element = rank_of(settings.lora, "experts"), FLOAT_BYTES[settings.dtype]
     parameters = max((rank * layer.experts * (2 * layer.hidden + 3 * layer.expert) for layer in layers), default=0)
     return 2 * element * parameters
 

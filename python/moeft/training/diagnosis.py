@@ -131,10 +131,12 @@ def _row_number(batch: Batch, place: int, dataset: Any) -> int:
         ids[mask[place] != 0] if isinstance(mask, Tensor) and mask.shape == batch["input_ids"].shape else ids
     ).tolist()
     try:
-        rows = (number for number in range(len(dataset)) if list(dataset[number]["input_ids"]) == ids)
-        return next(rows, -1 - place)
+        rows = [(number, list(dataset[number]["input_ids"])) for number in range(len(dataset))]
     except (TypeError, KeyError):
         return -1 - place
+    # Without a mask what follows a row is padding: one id, over and over.
+    fitting = [(len(row), -number) for number, row in rows if ids[: len(row)] == row and len(set(ids[len(row) :])) < 2]
+    return -max(fitting)[1] if fitting else -1 - place
 
 
 def _finite(value: Any) -> bool:

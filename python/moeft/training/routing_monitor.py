@@ -155,7 +155,7 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         name = path.removeprefix("base_model.model.").replace(".base_layer", "")
         innermost = isinstance(getattr(module, "num_experts", None), int) and not hasattr(module, "base_layer")
-        if innermost and family.below_layer(name) == family.experts:
+        if innermost and family.experts and family.below_layer(name) == family.experts:
             yield name, module
 
 
