@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -135,6 +136,7 @@ def test_fields_as_google_and_as_transformers_write_them_give_the_same_plan():
 
 def peak_bytes(step):
     """Most bytes that PyTorch had allocated at once during a call, beyond those before it."""
+    gc.collect()  # else models of other tests would be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
