@@ -11,7 +11,8 @@ from moeft.families import Family
 
 NESTED_BLOCK = 256  # first-level scales that share one of the second level
 STACKS = ("gate_up_proj", "down_proj")
-BUFFERS = ("layer_scalar",)  # persistent buffers: in a checkpoint and in memory, but never trained
+BUFFERS = ("layer_scalar", "e_score_correction_bias")  # persistent: in a checkpoint and in memory, never trained
+KEPT_IN_FLOAT32 = ("e_score_correction_bias",)  # by transformers, whatever type the model is loaded in
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Words in tensor names that most models share -> component.
 GUESSES = {
@@ -55,6 +56,8 @@ class Weight:
         """What it occupies in memory, statistics included."""
         if self.fixed_bytes is not None:
             return self.fixed_bytes
+        if self.name.endswith(KEPT_IN_FLOAT32):
+            return 4 * self.elements
         if self.packed and quantization is not None:
             return nf4_bytes(self.shape, quantization.block_size, quantization.double_quant)
         return self.elements * FLOAT_BYTES[dtype]
