@@ -102,5 +102,20 @@ def test_second_look_leaves_gradients_and_random_state_alone(checkpoints):
     found = diagnose(model, lambda rows: model(**rows).loss, [batch], [], backward=True)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert (found.module, found.rows) == (None, ())
+    assert (found.module, found.places) == (None, ())
     assert "did not happen again" in str(found)
+
+
+def test_rows_are_found_without_a_mask_and_named_by_place_if_the_set_lacks_them(checkpoints):
+    model = packed_with_lora(checkpoints["mixtral"]).train()
+    base_of(model).embed_tokens.weight.data[9] = math.nan
+    ids = torch.tensor([[7, 8, 9, 0, 0], [7, 8, 10, 11, 12]])
+    batch = {"input_ids": ids, "labels": ids}
+    dataset = [{"input_ids": row} for row in ([7, 8], [7, 8, 10, 11, 12], [7, 8, 9])]
+
+    def second_look(rows):
+        return diagnose(model, lambda rows: model(**rows).loss, [batch], rows, backward=False)
+
+    assert (second_look(dataset).places, second_look(dataset).rows) == ((0,), (2,))
+    assert str(second_look(dataset)).endswith("in model.embed_tokens, rows 2 of the training set")
+    assert str(second_look([])).endswith("in model.embed_tokens, rows 0 of the batch")

@@ -10,7 +10,8 @@
                   model with experts ``load_imbalance``, ``load_entropy``, ``router_entropy``, ``idle_experts``
 ``eval``          ``step``, ``loss`` on held-out rows
 ``checkpoint``    ``step``, ``path``
-``skipped_step``  ``step``, ``reason``, ``module``, ``detail``, ``rows`` of the training set
+``skipped_step``  ``step``, ``reason``, ``module``, ``detail``, ``places`` in the micro-batch, ``rows`` of the training
+                  set
 ``frozen_base``   ``sha256``, ``bytes``, ``seconds``, ``changed``: frozen tensors that training altered
 ``failed``        ``error``
 ================  ==================================================================================

@@ -26,19 +26,20 @@ class Diagnosis:
         module: First module whose output is not finite, or parameter whose gradient is not; None if it did not happen
             again.
         detail: What is wrong there.
-        rows: Rows of the training set; their places in the batch, as ``-1 - place``, where the set does not hold them.
+        places: Rows of the micro-batch that are bad, from 0.
+        rows: The same rows in the training set, from 0, as far as it holds them.
     """
 
     module: str | None
     detail: str
-    rows: tuple[int, ...]
+    places: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        known = ", ".join(str(row) for row in self.rows if row >= 0)
-        places = ", ".join(str(-1 - row) for row in self.rows if row < 0)
-        found = [f"rows {known} of the training set" if known else "", f"rows {places} of the batch" if places else ""]
         where = f"{self.detail} in {self.module}" if self.module else self.detail
-        return ", ".join([where, *filter(None, found)])
+        if self.rows:
+            return f"{where}, rows {', '.join(map(str, self.rows))} of the training set"
+        return f"{where}, rows {', '.join(map(str, self.places))} of the batch" if self.places else where
 
 
 def diagnose(
@@ -62,8 +63,8 @@ def diagnose(
             if module is not None or detail or places:
                 # A fault of the whole batch that no row has alone concerns them all.
                 places = places or [place for place, _ in _rows_of(batch)]
-                return Diagnosis(module, detail, tuple(_row_number(batch, place, dataset) for place in places))
-    return Diagnosis(None, "did not happen again in a second run of the same rows", ())
+                return Diagnosis(module, detail, tuple(places), _rows_in(dataset, batch, places))
+    return Diagnosis(None, "did not happen again in a second run of the same rows")
 
 
 def _first_bad_module(model: nn.Module, compute_loss: ComputeLoss, batch: Batch) -> tuple[str | None, str]:
@@ -123,20 +124,29 @@ def _rows_of(batch: Batch) -> Iterator[tuple[int, dict[str, Any]]]:
         )
 
 
-def _row_number(batch: Batch, place: int, dataset: Any) -> int:
-    """Where the training set holds a row of a batch; ``-1 - place`` if it does not, or cannot be searched."""
+def _rows_in(dataset: Any, batch: Batch, places: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of rows of a batch in a dataset, found by their ids; those that it does not hold are left out."""
     mask = batch.get("attention_mask")
-    ids = batch["input_ids"][place]
-    ids = (
-        ids[mask[place] != 0] if isinstance(mask, Tensor) and mask.shape == batch["input_ids"].shape else ids
-    ).tolist()
+    plain = isinstance(mask, Tensor) and mask.shape == batch["input_ids"].shape
+    wanted = {place: batch["input_ids"][place] for place in places}
+    ids = {
+        place: (row[mask[place] != 0] if plain and mask is not None else row).tolist() for place, row in wanted.items()
+    }
+    found: dict[int, tuple[int, int]] = {}
     try:
-        rows = [(number, list(dataset[number]["input_ids"])) for number in range(len(dataset))]
-    except (TypeError, KeyError):
-        return -1 - place
-    # Without a mask what follows a row is padding: one id, over and over.
-    fitting = [(len(row), -number) for number, row in rows if ids[: len(row)] == row and len(set(ids[len(row) :])) < 2]
-    return -max(fitting)[1] if fitting else -1 - place
+        for number in range(len(dataset)):
+            row = list(dataset[number]["input_ids"])
+            for place, of_batch in ids.items():
+                if len(row) > found.get(place, (0, 0))[0] and _is_padded(row, of_batch):
+                    found[place] = len(row), number
+    except (TypeError, KeyError):  # a stream, or rows of another kind
+        return ()
+    return tuple(found[place][1] for place in places if place in found)
+
+
+def _is_padded(row: list[int], ids: list[int]) -> bool:
+    """Whether ids are a row and nothing behind it but one id, over and over: padding, where there is no mask."""
+    return ids[: len(row)] == row and len(set(ids[len(row) :])) < 2
 
 
 def _finite(value: Any) -> bool:
