@@ -81,11 +81,14 @@ def test_reload_of_a_streamed_checkpoint_survives_another_save(checkpoint, tmp_p
     assert torch.equal(logits(load(tmp_path / "two")), logits(first))
 
 
-def test_bfloat16_model_packs_the_same_bytes_as_the_stream(tmp_path):
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bfloat16_model_packs_the_same_bytes_as_the_stream(tmp_path, double_quant):
     base = save_tiny_model("gemma4", tmp_path / "base", torch.bfloat16)
-    moeft.checkpoint.quantize(base, tmp_path / "packed")
+    moeft.checkpoint.quantize(base, tmp_path / "packed", double_quant=double_quant)
     streamed = load(tmp_path / "packed", torch.bfloat16).state_dict()
-    for name, tensor in load(base, torch.bfloat16, quantization_config=moeft.NF4Config()).state_dict().items():
+    config = moeft.NF4Config(double_quant=double_quant)
+    for name, tensor in load(base, torch.bfloat16, quantization_config=config).state_dict().items():
+        assert streamed[name].dtype == tensor.dtype, name
         assert torch.equal(tensor, streamed[name]), name
 
 

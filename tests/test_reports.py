@@ -25,7 +25,9 @@ METRICS = {
         "tokens_per_second": 681.1,
         "peak_bytes": 900 << 20,
         "skipped_steps": 1,
+        "routing": {"experts": 40, "idle": {"model.layers.0.experts": [4], "model.layers.2.experts": [0, 1]}},
     },
+    "plan": {"peak_allocated_bytes": 800 << 20},
     "data": {"training rows": 3000, "rejected rows": 2},
     "proofs": [
         {"name": "logits", "measured": 1.5e-7, "tolerance": 2e-6, "unit": "relative RMS", "ok": True, "how": "a | b"},
@@ -58,7 +60,8 @@ def picture_size(path):
 
 def test_report_of_a_whole_run_shows_every_measurement(run):
     log_steps(run, [4.0, 2.0, 1.0])
-    run.event("skipped_step", step=2, reason="gradient is NaN")
+    run.event("skipped_step", step=2, reason="gradient is NaN", module="model.norm", rows=[3, 8])
+    run.event("frozen_base", sha256="ab" * 32, bytes=9, seconds=1.5, changed=[])
     run.event("stage", name="merge", status="done", seconds=1.5)
     run.write_json("metrics.json", METRICS)
     run.finish()
@@ -78,7 +81,10 @@ def test_report_of_a_whole_run_shows_every_measurement(run):
         "- logits: a \\| b",
         "| trained tokens | 123,456 |",
         "| peak memory | 900 MiB |",
-        "| 2 | gradient is NaN |",
+        "| 2 | gradient is NaN | model.norm | 3, 8 |",
+        f"| frozen base | unchanged, SHA-256 {'ab' * 8}, hashed in 1.50 s |",
+        "| experts without a token | 3 of 40 |",
+        "| peak memory on a GPU, forecast | 800 MiB |",
         "| rejected rows | 2 |",
         "| merge | done | 1.5 |",
         "| seed | 3 |",

@@ -41,7 +41,7 @@ _HOMES = {
     "load": "moeft.integration.loading",
     "load_adapter": "moeft.integration.lora",
 }
-_SUBPACKAGES = ("checkpoint", "kernels", "merging")
+_SUBPACKAGES = ("checkpoint", "kernels", "merging", "planning")
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,6 @@ Every function raises ``TypeError`` for an array of another element type and ``V
 an overlap or a value that does not fit.
 """
 
-from collections.abc import Callable
-from os import PathLike
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -22,6 +20,16 @@ __version__: str
 _Array = NDArray[Any] | Buffer
 _WeightDtype = Literal["float32", "bfloat16", "float16"]
 _Codebook = Literal["nf4", "fp4"]
+
+_Path = str | PathLike[str]
+
+_Progress = Callable[[int, int, str], object]
+
+def instruction_set() -> str:
+    """Return "scalar", "avx2" or "avx512": the largest that the CPU has, or what ``MOEFT_ISA`` names."""
+
+def has_bf16_instructions() -> bool:
+    """Return whether this CPU multiplies bf16 directly (AVX512-BF16, AMX)."""
 
 def nf4_quantize(
     values: _Array,
@@ -110,11 +118,26 @@ def nf4_unnest(codes: _Array, absmax2: _Array, offset: float, out: _Array) -> No
         out: Output, float32, as long as ``codes``.
     """
 
-def instruction_set() -> str:
-    """Return "scalar", "avx2" or "avx512": the largest that the CPU has, or what ``MOEFT_ISA`` names."""
+def bucket(top_k_index: _Array, num_experts: int, permutation: _Array, inverse: _Array, offsets: _Array) -> None:
+    """Sort R rows by expert; rows of one expert keep their order.
 
-def has_bf16_instructions() -> bool:
-    """Return whether this CPU multiplies bf16 directly (AVX512-BF16, AMX)."""
+    Args:
+        top_k_index: int32 or int64, R experts in ``0 .. num_experts - 1``.
+        num_experts: Number of experts.
+        permutation: Output, int64, R: row at each sorted position.
+        inverse: Output, int64, R: sorted position of each row.
+        offsets: Output, int32, ``num_experts + 1``: where each expert starts, then R.
+    """
+
+def load_statistics(offsets: _Array) -> tuple[float, float, float]:
+    """Say how evenly rows are spread over E experts.
+
+    Args:
+        offsets: int32, E + 1 values as ``bucket`` fills them.
+
+    Returns:
+        Entropy of the shares in nats; the same divided by ``ln E``; standard deviation of the counts over their mean.
+    """
 
 def grouped_linear(
     x: _Array, dtype: _WeightDtype, offsets: _Array, stack: Any, transpose: bool, out: _Array, threads: int
@@ -165,17 +188,6 @@ def experts_backward(
         grad_gate_up: Outputs, float32, gradients of A and B of gate_up, or None.
         grad_down: Outputs, float32, gradients of A and B of down, or None.
         threads: Most threads to use.
-    """
-
-def bucket(top_k_index: _Array, num_experts: int, permutation: _Array, inverse: _Array, offsets: _Array) -> None:
-    """Sort R rows by expert; rows of one expert keep their order.
-
-    Args:
-        top_k_index: int32 or int64, R experts in ``0 .. num_experts - 1``.
-        num_experts: Number of experts.
-        permutation: Output, int64, R: row at each sorted position.
-        inverse: Output, int64, R: sorted position of each row.
-        offsets: Output, int32, ``num_experts + 1``: where each expert starts, then R.
     """
 
 def adamw_step(
@@ -231,18 +243,7 @@ def blockwise_dequantize(codes: _Array, absmax: _Array, signed: bool, out: _Arra
         absmax: float32, ``ceil(len(codes) / 256)``.
         signed: As in ``blockwise_quantize``.
         out: Output, float32, as long as ``codes``.
-def load_statistics(offsets: _Array) -> tuple[float, float, float]:
-    """Say how evenly rows are spread over E experts.
-
-    Args:
-        offsets: int32, E + 1 values as ``bucket`` fills them.
-
-    Returns:
-        Entropy of the shares in nats; the same divided by ``ln E``; standard deviation of the counts over their mean.
     """
-
-_Path = str | PathLike[str]
-_Progress = Callable[[int, int, str], object]
 
 def fingerprint(path: _Path) -> str:
     """Name the content of a checkpoint folder or safetensors file, whatever its sharding.
@@ -303,31 +304,6 @@ def quantize_checkpoint(source: _Path, out: _Path, options: str, progress: _Prog
         OSError: If a file cannot be read or written, or the disk is too small.
     """
 
-def convert_layout(
-    source: _Path, out: _Path, direction: Literal["fuse", "unfuse"], progress: _Progress | None = None
-) -> str:
-    """Fuse the experts of a checkpoint folder into stacks or take the stacks apart, bit for bit, in bounded memory.
-
-    Writes to ``OUT.partial`` and renames it when everything is on the disk; the same call after an interruption goes
-    on where it was.
-
-    Args:
-        source: Folder with config.json and safetensors weights.
-        out: Folder to write; must not exist or be empty.
-        direction: What to do.
-        progress: As in ``quantize_checkpoint``.
-
-    Returns:
-        JSON report: ``out``, ``direction``, ``layers``, ``tensors_read``, ``tensors_made``, ``tensors_copied``,
-        ``bytes``, ``shards_resumed``, ``seconds``.
-
-    Raises:
-        CheckpointError: If experts are missing, mixed, in that layout already, packed or of shapes that do not agree,
-            or ``out`` is not empty.
-        UnsupportedModelError: If no family file knows the ``model_type``.
-        OSError: If a file cannot be read or written, or the disk is too small.
-    """
-
 def merge_checkpoint(recipe: str, folder: _Path, out: _Path, progress: _Progress | None = None) -> str:
     """Merge LoRA adapters into a checkpoint, in bounded memory, in the layout of the base.
 
@@ -349,6 +325,31 @@ def merge_checkpoint(recipe: str, folder: _Path, out: _Path, progress: _Progress
         RecipeError: If the recipe has an unknown key or a value that cannot be used.
         AdapterError: If an adapter does not fit the base, or cannot be merged.
         CheckpointError: If the base is damaged or packed, or ``out`` is not empty.
+        UnsupportedModelError: If no family file knows the ``model_type``.
+        OSError: If a file cannot be read or written, or the disk is too small.
+    """
+
+def convert_layout(
+    source: _Path, out: _Path, direction: Literal["fuse", "unfuse"], progress: _Progress | None = None
+) -> str:
+    """Fuse the experts of a checkpoint folder into stacks or take the stacks apart, bit for bit, in bounded memory.
+
+    Writes to ``OUT.partial`` and renames it when everything is on the disk; the same call after an interruption goes
+    on where it was.
+
+    Args:
+        source: Folder with config.json and safetensors weights.
+        out: Folder to write; must not exist or be empty.
+        direction: What to do.
+        progress: As in ``quantize_checkpoint``.
+
+    Returns:
+        JSON report: ``out``, ``direction``, ``layers``, ``tensors_read``, ``tensors_made``, ``tensors_copied``,
+        ``bytes``, ``shards_resumed``, ``seconds``.
+
+    Raises:
+        CheckpointError: If experts are missing, mixed, in that layout already, packed or of shapes that do not agree,
+            or ``out`` is not empty.
         UnsupportedModelError: If no family file knows the ``model_type``.
         OSError: If a file cannot be read or written, or the disk is too small.
     """

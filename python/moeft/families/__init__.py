@@ -9,7 +9,7 @@ import difflib
 import functools
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -51,6 +51,7 @@ class Family:
         experts: Path of the experts module below a decoder layer; None in a dense family.
         linears: Component (``attention``, ``mlp``, ``router``) -> paths of its linear layers below a decoder layer.
         layout: How the stacks of experts lie in memory.
+        disk: How the experts lie on disk: the table ``[disk]`` of its file.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Family:
     config: dict[str, tuple[str, ...]]
     experts: str | None
     linears: dict[str, tuple[str, ...]]
+    disk: dict[str, Any] = field(default_factory=dict)
     layout: StackLayout = StackLayout()
 
     @functools.cached_property
@@ -128,4 +130,5 @@ def _parse(name: str, table: dict[str, Any]) -> Family:
         experts=modules.get("experts"),
         linears={component: tuple(modules[component]) for component in ("attention", "mlp", "router")},
         layout=StackLayout(**table.get("layout", {})),
+        disk=table.get("disk", {}),
     )

@@ -43,8 +43,9 @@ class PackedModule(nn.Module):
         )
         if double_quant:
             nested_blocks = -(-layout.groups * layout.blocks // NESTED_BLOCK)
-            self.register_buffer(name + "_nested_absmax", torch.empty(nested_blocks, device=device))
-            self.register_buffer(name + "_nested_offset", torch.empty(1, device=device))
+            # The default dtype is that of the model while transformers builds it, and would round them.
+            for suffix, length in (("_nested_absmax", nested_blocks), ("_nested_offset", 1)):
+                self.register_buffer(name + suffix, torch.empty(length, dtype=torch.float32, device=device))
 
     def expect_unpacked(self, dtype: torch.dtype) -> None:
         """Declare the codes, still on the meta device, as values of ``dtype``.

@@ -6,10 +6,13 @@
 ================  ==================================================================================
 ``start``         ``attempt``, from 1; ``changed``: versions and hardware that differ since the last start
 ``stage``         ``name``, ``status``, ``seconds``
-``train_log``     ``step``, ``loss``, ``learning_rate``, ``tokens_per_second``, ``peak_bytes``, ``grad_norm``
+``train_log``     ``step``, ``loss``, ``learning_rate``, ``tokens_per_second``, ``peak_bytes``, ``grad_norm``, and of a
+                  model with experts ``load_imbalance``, ``load_entropy``, ``router_entropy``, ``idle_experts``
 ``eval``          ``step``, ``loss`` on held-out rows
 ``checkpoint``    ``step``, ``path``
-``skipped_step``  ``step``, ``reason``
+``skipped_step``  ``step``, ``reason``, ``module``, ``detail``, ``places`` in the micro-batch, ``rows`` of the training
+                  set
+``frozen_base``   ``sha256``, ``bytes``, ``seconds``, ``changed``: frozen tensors that training altered
 ``failed``        ``error``
 ================  ==================================================================================
 """

@@ -5,7 +5,9 @@
 ==============  ====================================================================================================
 ``bytes``       ``after`` and, if known, ``before``: bytes by component
 ``heldout``     ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``
-``training``    ``steps``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_bytes``, ``skipped_steps``
+``training``    ``steps``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_bytes``, ``skipped_steps``, and
+                ``routing``: ``experts`` and ``idle``, those without a token by layer
+``plan``        ``peak_allocated_bytes`` as forecast
 ``data``        counts by name
 ``proofs``      list of ``name``, ``measured``, ``tolerance``, ``unit``, ``ok``, ``how``
 ``samples``     list of ``prompt``, ``before``, ``after``, ``reference``
@@ -45,7 +47,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
         _bytes(run, metrics.get("bytes")),
         _proofs(metrics.get("proofs")),
         _samples(metrics.get("samples")),
-        _training(metrics.get("training"), run.events("skipped_step")),
+        _training(metrics.get("training"), metrics.get("plan"), run),
         _data(metrics.get("data")),
         _stages(run.events("stage")),
         _what_ran(run.record),
@@ -145,10 +147,12 @@ def _samples(samples: Sequence[Mapping[str, Any]] | None) -> str:
     return "\n".join(["## Samples\n", *blocks]) if blocks else ""
 
 
-def _training(training: Mapping[str, Any] | None, skipped: Sequence[Mapping[str, Any]]) -> str:
+def _training(training: Mapping[str, Any] | None, plan: Mapping[str, Any] | None, run: RunFolder) -> str:
     if not training:
         return ""
-    peak = training.get("peak_bytes")
+    peak, planned = training.get("peak_bytes"), (plan or {}).get("peak_allocated_bytes")
+    routing = training.get("routing")
+    hashes, logs = run.events("frozen_base"), run.events("train_log")
     text = "## Training\n\n" + facts(
         [
             ("optimizer steps", training.get("steps")),
@@ -156,12 +160,30 @@ def _training(training: Mapping[str, Any] | None, skipped: Sequence[Mapping[str,
             ("trained tokens", training.get("tokens")),
             ("tokens per second", training.get("tokens_per_second")),
             ("peak memory", None if peak is None else mib(peak)),
+            ("peak memory on a GPU, forecast", None if planned is None else mib(planned)),
             ("skipped steps", training.get("skipped_steps")),
+            ("experts without a token", routing and _idle(routing)),
+            ("load of the busiest expert over the mean, last log", logs[-1].get("load_imbalance") if logs else None),
+            ("frozen base", _frozen(hashes[-1]) if hashes else None),
         ]
     )
+    skipped = run.events("skipped_step")
     if skipped:
-        text += "\n" + table(["skipped step", "reason"], [[event["step"], event["reason"]] for event in skipped])
+        rows = [
+            [event["step"], event["reason"], event.get("module"), ", ".join(map(str, event.get("rows", ())))]
+            for event in skipped
+        ]
+        text += "\n" + table(["skipped step", "reason", "first in", "training rows"], rows)
     return text
+
+
+def _idle(routing: Mapping[str, Any]) -> str:
+    return f"{sum(len(experts) for experts in routing['idle'].values())} of {routing['experts']}"
+
+
+def _frozen(event: Mapping[str, Any]) -> str:
+    verdict = f"{len(event['changed'])} tensors changed" if event["changed"] else "unchanged"
+    return f"{verdict}, SHA-256 {event['sha256'][:16]}, hashed in {event['seconds']:.2f} s"
 
 
 def _data(data: Mapping[str, Any] | None) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeft.config import SftRecipe, validate_optimizer, validate_training_fields
-from moeft.errors import CheckpointError, RecipeError
+from moeft.errors import CheckpointError, MoeftError, RecipeError
 from moeft.provenance import RunFolder
 from moeft.runs.replies import HeldOutCalls
 
 if TYPE_CHECKING:
     from moeft.config.sft import Merge
     from moeft.integration.audit import Audit
+    from moeft.planning import Plan
     from moeft.training.sft import SFTTrainer
 
 PROOF_ROWS = 8
@@ -177,8 +178,24 @@ class _Run:
             processing_class=tokenizer,
             events=self.folder,
         )
+        trainer.forecast = self.forecast()
         self.count_rows(trainer)
         return trainer
+
+    def forecast(self) -> Plan | None:
+        """The plan of this run, for the report and for an error about memory."""
+        from moeft.planning import plan
+
+        try:
+            forecast = plan(self.recipe.model, recipe=self.recipe)
+        except MoeftError as error:  # A model that loads and cannot be planned is no reason not to train it.
+            self.show(f"no memory plan: {error}")
+            return None
+        self.metrics["plan"] = {
+            "peak_allocated_bytes": forecast.peak_allocated_bytes,
+            "peak_reserved_bytes": forecast.peak_reserved_bytes,
+        }
+        return forecast
 
     def bytes_by_component(self, found: Audit) -> dict[str, Any]:
         """Bytes of the checkpoint before and after packing; of the model in memory if it was packed while loading."""
@@ -253,6 +270,7 @@ class _Run:
             "peak_bytes": max((log["peak_bytes"] for log in self.folder.events("train_log")), default=0),
             "skipped_steps": trainer.skipped_steps,
             "resumed_from": None if last is None else last.name,
+            "routing": None if trainer.routing is None else trainer.routing.summary(),
         }
 
     def merge(self, wanted: Merge) -> None:

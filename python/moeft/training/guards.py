@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from moeft.errors import TrainingError
+from moeft.training.diagnosis import Batch, Diagnosis
 
 STATE_KEY = "moeft.skipped_steps"
 
@@ -25,25 +26,31 @@ class NonFiniteGuard(TrainerCallback):
 
     Args:
         patience: Stop after this many bad steps in a row.
-        on_skip: Called with the step and the reason.
+        on_skip: Called with the step, the reason and what a second look found.
+        diagnose: Takes a second look at micro-batches; told whether their loss was fine and a gradient was not.
     """
 
-    def __init__(self, patience: int, on_skip: Callable[[int, str], None] | None = None) -> None:
+    def __init__(
+        self,
+        patience: int,
+        on_skip: Callable[[int, str, Diagnosis | None], None] | None = None,
+        diagnose: Callable[[list[Batch], bool], Diagnosis] | None = None,
+    ) -> None:
         self.patience = patience
         self.on_skip = on_skip
+        self.diagnose = diagnose
         self.skipped_steps = 0
         self.in_a_row = 0
-        self._bad_loss: Tensor | None = None
+        self._seen: list[tuple[Batch, Tensor]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start from zero, or from the counters of the checkpoint that is resumed."""
         self.skipped_steps, self.in_a_row = state.stateful_callbacks.get(STATE_KEY, (0, 0))
-        self._bad_loss = None
+        self._seen = []
 
-    def see_loss(self, loss: Tensor) -> None:
-        """Take note of the loss of one micro-batch."""
-        bad = ~torch.isfinite(loss.detach()).all()
-        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+    def see_loss(self, loss: Tensor, batch: Batch) -> None:
+        """Take note of one micro-batch and its loss; nothing waits for the device."""
+        self._seen.append((batch, ~torch.isfinite(loss.detach()).all()))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop all gradients if the loss or one of them is not finite.
@@ -53,7 +60,7 @@ class NonFiniteGuard(TrainerCallback):
         """
         parameters = [p for group in kwargs["optimizer"].param_groups for p in group["params"] if p.grad is not None]
         reason = self._what_is_wrong(parameters)
-        self._bad_loss = None
+        seen, self._seen = self._seen, []
         if reason is None:
             self._count(state, in_a_row=0)
             return
@@ -61,12 +68,15 @@ class NonFiniteGuard(TrainerCallback):
             parameter.grad = None
         self.skipped_steps += 1
         self._count(state, self.in_a_row + 1)
+        bad_batches = [batch for batch, bad in seen if bool(bad)]
+        finding = self.diagnose(bad_batches or [b for b, _ in seen], not bad_batches) if self.diagnose else None
         if self.on_skip is not None:
-            self.on_skip(state.global_step + 1, reason)
+            self.on_skip(state.global_step + 1, reason, finding)
         if self.in_a_row >= self.patience:
             raise TrainingError(
                 f"{self.in_a_row} steps in a row had a {reason}, last step {state.global_step + 1}; "
                 "lower the learning rate, or look at the rows of these batches"
+                + (f": {finding}" if finding is not None else "")
             )
 
     def _count(self, state: Any, in_a_row: int) -> None:
@@ -74,7 +84,7 @@ class NonFiniteGuard(TrainerCallback):
         state.stateful_callbacks[STATE_KEY] = [self.skipped_steps, in_a_row]
 
     def _what_is_wrong(self, parameters: list[Tensor]) -> str | None:
-        if self._bad_loss is not None and bool(self._bad_loss):
+        if self._seen and bool(torch.stack([bad for _, bad in self._seen]).any()):
             return "non-finite loss"
         if parameters:
             norms = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))

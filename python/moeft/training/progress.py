@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 STATE_KEY = "moeft.throughput"
+ROUTING_KEYS = ("load_imbalance", "load_entropy", "router_entropy", "idle_experts")
 
 
 class EventSink(Protocol):
@@ -94,7 +95,7 @@ class EventLog(TrainerCallback):
         if "eval_loss" in logs:
             self.sink.event("eval", step=state.global_step, loss=logs["eval_loss"])
         elif "loss" in logs:
-            keys = ("loss", "learning_rate", "tokens_per_second", "peak_bytes", "grad_norm")
+            keys = ("loss", "learning_rate", "tokens_per_second", "peak_bytes", "grad_norm", *ROUTING_KEYS)
             self.sink.event("train_log", step=state.global_step, **{key: logs[key] for key in keys if key in logs})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,11 +18,16 @@ from moeft.config.optimizer import HOST_STATE_BITS, optimizer_problems
 from moeft.data.collate import count_tokens
 from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
+from moeft.training import out_of_memory
+from moeft.training.diagnosis import Batch, Diagnosis, diagnose
+from moeft.training.frozen_base import FrozenBase
 from moeft.training.guards import NonFiniteGuard
 from moeft.training.layer_policies import LayerPolicies, check_policy_choice
 from moeft.training.length_grouping import SeededLengthGroupedSampler
+from moeft.training.missing_gradients import MissingGradients
 from moeft.training.optim import HostAdamW, host_options, raise_rate_of_b
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
+from moeft.training.routing_monitor import RoutingMonitor
 
 
 @dataclass
@@ -45,6 +51,11 @@ class MoeConfig(TrainingArguments):
     max_skipped_steps: int = field(
         default=10, metadata={"help": "Stop after this many steps in a row with a non-finite loss or gradient."}
     )
+    check_frozen_base: bool = field(
+        default=True,
+        metadata={"help": "Hash what is frozen before and after training; a few seconds per GB and core."},
+    )
+    log_routing: bool = field(default=True, metadata={"help": "Count the tokens of every expert while training."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rows are ours and hold no others."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in host memory; only a GPU gains."}
@@ -117,11 +128,20 @@ class MoeTrainer(Trainer):
         self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs or self.loss_is_fused
         self.throughput = Throughput()
         self.add_callback(self.throughput)
-        self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self.add_callback(MissingGradients(sharded))
+        # A second look by one process alone would wait for the others' shards.
+        self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip, None if sharded else self._diagnose)
         self.add_callback(self.guard)
         self.events = events
+        self.forecast: out_of_memory.Forecast | None = None
+        self.routing = RoutingMonitor(self.model) if self.args.log_routing else None
+        if self.routing is not None:
+            self.add_callback(self.routing)
         if events is not None:
             self.add_callback(EventLog(events))
+        if self.args.check_frozen_base:
+            self.add_callback(FrozenBase(events))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ProgressBar())
         self.remove_callback(PrinterCallback)
@@ -183,14 +203,23 @@ class MoeTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
         self.throughput.add(count_tokens(inputs))
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.guard.see_loss(loss)
+        if self.routing is not None:
+            self.routing.see_mask(inputs.get("attention_mask"))
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not out_of_memory.is_out_of_memory(error):
+                raise
+            step = self.state.global_step + 1
+            raise out_of_memory.explain(error, self.model, self.optimizer, step, self.forecast) from error
+        self.guard.see_loss(loss, inputs)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log Trainer's figures with throughput and peak memory."""
         if "loss" in logs:
             logs |= {"tokens_per_second": self.throughput.read(), "peak_bytes": peak_bytes()}
+            logs |= {} if self.routing is None else self.routing.read()
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -217,7 +246,16 @@ class MoeTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
 
-    def _on_skip(self, step: int, reason: str) -> None:
+    def _on_skip(self, step: int, reason: str, finding: Diagnosis | None) -> None:
+        found = {} if finding is None else asdict(finding)
         if self.events is not None:
-            self.events.event("skipped_step", step=step, reason=reason)
-        self.state.log_history.append({"step": step, "skipped": reason})
+            self.events.event("skipped_step", step=step, reason=reason, **found)
+        self.state.log_history.append({"step": step, "skipped": reason, **found})
+
+    def _diagnose(self, batches: list[Batch], backward: bool) -> Diagnosis:
+        def loss_of(batch: Batch) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(self.model, self._prepare_inputs(dict(batch)))
+
+        with nullcontext() if self.routing is None else self.routing.paused():
+            return diagnose(self.model, loss_of, batches, self.train_dataset, backward=backward)

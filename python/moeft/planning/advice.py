@@ -1,0 +1,89 @@
+"""What would make a plan smaller, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moeft.planning.adapters import HOST_OPTIMIZERS
+from moeft.planning.settings import Settings
+from moeft.planning.sizes import format_bytes
+
+NOT_YET = ("adamw_moeft_host", "keep_norm_inputs")  # planned for, but not in this version
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One change and what it saves on the card.
+
+    Attributes:
+        name: What to change, as a recipe spells it.
+        saves_bytes: How much smaller the card's total gets by this change alone.
+        exists: Whether this version of moeft can do it.
+        cost: What it costs.
+    """
+
+    name: str
+    saves_bytes: int
+    exists: bool = True
+    cost: str = ""
+
+    def __str__(self) -> str:
+        missing = "" if self.exists else ", not in this version"
+        return f"{format_bytes(self.saves_bytes):>11}  {self.name} ({self.cost}{missing})"
+
+
+def changes(settings: Settings, packed_on_disk: bool) -> Iterator[tuple[str, Settings, str]]:
+    """Name, changed settings and cost of everything that can be turned."""
+    wanted = settings.quantization
+    if wanted is not None:
+        again = "pack the checkpoint again" if packed_on_disk else "a little more rounding"
+        for key in ("experts", "double_quant", "attention", "mlp"):
+            if not getattr(wanted, key):
+                changed = replace(settings, quantization=wanted.model_copy(update={key: True}))
+                yield f"quantization.{key}: true", changed, again
+    if settings.checkpointing == "none":
+        full = replace(settings, checkpointing="full")
+        yield "training.gradient_checkpointing: true", full, "about a third slower"
+        kept = replace(settings, checkpointing="keep_norm_inputs")
+        yield "activation_checkpointing: keep_norm_inputs", kept, "recomputes less than full"
+    if settings.batch_size > 1:
+        half = replace(settings, batch_size=settings.batch_size // 2)
+        yield f"training.per_device_train_batch_size: {half.batch_size}", half, "more accumulation for the same step"
+    if settings.max_length > 512:
+        half = replace(settings, max_length=settings.max_length // 2)
+        yield f"data.max_length: {half.max_length}", half, "longer rows are rejected or cut"
+    lora = settings.lora
+    if lora.rank > 1:
+        ranks = {"rank": lora.rank // 2, "experts_rank": lora.experts_rank and max(1, lora.experts_rank // 2)}
+        yield f"lora.rank: {ranks['rank']}", replace(settings, lora=lora.model_copy(update=ranks)), "a smaller adapter"
+    if "experts" in lora.targets and len(lora.targets) > 1:
+        fewer = lora.model_copy(update={"targets": tuple(part for part in lora.targets if part != "experts")})
+        yield f"lora.targets: [{', '.join(fewer.targets)}]", replace(settings, lora=fewer), "experts are not trained"
+    if settings.optimizer not in HOST_OPTIMIZERS:
+        if "8bit" not in settings.optimizer:
+            small = replace(settings, optimizer="adamw_bnb_8bit")
+            yield "training.optim: adamw_bnb_8bit", small, "needs bitsandbytes; moments in 8 bit"
+        host = replace(settings, optimizer=HOST_OPTIMIZERS[0])
+        yield f"training.optim: {HOST_OPTIMIZERS[0]}", host, "state in host memory, gradients cross the bus"
+
+
+def exists(name: str) -> bool:
+    """Whether this version has what a change asks for."""
+    return not any(missing in name for missing in NOT_YET)
+
+
+def streaming(expert_bytes_by_layer: list[int], device_bytes: int, vram_bytes: int) -> Knob | None:
+    """How many layers' experts could stay on the card if the others were streamed from host memory."""
+    if not expert_bytes_by_layer:
+        return None
+    layer, total = max(expert_bytes_by_layer), sum(expert_bytes_by_layer)
+    ring = 2 * layer  # one layer in use, the next on its way
+    resident = (vram_bytes - (device_bytes - total) - ring) // layer
+    count = len(expert_bytes_by_layer)
+    if resident < 0:
+        return None
+    resident = min(resident, count - 1)
+    saved = total - resident * layer - ring
+    cost = f"{format_bytes((count - resident) * layer)} over the bus twice per micro-batch"
+    return Knob(f"stream experts, {resident} of {count} layers resident", saved, False, cost) if saved > 0 else None

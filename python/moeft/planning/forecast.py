@@ -1,0 +1,73 @@
+"""From a model and a recipe to the forecast, with what would change it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moeft.config.sft import SftRecipe
+from moeft.planning.advice import Knob, changes, exists, streaming
+from moeft.planning.devices import find_device, nearest_names
+from moeft.planning.model import read_model
+from moeft.planning.report import Plan
+from moeft.planning.resolve import resolve
+from moeft.planning.rows import Forecast
+from moeft.planning.settings import Settings, read_settings
+from moeft.planning.sizes import parse_bytes
+
+
+def plan(
+    model: Any,
+    vram: str | int | None = None,
+    recipe: str | Path | SftRecipe | Settings | None = None,
+    device: str | None = None,
+) -> Plan:
+    """Forecast the memory and speed of training, from config and headers; reads no weights and needs no torch.
+
+    Args:
+        model: Folder of a checkpoint, 16-bit or packed; a ``config.json``; its content; or a config of transformers.
+        vram: Memory of the card, such as ``"16GiB"``; by default that of ``device``.
+        recipe: Recipe of ``moeft sft``, or settings. Without one: NF4 experts, LoRA of rank 16 on attention and
+            experts, one row of 2,048 tokens, full activation checkpointing.
+        device: Name of a card for a prediction of speed, such as ``"RTX 3090"``.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no config in it.
+        CheckpointError: If config or headers are damaged, or the checkpoint is packed in another way than asked.
+        UnsupportedModelError: If the family is unknown and there are no headers.
+        RecipeError: If the recipe cannot be read, or is of another kind.
+        ValueError: If ``vram`` is no size.
+    """
+    card = find_device(device) if device else None
+    vram_bytes = parse_bytes(vram) if vram is not None else None
+    if vram is None and card is not None:
+        vram_bytes = card.memory_bytes
+    found = read_model(model)
+    settings, notes = resolve(found, read_settings(recipe), given=recipe is not None)
+    forecast = Forecast(found, settings)
+    if device and card is None:
+        notes.append(
+            f"no speed is predicted: {device!r} is not in the table of cards; near it are "
+            f"{', '.join(nearest_names(device))}"
+        )
+    result = forecast.plan(vram_bytes, forecast.speed(card) if card else None, notes)
+    return replace(result, advice=tuple(_advice(forecast, result)))
+
+
+def _advice(forecast: Forecast, result: Plan) -> Iterator[Knob]:
+    """Knobs that save something, largest saving first; streaming last, if nothing else makes it fit."""
+    if forecast.model.family is None:
+        return
+    knobs = []
+    for name, changed, cost in changes(forecast.settings, forecast.model.packing is not None):
+        other = Forecast(forecast.model, changed).plan()
+        saved = result.device_bytes - other.device_bytes
+        if saved > 0:
+            knobs.append(Knob(name, saved, exists(name), cost))
+    yield from sorted(knobs, key=lambda knob: -knob.saves_bytes)
+    if result.fits is False and result.vram_bytes is not None:
+        knob = streaming(forecast.expert_bytes(), result.device_bytes, result.vram_bytes)
+        if knob is not None:
+            yield knob

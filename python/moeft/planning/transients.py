@@ -1,0 +1,73 @@
+"""Memory that lives only inside one operation: the loss head's chunk, and the backward pass of an expert block.
+
+Follows the code of ``kernels/linear_cross_entropy``, ``kernels/grouped_linear`` and ``kernels/experts``; the tests hold
+the two constants to theirs, which this package must not import because they bring torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeft.config.sft import Quantization
+from moeft.planning.adapters import rank_of
+from moeft.planning.layers import Layer
+from moeft.planning.settings import Settings
+from moeft.planning.weights import FLOAT_BYTES, Weight
+
+LOSS_CHUNK_ROWS = 1024
+WORKSPACE_BYTES = 64 << 20
+# Float32 copies of a chunk of logits alive at once: logits and the exponentials of their log-sum; with a soft cap
+# logits, their square and the slope. From the second chunk on, what the chunk before left as well.
+LOGIT_COPIES = {False: (2, 3), True: (3, 5)}
+
+
+def loss_head_bytes(vocabulary: int, hidden: int, softcap: bool, settings: Settings) -> int:
+    """Copies of a chunk of logits, and the hidden states of the rows that count."""
+    rows = min(LOSS_CHUNK_ROWS, settings.tokens)
+    copies = LOGIT_COPIES[softcap][settings.tokens > LOSS_CHUNK_ROWS]
+    return 4 * rows * vocabulary * copies + FLOAT_BYTES[settings.dtype] * settings.tokens * hidden
+
+
+def expert_backward_bytes(layers: Sequence[Layer], settings: Settings) -> int:
+    """Rows that the backward pass of the widest expert block holds at once.
+
+    With R routed rows: gradients and gathered input make three tensors of the hidden width, activations and their
+    gradients five of the expert's width.
+    """
+    element = FLOAT_BYTES[settings.dtype]
+    return max(
+        (element * settings.tokens * layer.top_k * (3 * layer.hidden + 5 * layer.expert) for layer in layers), default=0
+    )
+
+
+def expert_lora_bytes(layers: Sequence[Layer], settings: Settings) -> int:
+    """Factors of one layer's experts in the compute type and in another order, and their gradients likewise."""
+    if "experts" not in settings.lora.targets:
+        return 0
+    rank, element = rank_of(settings.lora, "experts"), FLOAT_BYTES[settings.dtype]
+    parameters = max((rank * layer.experts * (2 * layer.hidden + 3 * layer.expert) for layer in layers), default=0)
+    return 2 * element * parameters
+
+
+def workspace_bytes(weights: Sequence[Weight], quantization: Quantization | None, settings: Settings) -> int:
+    """Buffer into which packed weights are restored: some experts at a time, a linear layer whole."""
+    packed = [weight for weight in weights if weight.packed]
+    element = FLOAT_BYTES[settings.dtype]
+    largest = 0
+    for weight in packed:
+        if len(weight.shape) == 2:
+            size = element * weight.parameters
+        else:
+            one = element * weight.parameters // weight.shape[0]
+            size = min(element * weight.parameters, max(one, WORKSPACE_BYTES))
+            if quantization is not None and quantization.double_quant:
+                size += 4 * weight.parameters // quantization.block_size  # the absmax of the stack in float32
+        largest = max(largest, size)
+    return largest
+
+
+def mask_bytes(layers: Sequence[Layer], settings: Settings) -> int:
+    """Boolean masks of a micro-batch: one per kind of attention that needs one."""
+    windows = {layer.window for layer in layers}
+    needed = [window for window in windows if settings.masked or (window and settings.max_length > window)]
+    return len(needed) * settings.batch_size * settings.max_length**2

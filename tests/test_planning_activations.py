@@ -1,0 +1,68 @@
+"""The forecast of activations against the bytes that PyTorch really keeps for the backward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moeft
+from moeft import families
+from moeft.config.sft import Lora
+from moeft.integration.fused_loss import fuse_loss
+from moeft.planning.activations import head_gradient_bytes, saved_bytes
+from moeft.planning.layers import decoder_layers, traits_of
+from moeft.planning.model import read_model
+from moeft.planning.settings import Settings
+from moeft.planning.shapes import LAYERS
+from tests.tiny_models import token_ids
+
+
+def bytes_kept(model, batch_size, length):
+    """Bytes of distinct storages saved for backward in one forward pass, parameters and buffers aside."""
+    kept = {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor, storage.nbytes()  # The tensor too, so that no address is used twice.
+        return tensor
+
+    ids = token_ids(batch_size, length)
+    mask = torch.ones_like(ids)
+    if batch_size > 1:
+        mask[1:, -1] = 0  # rows of unequal length
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, attention_mask=mask, labels=ids)
+    return sum(size for _, size in kept.values())
+
+
+def predicted(checkpoint, settings):
+    model = read_model(checkpoint)
+    family = families.for_model_type(model.config["model_type"])
+    layers = decoder_layers(model.weights, family, model.config)
+    return saved_bytes(layers, traits_of(family), settings) + head_gradient_bytes(layers, settings)
+
+
+@pytest.mark.parametrize("family", sorted(LAYERS))
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forecast_is_within_a_tenth_of_what_is_kept(family, checkpoint, dtype, policy):
+    targets = ("attention", "experts", "mlp") if family == "gemma4" else ("attention", "experts")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=moeft.NF4Config())
+    model = moeft.add_lora(model, 4, targets=targets, seed=0).train()
+    fuse_loss(model.get_base_model())
+    if policy == "full":
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    for batch_size, length in ((1, 12), (1, 40), (2, 24), (3, 9)):
+        settings = Settings(
+            lora=Lora(rank=4, targets=targets),
+            dtype=dtype,
+            max_length=length,
+            batch_size=batch_size,
+            checkpointing=policy,
+        )
+        kept = bytes_kept(model, batch_size, length)
+        assert predicted(checkpoint, settings) == pytest.approx(kept, rel=0.1)
