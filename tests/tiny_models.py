@@ -76,7 +76,6 @@ CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] =
         transformers.MixtralConfig,
         {"intermediate_size": 80, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
-    # Clamps at 1: the real limit of 7 is out of reach of a tiny random model.
     "gpt_oss": (
         transformers.GptOssConfig,
         {
@@ -86,7 +85,6 @@ CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] =
             "num_local_experts": 5,
             "num_experts_per_tok": 2,
             "sliding_window": 16,
-            "swiglu_limit": 1.0,
         },
     ),
     "qwen3_next": (

@@ -44,7 +44,7 @@ def load(
     Raises:
         CheckpointError: If the folder is no checkpoint, a shard is missing or damaged, or a weight is missing,
             misshapen, or cannot be converted.
-        UnsupportedModelError: If the family is unknown.
+        UnsupportedModelError: If the family is unknown and the model has no experts that can be read without its file.
     """
     import transformers
 
