@@ -9,6 +9,8 @@ Every function raises ``TypeError`` for an array of another element type and ``V
 an overlap or a value that does not fit.
 """
 
+from collections.abc import Callable
+from os import PathLike
 from typing import Any, Literal
 
 from numpy.typing import NDArray
