@@ -138,7 +138,7 @@ def _in_targets(weights: Sequence[Weight], targets: Sequence[str], family: str) 
     for target in targets:
         if target not in existing:
             raise AdapterError(
-                f"target {target!r} matches nothing in this {family} model; leave it out (there are {', '.join(existing)})"
+                f"target {target!r} matches nothing in this {family} model, leave it out; it has {', '.join(existing)}"
             )
     return [weight for weight in weights if weight.target in targets]
 

@@ -98,8 +98,8 @@ def _match_stacks(model: PeftModel, config: LoraConfig) -> None:
         if present != wanted:
             odd = sorted(present ^ wanted)[0]
             raise AdapterError(
-                f"adapter {name!r} changes {len(present)} stacks of experts, the new one {len(wanted)}, and only one of "
-                f"them {odd}; PEFT needs the same stacks in both: the same layers, and gate_up_proj and "
+                f"adapter {name!r} changes {len(present)} stacks of experts, the new one {len(wanted)}, only one "
+                f"of them {odd}; PEFT needs the same stacks in both: the same layers, and gate_up_proj and "
                 "down_proj or the same one of them"
             )
         config.target_parameters = list(other.target_parameters)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moeft.config import SftRecipe, validate_training_fields
 from moeft.errors import CheckpointError, RecipeError
 from moeft.provenance import RunFolder
+from moeft.runs.adapter import adapted
 from moeft.runs.replies import HeldOutCalls
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         for name, path in (("eval", recipe.data.eval), ("tool_calls", recipe.evaluation.tool_calls))
         if path is not None
     }
+    inputs |= {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
     seed = int(recipe.training.get("seed", 42))
     with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), inputs, seed) as folder:
         _Run(recipe, folder, show).execute()
@@ -58,6 +60,10 @@ def _check_merge(recipe: SftRecipe) -> None:
     """
     if recipe.merge is None:
         return
+    if recipe.merge.verify and recipe.lora.stack_on:
+        raise RecipeError(
+            "merge.verify proves the merge of one adapter, and lora.stack_on names others; set merge.verify to false"
+        )
     base, output = recipe.merge.base_model or recipe.model, recipe.merge.output
     config = base / "config.json"
     if config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8")):
@@ -88,7 +94,7 @@ class _Run:
         with self.stage("train"):
             self.train(trainer)
         with self.stage("save adapter"):
-            trainer.model.save_pretrained(str(self.folder.path / "adapter"))
+            trainer.model.save_pretrained(str(self.folder.path / "adapter"), selected_adapters=["default"])
         with self.stage("measure after"):
             self.measure(trainer, "after")
         if self.recipe.merge is not None:
@@ -118,7 +124,6 @@ class _Run:
     def trainer(self) -> SFTTrainer:
         from moeft.integration.audit import audit
         from moeft.integration.loading import load
-        from moeft.integration.lora import add_lora
         from moeft.integration.nf4_config import NF4Config
         from moeft.training.sft import SFTConfig, SFTTrainer
 
@@ -132,16 +137,6 @@ class _Run:
         found = audit(model, strict=bool(packed and packed.experts))
         self.show(str(found))
         self.metrics["bytes"] = self.bytes_by_component(found)
-        lora = recipe.lora
-        model = add_lora(
-            model,
-            lora.rank,
-            lora.alpha,
-            lora.targets,
-            experts_rank=lora.experts_rank,
-            rslora=lora.rslora,
-            seed=lora.init_seed,
-        )
         args = SFTConfig(
             output_dir=str(self.folder.path / "checkpoints"),
             train_on=recipe.data.train_on,
@@ -149,10 +144,11 @@ class _Run:
             on_too_long=recipe.data.on_too_long,
             **recipe.training,
         )
+        rows = self.training_rows(tokenizer, args)
         trainer = SFTTrainer(
-            model=model,
+            model=adapted(model, recipe.lora, rows.examples, self.metrics, self.show),
             args=args,
-            train_dataset=self.training_rows(tokenizer, args),
+            train_dataset=rows,
             eval_dataset=recipe.data.eval,
             processing_class=tokenizer,
             events=self.folder,
@@ -238,7 +234,7 @@ class _Run:
             {
                 "merge_method": "lora",
                 "base_model": self.base(wanted),
-                "models": [{"adapter": self.folder.path / "adapter"}],
+                "models": [{"adapter": path} for path in (*self.recipe.lora.stack_on, self.folder.path / "adapter")],
                 "out_dtype": wanted.out_dtype,
             },
             wanted.output,
