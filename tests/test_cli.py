@@ -10,7 +10,7 @@ import pytest
 from moeft import __version__
 from moeft.provenance import RunFolder
 
-COMMANDS = ("quantize", "sft", "merge", "report", "demo")
+COMMANDS = ("quantize", "sft", "merge", "report", "demo", "adapter")
 SLOW_IMPORTS = ("torch", "transformers", "peft", "datasets", "matplotlib", "numpy", "pydantic")
 
 

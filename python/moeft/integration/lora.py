@@ -11,6 +11,9 @@ import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 
 from moeft import __version__, _core, families
+from moeft.adapters.detect import detect
+from moeft.adapters.folder import FINGERPRINT_KEY, AdapterFolder
+from moeft.adapters.layout import HEADER_KEY, Layout
 from moeft.config.ranges import Numbers
 from moeft.errors import AdapterError
 from moeft.integration import peft_lora, stacking
@@ -20,8 +23,6 @@ from moeft.integration.lora_targets import select
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LAYOUT = "peft-0.19.1"  # expert factors: A [E * r, in] expert-major, B [out, r * E] expert fastest
-FINGERPRINT_KEY = "moeft.base_fingerprint"
 DROPOUT_ON_EXPERTS = (
     "an expert's delta is one product B A, as in PEFT, so its input cannot be dropped for it alone; "
     "use weight decay, a lower rank, or leave experts out"
@@ -36,7 +37,7 @@ class LoraModel(PeftModelForCausalLM):
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
-        stamp = {"moeft.layout": LAYOUT, "moeft.version": __version__}
+        stamp = {HEADER_KEY: Layout.PEFT.header, "moeft.version": __version__}
         fingerprint = base_fingerprint(self.get_base_model())
         if fingerprint is not None:
             stamp[FINGERPRINT_KEY] = fingerprint
@@ -139,11 +140,14 @@ def load_adapter(
             or of the model is left over.
     """
     from peft import load_peft_weights
-    from safetensors import safe_open
 
     path = Path(path)
-    with safe_open(path / "adapter_model.safetensors", "pt") as file:
-        stamped = (file.metadata() or {}).get(FINGERPRINT_KEY)
+    saved = AdapterFolder(path)
+    found = detect(saved)
+    if found.layout is not Layout.PEFT:
+        found_out = f"is in layout {found.layout}" if found.layout else f"cannot be told from others: {found.reason}"
+        raise AdapterError(f"{path} {found_out}; write it in PEFT's with `moeft adapter convert --to peft`")
+    stamped = saved.metadata.get(FINGERPRINT_KEY)
     actual = base_fingerprint(model.get_base_model() if isinstance(model, PeftModel) else model)
     if stamped and actual and stamped != actual:
         raise AdapterError(

@@ -116,7 +116,7 @@ def routing_statistics(
 def _experts(model: nn.Module, family: families.Family) -> Iterable[tuple[int, int, nn.Module]]:
     for path, module in model.named_modules():
         name = path.removeprefix("base_model.model.").replace(".base_layer", "")
-        if family.below_layer(name) == family.experts and not hasattr(module, "base_layer"):
+        if family.experts and family.below_layer(name) == family.experts and not hasattr(module, "base_layer"):
             experts: Any = module
             yield int(name.removesuffix(f".{family.experts}").rpartition(".")[2]), experts.num_experts, module
 

@@ -37,6 +37,7 @@ pub struct AdapterConfig {
     /// Version of PEFT that wrote the adapter.
     pub peft_version: Option<String>,
     path: PathBuf,
+    b_layout: Option<String>,
     rank: f64,
     alpha: f64,
     use_rslora: bool,
@@ -70,6 +71,7 @@ impl AdapterConfig {
         Ok(Self {
             target_parameters: names.iter().filter_map(Value::as_str).map(str::to_string).collect(),
             peft_version: fields.get("peft_version").and_then(Value::as_str).map(str::to_string),
+            b_layout: fields.get("lora_B_layout").and_then(Value::as_str).map(str::to_string),
             rank: number("r")?,
             alpha: number("lora_alpha")?,
             use_rslora: fields.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
@@ -113,11 +115,16 @@ impl AdapterConfig {
         Ok(None)
     }
 
-    /// Refuses a PEFT whose expert adapters have inputs and outputs the other way round.
+    /// Refuses a PEFT whose expert adapters have inputs and outputs the other way round, and a mark of unsloth that the
+    /// columns of B lie in another order.
     ///
     /// # Errors
-    /// [`AdapterError::OldExpertLayout`].
+    /// [`AdapterError::OldExpertLayout`], [`AdapterError::ForeignLayout`].
     pub fn check_expert_layout(&self) -> Result<()> {
+        if let Some(order) = self.b_layout.as_deref().filter(|order| *order != "rank_major") {
+            let mark = format!("lora_B_layout is {order:?}");
+            return Err(AdapterError::ForeignLayout { path: self.path.clone(), mark }.into());
+        }
         let version = self.peft_version.as_deref().unwrap_or("not recorded");
         let numbers: Vec<u32> = version.split(['.', '@', '+']).map_while(|part| part.parse().ok()).collect();
         let development = version.contains("dev") || version.contains("rc");

@@ -22,6 +22,10 @@ use crate::Result;
 /// Metadata key under which an adapter carries the fingerprint of its base.
 pub const BASE_FINGERPRINT: &str = "moeft.base_fingerprint";
 
+/// Metadata key under which an adapter names the layout of its factors of experts, and the one that is read here.
+const LAYOUT: &str = "moeft.layout";
+const PEFT_LAYOUT: &str = "peft-0.19.1";
+
 /// What a pair of factors adapts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
@@ -79,9 +83,14 @@ impl Adapter {
             let (key, dtype) = (tensor.info.name.clone(), tensor.info.dtype.to_string());
             return Err(AdapterError::Dtype { path: file, key, dtype }.into());
         }
-        let pairs = pairs(&file, &weights, &config, family)?;
         let metadata = &weights.shards[0].header.metadata;
-        let base_fingerprint = metadata.iter().find(|(key, _)| key == BASE_FINGERPRINT).map(|(_, value)| value.clone());
+        let entry = |name: &str| metadata.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone());
+        if let Some(layout) = entry(LAYOUT).filter(|layout| layout != PEFT_LAYOUT) {
+            let mark = format!("{LAYOUT} is {layout:?}");
+            return Err(AdapterError::ForeignLayout { path: file, mark }.into());
+        }
+        let pairs = pairs(&file, &weights, &config, family)?;
+        let base_fingerprint = entry(BASE_FINGERPRINT);
         Ok(Self { path: folder.into(), weights, pairs, base_fingerprint })
     }
 
