@@ -136,10 +136,7 @@ def test_gate_and_up_with_factors_of_their_own_become_blocks(saved, tmp_path):
 def test_ranks_of_their_own_survive(saved, tmp_path):
     """Equal scales with other ranks: what `add_lora(ranks=...)` saves."""
     base, _ = saved["olmoe"]
-    options = {
-        "rank_pattern": {"experts.down_proj": 2, "q_proj": 6},
-        "alpha_pattern": {"experts.down_proj": 3, "q_proj": 9},
-    }
+    ranks, alphas = {"experts.down_proj": 2, "q_proj": 6}, {"experts.down_proj": 3, "q_proj": 9}
     adapter = save_adapter(tmp_path / "adapter", base, rank_pattern=ranks, alpha_pattern=alphas)
     convert(adapter, tmp_path / "vllm", "vllm")
     config = config_of(tmp_path / "vllm")

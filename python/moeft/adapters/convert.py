@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeft.adapters.base import Base
 from moeft.adapters.describe import describe_experts, describe_stacks, mark
 from moeft.adapters.detect import detect, num_experts
-from moeft.adapters.folder import CONFIG, PREFIX, WEIGHTS, AdapterFolder
+from moeft.adapters.folder import CONFIG, PREFIX, WEIGHTS, AdapterFolder, Pair
 from moeft.adapters.layout import HEADER_KEY, Layout, join, split
 from moeft.adapters.per_expert import BLOCKS_KEY, Stack, restack, unstack
 from moeft.adapters.writer import Output, write
@@ -64,17 +64,17 @@ def convert(
     outputs = list(_outputs(adapter, layout, to, known_base, config, metadata))
     if layout is not to:
         mark(config, to)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = out.with_name(out.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     for file in adapter.path.iterdir():
         if file.is_file() and file.name not in (CONFIG, WEIGHTS):
-            shutil.copy2(file, partial)
-    write(partial / WEIGHTS, outputs, metadata)
-    (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+            shutil.copy2(file, unfinished)
+    write(unfinished / WEIGHTS, outputs, metadata)
+    (unfinished / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     if out.exists():
         out.rmdir()
-    partial.rename(out)
+    unfinished.rename(out)
     return layout
 
 
@@ -117,43 +117,50 @@ def _outputs(
         describe_stacks(adapter, stacks, moved, config)
         if blocks:
             metadata[BLOCKS_KEY] = "1"
-        targeted = {stack.name for stack in stacks}
-        for stack in stacks:
-            nested = stack.name.removesuffix("gate_up_proj") + "down_proj" in targeted - {stack.name}
-            yield from _stack_outputs(stack, nested, to, base.num_experts)
-    elif to is Layout.VLLM:
-        assert base is not None
+        yield from _stacked(stacks, to, base.num_experts)
+    else:
         moved = {key for pair in adapter.stacks for key in (pair.a, pair.b)}
-        if adapter.stacks:
+        if to is not Layout.VLLM:
+            yield from _rearranged(adapter, layout, to, base)
+        elif adapter.stacks:
+            assert base is not None
             describe_experts(adapter, base, config)
             metadata.pop(BLOCKS_KEY, None)
             yield from unstack(adapter, layout, base)
-    else:
-        for pair in adapter.stacks:
-            moved |= {pair.a, pair.b}
-            yield from _rearranged(adapter, pair.a, pair.b, layout, to, num_experts(adapter, pair, base))
     for key in sorted(adapter.shapes.keys() - moved):
-        yield Output(key, adapter.dtypes[key], adapter.shapes[key], lambda key=key: adapter.tensor(key))  # type: ignore[misc]
+        yield Output(key, adapter.dtypes[key], adapter.shapes[key], partial(adapter.tensor, key))
 
 
-def _rearranged(adapter: AdapterFolder, a: str, b: str, layout: Layout, to: Layout, experts: int) -> Iterator[Output]:
+def _rearranged(adapter: AdapterFolder, layout: Layout, to: Layout, base: Base | None) -> Iterator[Output]:
+    @lru_cache(maxsize=1)  # A and B of a stack are written one after the other, and memory holds one stack.
+    def read(pair: Pair) -> tuple[Tensor, Tensor]:
+        factors = adapter.tensor(pair.a), adapter.tensor(pair.b)
+        return join(to, *split(layout, *factors, num_experts(adapter, pair, base)))
+
+    for pair in adapter.stacks:
+        (rows, inputs), (outputs, _) = adapter.shapes[pair.a], adapter.shapes[pair.b]
+        if layout.swapped != to.swapped:
+            inputs, outputs = outputs, inputs
+        yield Output(pair.a, adapter.dtypes[pair.a], (rows, inputs), partial(_item, read, pair, 0))
+        yield Output(pair.b, adapter.dtypes[pair.b], (outputs, rows), partial(_item, read, pair, 1))
+
+
+def _stacked(stacks: Sequence[Stack], to: Layout, experts: int) -> Iterator[Output]:
     @lru_cache(maxsize=1)
-    def read() -> tuple[Tensor, Tensor]:
-        return join(to, *split(layout, adapter.tensor(a), adapter.tensor(b), experts))
-
-    (rows, a_cols), (b_rows, _) = adapter.shapes[a], adapter.shapes[b]
-    if layout.swapped != to.swapped:
-        a_cols, b_rows = b_rows, a_cols
-    yield Output(a, adapter.dtypes[a], (rows, a_cols), lambda: read()[0])
-    yield Output(b, adapter.dtypes[b], (b_rows, rows), lambda: read()[1])
-
-
-def _stack_outputs(stack: Stack, nested: bool, to: Layout, experts: int) -> Iterator[Output]:
-    @lru_cache(maxsize=1)
-    def read() -> tuple[Tensor, Tensor]:
+    def read(stack: Stack) -> tuple[Tensor, Tensor]:
         return join(to, *stack.read())
 
-    outputs, inputs = stack.sizes if not to.swapped else stack.sizes[::-1]
-    key = PREFIX + stack.name.rpartition(".")[0] + (".base_layer" if nested else "")
-    yield Output(f"{key}.lora_A.weight", stack.dtype, (experts * stack.rank, inputs), lambda: read()[0])
-    yield Output(f"{key}.lora_B.weight", stack.dtype, (outputs, experts * stack.rank), lambda: read()[1])
+    targeted = {stack.name for stack in stacks}
+    for stack in stacks:
+        module, _, name = stack.name.rpartition(".")
+        nested = ".base_layer" if name == "gate_up_proj" and f"{module}.down_proj" in targeted else ""
+        outputs, inputs = stack.sizes[::-1] if to.swapped else stack.sizes
+        for index, (factor, shape) in enumerate(
+            (("A", (experts * stack.rank, inputs)), ("B", (outputs, experts * stack.rank)))
+        ):
+            key = f"{PREFIX}{module}{nested}.lora_{factor}.weight"
+            yield Output(key, stack.dtype, shape, partial(_item, read, stack, index))
+
+
+def _item(read: Callable[[Any], tuple[Tensor, Tensor]], what: Any, index: int) -> Tensor:
+    return read(what)[index]

@@ -12,11 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from moeft.adapters.base import Base
-from moeft.adapters.folder import PREFIX, AdapterFolder
+from moeft.adapters.folder import PREFIX, AdapterFolder, Pair
 from moeft.adapters.layout import Layout, split
 from moeft.adapters.writer import Output
 from moeft.errors import AdapterError
@@ -47,38 +47,37 @@ def unstack(adapter: AdapterFolder, layout: Layout, base: Base) -> Iterator[Outp
     blocks = adapter.metadata.get(BLOCKS_KEY) == "1"
 
     @lru_cache(maxsize=1)  # The experts of a stack come one after the other.
-    def read(a: str, b: str) -> tuple[Tensor, Tensor]:
-        return split(layout, adapter.tensor(a), adapter.tensor(b), base.num_experts)
+    def read(pair: Pair) -> tuple[Tensor, Tensor]:
+        return split(layout, adapter.tensor(pair.a), adapter.tensor(pair.b), base.num_experts)
 
     for pair in adapter.stacks:
         module, _, stack = pair.name.rpartition(".")
         layer = module.removesuffix(f".{base.family.experts}")
         rank = adapter.rank_of(pair.name)
         outputs, inputs = base.sizes[stack]
-        half = rank // 2
-        parts: dict[str, tuple[slice, slice]] = {"down": (slice(rank), slice(outputs))}
+        parts = {"down": (slice(0, rank), slice(0, outputs))}
         if stack == "gate_up_proj":
-            gate, up = (slice(half), slice(half, rank)) if blocks else (slice(rank), slice(rank))
-            parts = {"gate": (gate, slice(outputs // 2)), "up": (up, slice(outputs // 2, outputs))}
+            gate, up = (slice(0, rank), slice(0, rank))
+            if blocks:
+                gate, up = slice(0, rank // 2), slice(rank // 2, rank)
+            parts = {"gate": (gate, slice(0, outputs // 2)), "up": (up, slice(outputs // 2, outputs))}
         for expert in range(base.num_experts):
             for projection, (ranks, rows) in parts.items():
                 name = f"{PREFIX}{layer}.{by_projection[projection].format(e=expert)}"
-                shapes = {"A": (ranks.stop - (ranks.start or 0), inputs)}
-                shapes["B"] = (rows.stop - (rows.start or 0), shapes["A"][0])
+                rank = ranks.stop - ranks.start
+                for factor, key, shape in (
+                    ("A", pair.a, (rank, inputs)),
+                    ("B", pair.b, (rows.stop - rows.start, rank)),
+                ):
+                    part = partial(_part, read, pair, factor, expert, ranks, rows)
+                    yield Output(f"{name}.lora_{factor}.weight", adapter.dtypes[key], shape, part)
 
-                def part(
-                    factor: str, e: int = expert, r: slice = ranks, o: slice = rows, a: str = pair.a, b: str = pair.b
-                ) -> Tensor:
-                    a_Eri, b_Eor = read(a, b)
-                    return a_Eri[e, r] if factor == "A" else b_Eor[e, o, r]
 
-                for factor, key in (("A", pair.a), ("B", pair.b)):
-                    yield Output(
-                        f"{name}.lora_{factor}.weight",
-                        adapter.dtypes[key],
-                        shapes[factor],
-                        lambda part=part, factor=factor: part(factor),  # type: ignore[misc]
-                    )
+def _part(
+    read: Callable[[Pair], tuple[Tensor, Tensor]], pair: Pair, factor: str, expert: int, ranks: slice, rows: slice
+) -> Tensor:
+    a_Eri, b_Eor = read(pair)
+    return a_Eri[expert, ranks] if factor == "A" else b_Eor[expert, rows, ranks]
 
 
 @dataclass(frozen=True)
