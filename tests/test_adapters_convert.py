@@ -17,16 +17,16 @@ from moeft.adapters.layout import split
 from moeft.errors import AdapterError
 from moeft.merging import merge
 from tests.tiny_checkpoints import EXPERTS, disk_tensors, save_adapter, save_base
-from tests.tiny_models import FAMILY_NAMES
 
 WEIGHTS = "adapter_model.safetensors"
+FAMILIES = ("gemma4", "qwen3_moe", "olmoe", "mixtral")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Base and adapter of each family."""
     root = tmp_path_factory.mktemp("saved")
-    bases = {family: save_base(root / family / "base", family, torch.float32) for family in FAMILY_NAMES}
+    bases = {family: save_base(root / family / "base", family, torch.float32) for family in FAMILIES}
     return {family: (base, save_adapter(root / family / "adapter", base)) for family, base in bases.items()}
 
 
@@ -53,7 +53,7 @@ def same(left, right):
 
 
 @pytest.mark.parametrize("layout", Layout)
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_is_the_same_file(saved, family, layout, tmp_path):
     base, adapter = saved[family]
     assert convert(adapter, tmp_path / "there", layout) is Layout.PEFT
@@ -71,7 +71,7 @@ def test_there_and_back_is_the_same_file(saved, family, layout, tmp_path):
         torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_single_experts_have_the_deltas_of_peft(saved, family, tmp_path):
     """Each pair of factors of one expert's projection, by vLLM's name, gives that part of PEFT's own delta."""
     base, adapter = saved[family]
@@ -218,6 +218,22 @@ def test_adapter_that_cannot_be_converted_is_refused(saved, changes, to, message
     with pytest.raises(AdapterError, match=message):
         convert(copy, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("version", ["0.18.1", "0.21.2"])
+def test_transposed_stacks_are_the_same_in_every_release(saved, version, tmp_path):
+    """No release swaps stacks of [E, in, out], whatever its version says."""
+    base, adapter = saved["gemma4"]
+    turned = shutil.copytree(base, tmp_path / "base")
+    tensors = {k: v.mT.contiguous() if ".experts." in k else v for k, v in disk_tensors(base).items()}
+    save_file(tensors, turned / "model.safetensors", {"format": "pt"})
+    copy = edited(adapter, tmp_path / "copy", peft_version=version, base_model_name_or_path=str(turned))
+    assert convert(copy, tmp_path / "out", "peft") is Layout.PEFT
+    assert same(copy, tmp_path / "out")
+    for layout in ("peft018", "vllm"):
+        with pytest.raises(AdapterError, match=r"no PEFT swapped and vLLM takes as they are; use layout peft"):
+            convert(copy, tmp_path / layout, layout)
+    assert config_of(tmp_path / "out")["peft_version"] == {"0.18.1": "0.19.1"}.get(version, version)
 
 
 def test_damaged_adapters_are_named(saved, tmp_path):

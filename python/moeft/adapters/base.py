@@ -21,12 +21,14 @@ class Base:
         family: Its family.
         num_experts: Experts per layer.
         sizes: Stack -> (outputs, inputs) of one expert.
+        transposed: Whether its stacks are ``[E, in, out]``. PEFT never took those for the other way round.
     """
 
     path: Path
     family: families.Family
     num_experts: int
     sizes: dict[str, tuple[int, int]]
+    transposed: bool = False
 
     @classmethod
     def read(cls, path: str | Path) -> Base:
@@ -55,7 +57,7 @@ class Base:
         return _core.fingerprint(str(self.path))
 
 
-Found = tuple[int, dict[str, tuple[int, int]]] | None
+Found = tuple[int, dict[str, tuple[int, int]], bool] | None
 
 
 def _fused(shapes: dict[str, tuple[int, ...]], family: families.Family) -> Found:
@@ -66,7 +68,13 @@ def _fused(shapes: dict[str, tuple[int, ...]], family: families.Family) -> Found
     gate_up, down = stacks["gate_up_proj"], stacks["down_proj"]
     if gate_up is None or down is None:
         return None
-    return gate_up[0], {"gate_up_proj": (gate_up[1], gate_up[2]), "down_proj": (down[1], down[2])}
+    num_experts, rows, columns = gate_up
+    # [E, 2I, H] and [E, H, I], or [E, H, 2I] and [E, I, H]: no sizes fit both.
+    if (rows, columns) == (2 * down[2], down[1]):
+        return num_experts, {"gate_up_proj": (rows, columns), "down_proj": (down[1], down[2])}, False
+    if (columns, rows) == (2 * down[1], down[2]):
+        return num_experts, {"gate_up_proj": (columns, rows), "down_proj": (down[2], down[1])}, True
+    return None
 
 
 def _per_expert(shapes: dict[str, tuple[int, ...]], family: families.Family) -> Found:
@@ -80,4 +88,4 @@ def _per_expert(shapes: dict[str, tuple[int, ...]], family: families.Family) -> 
             sizes["gate_up_proj"] = (2 * shape[0], shape[1])
         elif re.search(rf"\.{down}$", name):
             sizes["down_proj"] = (shape[0], shape[1])
-    return (max(numbers) + 1, sizes) if len(sizes) == 2 else None
+    return (max(numbers) + 1, sizes, False) if len(sizes) == 2 else None

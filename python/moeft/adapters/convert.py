@@ -58,12 +58,16 @@ def convert(
             raise AdapterError(f"{source} is not in layout {layout}: {found.evidence[-1].says}; leave the layout out")
     if layout is None:
         raise AdapterError(f"the layout of {source} cannot be told: {found.reason}")
+    if known_base is not None and known_base.transposed and (to.swapped or to is Layout.VLLM):
+        raise AdapterError(
+            f"{known_base.path} has stacks of [experts, in, out], which no PEFT swapped and vLLM takes as they are; "
+            f"use layout {Layout.UNSLOTH if to.grouped else Layout.PEFT}"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} exists and is not empty; choose another folder, or remove it")
     config, metadata = dict(adapter.config), {"format": "pt", **adapter.metadata, HEADER_KEY: to.header}
     outputs = list(_outputs(adapter, layout, to, known_base, config, metadata))
-    if layout is not to:
-        mark(config, to)
+    mark(config, to)
     unfinished = out.with_name(out.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

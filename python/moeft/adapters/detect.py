@@ -83,7 +83,7 @@ def detect(adapter: AdapterFolder, base: Base | None = None) -> Detection:
         evidence.append(found)
         possible = _narrow(possible, evidence)
     for found in (_release(adapter), _writer(adapter)):
-        if found and len(possible) > 1:
+        if found and len(possible) > 1 and possible & found.possible:
             evidence.append(found)
             possible &= found.possible
     return Detection(possible, tuple(evidence))

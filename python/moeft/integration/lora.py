@@ -100,7 +100,8 @@ def add_lora(
     if experts != "all" and "experts" not in targets:
         raise ValueError(f"experts is {experts!r}, but targets is {tuple(targets)}; add 'experts' to it")
     alpha = rank if alpha is None else alpha
-    chosen = select(base, targets, layers, rank, alpha, ranks, alphas or {}, rslora)
+    family = families.for_model_type(base.config.model_type)
+    chosen = select(base, family, targets, layers, rank, alpha, ranks, alphas or {}, rslora)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -123,7 +124,7 @@ def add_lora(
         else:
             stacking.check_name(name)
             model = LoraModel(model, config, adapter_name=name)
-    keep_experts(model, families.for_model_type(base.config.model_type), name, experts)
+    keep_experts(model, family, name, experts)
     return model
 
 

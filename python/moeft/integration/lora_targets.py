@@ -63,6 +63,7 @@ class Selection:
 
 def select(
     model: PreTrainedModel,
+    family: families.Family,
     targets: Sequence[str],
     layers: Numbers | None,
     rank: int,
@@ -77,7 +78,6 @@ def select(
         ValueError: If a target, a key, a layer, a rank or an alpha cannot be used.
         AdapterError: If a target matches nothing.
     """
-    family = families.for_model_type(model.config.model_type)
     if unknown := sorted(set(targets) - set(TARGETS)):
         raise ValueError(f"targets is {tuple(targets)}, expected some of {TARGETS}{_nearest(unknown[0], TARGETS)}")
     if not targets:
