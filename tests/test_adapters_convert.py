@@ -180,12 +180,28 @@ def test_other_layouts_are_neither_merged_nor_loaded(saved, layout, tmp_path):
         moeft.load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "other")
 
 
-def test_a_marked_file_without_our_header_is_not_merged(saved, tmp_path):
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        ({"lora_B_layout": "grouped_by_expert"}, 'lora_B_layout is "grouped_by_expert"'),
+        ({"auto_mapping": {"unsloth_fixed": True}}, "unsloth wrote it without lora_B_layout"),
+        ({"base_model_name_or_path": "unsloth/gemma"}, "unsloth wrote it without lora_B_layout"),
+        ({"auto_mapping": {"unsloth_fixed": True}, "lora_B_layout": "rank_major"}, None),
+    ],
+    ids=str,
+)
+def test_columns_in_an_order_that_nothing_tells_are_not_merged(saved, marks, message, tmp_path):
     base, adapter = saved["gemma4"]
-    marked = edited(adapter, tmp_path / "marked", lora_B_layout="grouped_by_expert")
+    marked = edited(adapter, tmp_path / "marked", **marks)
     recipe = {"merge_method": "lora", "base_model": base, "models": [{"adapter": marked}]}
-    with pytest.raises(AdapterError, match='lora_B_layout is "grouped_by_expert"'):
+    if message is None:
         merge(recipe, tmp_path / "out", progress=False)
+        return
+    with pytest.raises(AdapterError, match=message):
+        merge(recipe, tmp_path / "out", progress=False)
+    convert(marked, tmp_path / "said", "peft", source_layout=verify(marked).layout or "peft", base=base)
+    recipe["models"] = [{"adapter": tmp_path / "said"}]
+    merge(recipe, tmp_path / "out", progress=False)
 
 
 def test_output_is_never_overwritten_nor_left_half_done(saved, tmp_path):

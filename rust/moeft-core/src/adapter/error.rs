@@ -17,7 +17,7 @@ pub enum AdapterError {
     Unsupported { path: PathBuf, setting: &'static str, value: String, reason: &'static str },
     #[error("{}: peft_version is {version}, and adapters of expert stacks written before peft 0.19.1 have inputs and outputs swapped; write it in the layout of today with `moeft adapter convert --to peft`", path.display())]
     OldExpertLayout { path: PathBuf, version: String },
-    #[error("{}: {mark}, so its factors of experts lie in another order; write it in the layout of PEFT with `moeft adapter convert --to peft`", path.display())]
+    #[error("{}: {mark}, so its factors of experts may lie in another order; see `moeft adapter verify`, and write it in the layout of PEFT with `moeft adapter convert --to peft`", path.display())]
     ForeignLayout { path: PathBuf, mark: String },
     #[error("{}: {module} has {levels} nested adapters but target_parameters {targets:?} name {expected} of its parameters; the adapter and its adapter_config.json do not belong together", path.display())]
     Nesting { path: PathBuf, module: String, levels: usize, targets: Vec<String>, expected: usize },
