@@ -57,6 +57,11 @@ class Base:
         return _core.fingerprint(str(self.path))
 
 
+def expert_names(family: families.Family) -> list[str]:
+    """Names on disk of one expert's gate, up and down below a decoder layer, ``{e}`` the expert; none if fused."""
+    return [family.disk[projection] for projection in ("gate", "up", "down") if projection in family.disk]
+
+
 Found = tuple[int, dict[str, tuple[int, int]], bool] | None
 
 
@@ -78,9 +83,10 @@ def _fused(shapes: dict[str, tuple[int, ...]], family: families.Family) -> Found
 
 
 def _per_expert(shapes: dict[str, tuple[int, ...]], family: families.Family) -> Found:
-    if family.expert_names is None:
+    names = [re.escape(name).replace(r"\{e\}", r"(\d+)") for name in expert_names(family)]
+    if not names:
         return None
-    gate, _, down = (re.escape(name).replace(r"\{e\}", r"(\d+)") for name in family.expert_names)
+    gate, _, down = names
     numbers, sizes = set(), {}
     for name, shape in shapes.items():
         if match := re.search(rf"\.{gate}$", name):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from moeft.adapters.base import Base
+from moeft.adapters.base import Base, expert_names
 from moeft.adapters.folder import PREFIX, AdapterFolder, Pair
 from moeft.adapters.layout import Layout, split
 from moeft.adapters.writer import Output
@@ -35,8 +35,8 @@ _OTHER_MODULES = {"gemma4": "moe.experts"}
 def names(base: Base) -> dict[str, str]:
     """Projection -> vLLM's name of it below a decoder layer, ``{e}`` the expert."""
     family = base.family
-    if family.expert_names is not None:
-        return dict(zip(PROJECTIONS, (name.removesuffix(".weight") for name in family.expert_names), strict=True))
+    if on_disk := expert_names(family):
+        return dict(zip(PROJECTIONS, (name.removesuffix(".weight") for name in on_disk), strict=True))
     module = _OTHER_MODULES.get(family.name, family.experts)
     return {projection: f"{module}.{{e}}.{projection}_proj" for projection in PROJECTIONS}
 

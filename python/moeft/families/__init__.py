@@ -34,8 +34,7 @@ class Family:
         config: Our name of a config field -> its spellings in this family.
         experts: Path of the experts module below a decoder layer.
         linears: Component (``attention``, ``mlp``, ``router``) -> paths of its linear layers below a decoder layer.
-        expert_names: Names on disk of one expert's gate, up and down below a decoder layer, ``{e}`` the expert; None if
-            the experts of a layer are one tensor.
+        disk: How the experts lie on disk: the table ``[disk]`` of its file.
     """
 
     name: str
@@ -46,7 +45,7 @@ class Family:
     config: dict[str, tuple[str, ...]]
     experts: str
     linears: dict[str, tuple[str, ...]]
-    expert_names: tuple[str, str, str] | None = None
+    disk: dict[str, Any]
 
     @functools.cached_property
     def _layer(self) -> re.Pattern[str]:
@@ -100,7 +99,7 @@ def all_families() -> tuple[Family, ...]:
 
 
 def _parse(name: str, table: dict[str, Any]) -> Family:
-    modules, disk = table["modules"], table.get("disk", {})
+    modules = table["modules"]
     return Family(
         name=name,
         model_types=tuple(table["model_types"]),
@@ -110,5 +109,5 @@ def _parse(name: str, table: dict[str, Any]) -> Family:
         config={field: tuple(spellings) for field, spellings in table["config"].items()},
         experts=modules["experts"],
         linears={component: tuple(modules[component]) for component in ("attention", "mlp", "router")},
-        expert_names=(disk["gate"], disk["up"], disk["down"]) if "gate" in disk else None,
+        disk=table.get("disk", {}),
     )
