@@ -21,12 +21,13 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["RAYON_NUM_THREADS"] = str(max(arguments.threads))  # read when the core is first used
 
+    import cpu_optimizers
+    import torch
+
     import cpu_experts
     import cpu_nf4
-    import cpu_optimizers
     import cpu_routing
     import harness
-    import torch
 
     groups = {"nf4": cpu_nf4, "routing": cpu_routing, "experts": cpu_experts, "optimizers": cpu_optimizers}
     chosen = [groups[name] for name in arguments.only]

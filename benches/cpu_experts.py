@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from harness import Case, Subject, peak_extra_bytes
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from harness import Case, Subject, peak_extra_bytes
 from moeft.kernels import ExpertLora, LoraFactors, experts, nf4
 
 TESTS = ("test_kernels_experts.py", "test_kernels_grouped_linear.py")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from harness import Case, Subject
 
+from harness import Case, Subject
 from moeft.kernels import nf4
 
 TESTS = ("test_nf4_core.py", "test_kernels_nf4.py")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from harness import Case, Subject
 
+from harness import Case, Subject
 from moeft.kernels import routing
 
 TESTS = ("test_kernels_routing.py", "test_bucket_core.py")

@@ -20,7 +20,7 @@ LAYERS = (
     {"training", "merging", "evaluation", "gguf", "planning", "importance"},
     {"integration", "data"},
     {"modules"},
-    {"kernels", "checkpoint"},
+    {"kernels", "checkpoint", "adapters"},
     {"_core"},
     {"families"},
     {"config", "errors", "provenance", "progress_bar"},
@@ -29,7 +29,19 @@ DEPTH = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
 FOR_EVERYONE = len(LAYERS) - 1
 
 # Parts that must be cheap to import: torch and its kind only inside a function.
-LIGHT = {"", "_autoload", "cli", "checkpoint", "planning", "families", "config", "errors", "provenance", "progress_bar"}
+LIGHT = {
+    "",
+    "_autoload",
+    "cli",
+    "checkpoint",
+    "planning",
+    "adapters",
+    "families",
+    "config",
+    "errors",
+    "provenance",
+    "progress_bar",
+}
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "matplotlib"}
 
 

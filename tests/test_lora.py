@@ -137,19 +137,11 @@ def test_merging_into_packed_weights_is_refused_not_ignored(checkpoint, operatio
         getattr(model, operation)()
 
 
-def test_a_second_adapter_on_the_same_stack_is_refused_when_both_are_active(checkpoint):
-    model = with_lora(checkpoint, targets=("experts",))
-    model.add_adapter("second", model.peft_config["default"])
-    model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(AdapterError, match="active on one stack"):
-        logits(model)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"rank": 0}, ValueError, "rank is 0"),
-        ({"rank": 4, "experts_rank": -1}, ValueError, "experts_rank is -1"),
+        ({"rank": 4, "targets": ("experts",), "experts_rank": -1}, ValueError, r"ranks\['experts'\] is -1"),
         ({"rank": 65}, ValueError, "rank is 65, but .* has only"),
         ({"rank": 4, "targets": ("expert",)}, ValueError, "targets is"),
         ({"rank": 4, "targets": ("mlp",)}, AdapterError, "'mlp' matches nothing"),

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from moeft.integration.loading import load
     from moeft.integration.lora import add_lora, load_adapter
     from moeft.integration.nf4_config import NF4Config
+    from moeft.integration.routing_statistics import RoutingStatistics, routing_statistics
     from moeft.training.sft import SFTConfig, SFTTrainer
 
 __all__ = [
     "Audit",
     "NF4Config",
+    "RoutingStatistics",
     "SFTConfig",
     "SFTTrainer",
     "__version__",
@@ -29,19 +31,22 @@ __all__ = [
     "audit",
     "load",
     "load_adapter",
+    "routing_statistics",
 ]
 
 _HOMES = {
     "Audit": "moeft.integration.audit",
     "NF4Config": "moeft.integration.nf4_config",
+    "RoutingStatistics": "moeft.integration.routing_statistics",
     "SFTConfig": "moeft.training.sft",
     "SFTTrainer": "moeft.training.sft",
     "add_lora": "moeft.integration.lora",
     "audit": "moeft.integration.audit",
     "load": "moeft.integration.loading",
     "load_adapter": "moeft.integration.lora",
+    "routing_statistics": "moeft.integration.routing_statistics",
 }
-_SUBPACKAGES = ("checkpoint", "kernels", "merging", "planning")
+_SUBPACKAGES = ("adapters", "checkpoint", "kernels", "merging", "planning")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from moeft import __version__
+from moeft.cli.adapter import app as adapter
 from moeft.cli.demo import demo
 from moeft.cli.layout import layout
 from moeft.cli.merge import merge
@@ -23,6 +24,7 @@ from moeft.errors import MoeftError
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for _command in (plan, quantize, sft, merge, layout, report, demo):
     app.command()(_command)
+app.add_typer(adapter)
 
 
 def _print_version(asked: bool) -> None:

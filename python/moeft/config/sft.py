@@ -4,10 +4,11 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section
 from moeft.errors import RecipeError
 
@@ -54,6 +55,15 @@ class Quantization(Section):
     block_size: BlockSize = Field(default=64, description="Weights per scale")
 
 
+class Routing(Section):
+    """Which experts count as routed to."""
+
+    rows: int = Field(default=64, ge=1, description="Training rows to count, one forward pass each")
+    min_share: float = Field(
+        default=0.0, ge=0, lt=1, description="Smallest share of a layer's choices that an expert must have"
+    )
+
+
 class Lora(Section):
     """The adapter to train."""
 
@@ -63,11 +73,52 @@ class Lora(Section):
         default=("attention", "experts"), min_length=1, description="Parts that get an adapter"
     )
     experts_rank: int | None = Field(default=None, ge=1, description="Rank of each expert's adapter; null takes `rank`")
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="Other ranks, by target (experts) or by one weight of it (experts.down_proj)"
+    )
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Other alphas, by the same keys; null keeps the scale of the whole adapter"
+    )
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the inputs dropped while training; not with experts"
+    )
+    layers: tuple[int | str, ...] | None = Field(
+        default=None, min_length=1, description='Decoder layers to adapt, such as [0, "4-7"]; null takes all'
+    )
+    experts: Literal["all", "routed"] | tuple[int | str, ...] = Field(
+        default="all", description='Experts to adapt: all, those that the training rows are routed to, or [0, "8-15"]'
+    )
+    routing: Routing = Field(default_factory=Routing, description="How `experts: routed` chooses")
+    stack_on: tuple[Path, ...] = Field(
+        default=(), description="Trained adapters that stay active and frozen under the new one"
+    )
     init_seed: int = Field(default=0, ge=0, description="Seed of the adapter's first weights")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Type of the adapter's weights; bfloat16 halves them and their gradients"
     )
+
+    @field_validator("ranks", "alphas", mode="after")
+    @classmethod
+    def _keys_name_targets(cls, value: dict[str, float]) -> dict[str, float]:
+        for key in value:
+            if key.partition(".")[0] not in get_args(Target):
+                raise ValueError(f"keys such as experts or experts.down_proj, below {', '.join(get_args(Target))}")
+        return value
+
+    @field_validator("layers", "experts", mode="after")
+    @classmethod
+    def _are_ranges(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, tuple):
+            expand(value, str(info.field_name))
+        return value
+
+    @field_validator("dropout", mode="after")
+    @classmethod
+    def _not_on_experts(cls, value: float, info: ValidationInfo) -> float:
+        if value and "experts" in info.data.get("targets", ()):
+            raise ValueError("0 with experts, whose input cannot be dropped for the adapter alone")
+        return value
 
 
 class Data(Section):

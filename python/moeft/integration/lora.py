@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 
-from moeft import __version__, _core, families
+from moeft import __version__, _core
+from moeft.adapters.detect import detect
+from moeft.adapters.folder import FINGERPRINT_KEY, AdapterFolder
+from moeft.adapters.layout import HEADER_KEY, Layout
+from moeft.config.ranges import Numbers
 from moeft.errors import AdapterError
-from moeft.integration import model_family, peft_lora
-from moeft.modules.nf4_experts import STACKS
+from moeft.integration import model_family, peft_lora, stacking
+from moeft.integration.expert_subset import Experts, keep_experts
+from moeft.integration.lora_targets import select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TARGETS = ("attention", "experts", "mlp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LAYOUT = "peft-0.19.1"  # expert factors: A [E * r, in] expert-major, B [out, r * E] expert fastest
-FINGERPRINT_KEY = "moeft.base_fingerprint"
+DROPOUT_ON_EXPERTS = (
+    "an expert's delta is one product B A, as in PEFT, so its input cannot be dropped for it alone; "
+    "use weight decay, a lower rank, or leave experts out"
+)
 
 
 class LoraModel(PeftModelForCausalLM):
@@ -32,7 +38,7 @@ class LoraModel(PeftModelForCausalLM):
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
             return
-        stamp = {"moeft.layout": LAYOUT, "moeft.version": __version__}
+        stamp = {HEADER_KEY: Layout.PEFT.header, "moeft.version": __version__}
         fingerprint = base_fingerprint(self.get_base_model())
         if fingerprint is not None:
             stamp[FINGERPRINT_KEY] = fingerprint
@@ -58,25 +64,41 @@ class LoraModel(PeftModelForCausalLM):
 
 
 def add_lora(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     rank: int,
     alpha: float | None = None,
     targets: Sequence[str] = ("attention",),
     *,
     experts_rank: int | None = None,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
     rslora: bool = False,
+    dropout: float = 0.0,
+    layers: Numbers | None = None,
+    experts: Experts = "all",
+    name: str = "default",
     seed: int | None = None,
     dtype: torch.dtype | str | None = None,
-) -> LoraModel:
+) -> PeftModel:
     """Add a trainable LoRA adapter and freeze everything else.
 
+    On a model that has adapters already, the new one is stacked on them: those that are active stay so, frozen, and
+    the new one trains.
+
     Args:
-        model: A transformers model of a known family, packed or not.
+        model: A transformers model of a known family, packed or not, or what this or ``load_adapter`` returned.
         rank: Rank r of every factor pair; for experts, of each expert.
         alpha: The delta is scaled by ``alpha / r``; default ``rank``, a scale of 1.
         targets: Any of "attention", "experts", "mlp".
-        experts_rank: Another rank for the experts, with the same scale as the others.
+        experts_rank: Short for ``ranks={"experts": ...}``.
+        ranks: Other ranks, by target ("experts") or by one weight of it ("experts.down_proj", "attention.q_proj").
+        alphas: Other alphas by the same keys; where there is none, the scale is that of the whole adapter.
         rslora: Scale by ``alpha / sqrt(r)`` instead.
+        dropout: Share of the inputs of A that is dropped while training; not with experts.
+        layers: Decoder layers that get factors, as numbers and ranges such as ``[0, "4-7"]``; default all.
+        experts: "all", the experts to change in every layer, or a mapping from layer to experts such as
+            ``routing_statistics(...).routed()``. The others' factors are zero and stay so; this saves no memory.
+        name: Name of the adapter, for a second one.
         seed: Seed of the initial A, for a reproducible adapter.
         dtype: Of the adapter's weights, float32 or bfloat16; default as PEFT does, float32 on a 16-bit base. A factor
             in bfloat16 takes half the memory and its gradient too; let its optimiser keep a float32 copy of it.
@@ -85,31 +107,33 @@ def add_lora(
         A PeftModel; ``save_pretrained`` writes PEFT's ``target_parameters`` layout.
 
     Raises:
-        ValueError: If the rank is not positive or exceeds a targeted weight, or a target or dtype is unknown.
-        AdapterError: If a target matches nothing in the model.
+        ValueError: If a rank, an alpha, a target, a layer, an expert, the dropout, the name or the dtype cannot be used.
+        AdapterError: If a target matches nothing in the model, or the adapter cannot be stacked on those it has.
     """
-    family = model_family.of_model(model)
-    _check(rank, experts_rank, targets)
     if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
         raise ValueError(f"dtype is {dtype}, expected {' or '.join(DTYPES)}")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if dropout and "experts" in targets:
+        raise ValueError(f"dropout is {dropout}, expected 0 with experts: {DROPOUT_ON_EXPERTS}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, expected a share from 0 to 1")
+    ranks = dict(ranks or {})
+    if experts_rank is not None and ranks.setdefault("experts", experts_rank) != experts_rank:
+        raise ValueError(f"experts_rank is {experts_rank} and ranks['experts'] is {ranks['experts']}; give one of them")
+    if experts != "all" and "experts" not in targets:
+        raise ValueError(f"experts is {experts!r}, but targets is {tuple(targets)}; add 'experts' to it")
     alpha = rank if alpha is None else alpha
-    modules = {t: _linears(model, family, t) for t in targets if t != "experts"}
-    stacks = _stacks(model, family) if "experts" in targets else []
-    for target, found in [*modules.items(), *([("experts", stacks)] if "experts" in targets else [])]:
-        if not found:
-            raise AdapterError(f"target {target!r} matches nothing in this {family.name} model; leave it out")
-    _check_rank_fits(model, rank, [name for names in modules.values() for name in names])
-    experts_rank = experts_rank or rank
-    other = experts_rank != rank
-    same_scale = (experts_rank / rank) ** (0.5 if rslora else 1.0)
+    family = model_family.of_model(base)
+    chosen = select(base, family, targets, layers, rank, alpha, ranks, alphas or {}, rslora)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        lora_dropout=dropout,
         use_rslora=rslora,
-        target_modules=sorted(name for names in modules.values() for name in names),
-        target_parameters=sorted(stacks) or None,
-        rank_pattern=dict.fromkeys(stacks, experts_rank) if other else {},
-        alpha_pattern=dict.fromkeys(stacks, alpha * same_scale) if other else {},
+        target_modules=chosen.linears,
+        target_parameters=chosen.stacks or None,
+        rank_pattern=chosen.rank_pattern,
+        alpha_pattern=chosen.alpha_pattern,
         task_type="CAUSAL_LM",
     )
     peft_lora.install()
@@ -118,36 +142,55 @@ def add_lora(
             torch.manual_seed(seed)
         # PEFT looks for rank_pattern keys among modules only and warns about stacks, although it applies them.
         warnings.filterwarnings("ignore", message=".*rank_pattern.*|.*alpha_pattern.*")
-        adapted = LoraModel(model, config)
+        if isinstance(model, PeftModel):
+            stacking.add(model, config, name)
+        else:
+            stacking.check_name(name)
+            model = LoraModel(model, config, adapter_name=name)
+    keep_experts(model, family, name, experts)
     if dtype is not None:
-        adapted.cast_adapter(DTYPES[str(dtype).removeprefix("torch.")])
-    return adapted
+        model.cast_adapter(DTYPES[str(dtype).removeprefix("torch.")], name)
+    return model
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path, trainable: bool = False) -> LoraModel:
+def load_adapter(
+    model: PreTrainedModel | PeftModel, path: str | Path, trainable: bool = False, name: str = "default"
+) -> PeftModel:
     """Load a saved adapter onto its base, packed or not, using every key.
 
+    On a model that has adapters already it is stacked on them: those that are active stay so, frozen.
+
     Raises:
-        AdapterError: If the adapter belongs to another base, or a key of it or of the model is left over.
+        ValueError: If the name is taken or cannot be used.
+        AdapterError: If the adapter belongs to another base, cannot be stacked on those the model has, or a key of it
+            or of the model is left over.
     """
     from peft import load_peft_weights
-    from safetensors import safe_open
 
     path = Path(path)
-    with safe_open(path / "adapter_model.safetensors", "pt") as file:
-        stamped = (file.metadata() or {}).get(FINGERPRINT_KEY)
-    actual = base_fingerprint(model)
+    saved = AdapterFolder(path)
+    found = detect(saved)
+    if found.layout is not Layout.PEFT:
+        found_out = f"is in layout {found.layout}" if found.layout else f"cannot be told from others: {found.reason}"
+        raise AdapterError(f"{path} {found_out}; write it in PEFT's with `moeft adapter convert --to peft`")
+    stamped = saved.metadata.get(FINGERPRINT_KEY)
+    actual = base_fingerprint(model.get_base_model() if isinstance(model, PeftModel) else model)
     if stamped and actual and stamped != actual:
         raise AdapterError(
             f"{path} was trained on a base with fingerprint {stamped}, this base has {actual}; load the right base"
         )
     peft_lora.install()
-    loaded = LoraModel.from_pretrained(model, path, is_trainable=trainable)
-    names = {n.replace(".default.", ".") for n, _ in loaded.named_parameters() if ".lora_" in n}
+    if isinstance(model, PeftModel):
+        stacking.load(model, path, trainable, name)
+    else:
+        stacking.check_name(name)
+        model = LoraModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
+    parts = (parameter.split(f".{name}.") for parameter, _ in model.named_parameters() if ".lora_" in parameter)
+    names = {".".join(part) for part in parts if len(part) == 2}
     names ^= set(load_peft_weights(str(path), device="cpu"))
     if names:
         raise AdapterError(f"{len(names)} adapter keys do not match the model, first {sorted(names)[0]}; wrong base?")
-    return loaded
+    return model
 
 
 def base_fingerprint(model: PreTrainedModel) -> str | None:
@@ -158,30 +201,3 @@ def base_fingerprint(model: PreTrainedModel) -> str | None:
         return getattr(quantization, "base_fingerprint", None)
     folder = Path(getattr(config, "_name_or_path", None) or "")
     return _core.fingerprint(str(folder)) if next(folder.glob("*.safetensors"), None) else None
-
-
-def _check(rank: int, experts_rank: int | None, targets: Sequence[str]) -> None:
-    for name, value in (("rank", rank), ("experts_rank", experts_rank)):
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} is {value}, expected a positive number")
-    unknown = sorted(set(targets) - set(TARGETS))
-    if unknown or not targets:
-        raise ValueError(f"targets is {tuple(targets)}, expected some of {TARGETS}")
-
-
-def _linears(model: PreTrainedModel, family: families.Family, component: str) -> list[str]:
-    paths = family.linears[component]
-    return [name for name, _ in model.named_modules() if family.below_layer(name) in paths]
-
-
-def _stacks(model: PreTrainedModel, family: families.Family) -> list[str]:
-    experts = [name for name, _ in model.named_modules() if family.below_layer(name) == family.experts]
-    return [f"{name}.{stack}" for name in experts for stack in STACKS]
-
-
-def _check_rank_fits(model: PreTrainedModel, rank: int, names: Sequence[str]) -> None:
-    for name in names:
-        module: Any = model.get_submodule(name)
-        smallest = min(module.in_features, module.out_features)
-        if rank > smallest:
-            raise ValueError(f"rank is {rank}, but {name} has only {smallest} rows or columns; choose a smaller rank")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import peft.tuners.lora.layer as peft_layer
+import torch
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -51,18 +52,20 @@ class ParamWrapper(peft_layer.ParamWrapper):
         super().update_layer(*args, **kwargs)
 
     def factors(self) -> LoraFactors:
-        """Factors of the active adapter, empty if there is none.
+        """Factors of the active adapters as one pair, empty if there is none.
 
-        Raises:
-            AdapterError: If more than one adapter is active on the stack.
+        The delta of two adapters is ``[s1 B1 | s2 B2] @ [A1; A2]``: one pair whose rank is the sum, exact, with
+        temporaries of the size of the factors. Gradients reach each adapter that requires them.
         """
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
             return LoraFactors()
-        if len(active) > 1:
-            raise AdapterError(f"adapters {active} are active on one stack of experts, expected one")
-        name = active[0]
-        return LoraFactors(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        pairs = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in active]
+        if len(pairs) == 1:
+            return LoraFactors(*pairs[0])
+        a = torch.cat([a.view(self.num_experts, -1, a.shape[1]) for a, _, _ in pairs], dim=1)
+        b = torch.cat([b.float() * scaling for _, b, scaling in pairs], dim=1)
+        return LoraFactors(a.flatten(0, 1), b, 1.0)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the expert block with the factors of this wrapper and those nested in it."""

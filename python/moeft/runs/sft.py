@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moeft.config import SftRecipe, validate_optimizer, validate_training_fields
 from moeft.errors import CheckpointError, MoeftError, RecipeError
 from moeft.provenance import RunFolder
+from moeft.runs.adapter import adapted
 from moeft.runs.replies import HeldOutCalls
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         for name, path in (("eval", recipe.data.eval), ("tool_calls", recipe.evaluation.tool_calls))
         if path is not None
     }
+    inputs |= {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
     seed = int(recipe.training.get("seed", 42))
     with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), inputs, seed) as folder:
         _Run(recipe, folder, show).execute()
@@ -77,6 +79,10 @@ def _check_merge(recipe: SftRecipe) -> None:
     """
     if recipe.merge is None:
         return
+    if recipe.merge.verify and recipe.lora.stack_on:
+        raise RecipeError(
+            "merge.verify proves the merge of one adapter, and lora.stack_on names others; set merge.verify to false"
+        )
     base, output = recipe.merge.base_model or recipe.model, recipe.merge.output
     config = base / "config.json"
     if config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8")):
@@ -107,7 +113,7 @@ class _Run:
         with self.stage("train"):
             self.train(trainer)
         with self.stage("save adapter"):
-            trainer.model.save_pretrained(str(self.folder.path / "adapter"))
+            trainer.model.save_pretrained(str(self.folder.path / "adapter"), selected_adapters=["default"])
         with self.stage("measure after"):
             self.measure(trainer, "after")
         if self.recipe.merge is not None:
@@ -137,7 +143,6 @@ class _Run:
     def trainer(self) -> SFTTrainer:
         from moeft.integration.audit import audit
         from moeft.integration.loading import load
-        from moeft.integration.lora import add_lora
         from moeft.integration.nf4_config import NF4Config
         from moeft.training.sft import SFTConfig, SFTTrainer
 
@@ -159,21 +164,11 @@ class _Run:
         found = audit(model, strict=bool(packed and packed.experts))
         self.show(str(found))
         self.metrics["bytes"] = self.bytes_by_component(found)
-        lora = recipe.lora
-        model = add_lora(
-            model,
-            lora.rank,
-            lora.alpha,
-            lora.targets,
-            experts_rank=lora.experts_rank,
-            rslora=lora.rslora,
-            seed=lora.init_seed,
-            dtype=lora.dtype,
-        )
+        rows = self.training_rows(tokenizer, args)
         trainer = SFTTrainer(
-            model=model,
+            model=adapted(model, recipe.lora, rows.examples, self.metrics, self.show),
             args=args,
-            train_dataset=self.training_rows(tokenizer, args),
+            train_dataset=rows,
             eval_dataset=recipe.data.eval,
             processing_class=tokenizer,
             events=self.folder,
@@ -280,7 +275,7 @@ class _Run:
             {
                 "merge_method": "lora",
                 "base_model": self.base(wanted),
-                "models": [{"adapter": self.folder.path / "adapter"}],
+                "models": [{"adapter": path} for path in (*self.recipe.lora.stack_on, self.folder.path / "adapter")],
                 "out_dtype": wanted.out_dtype,
             },
             wanted.output,

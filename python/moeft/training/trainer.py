@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from moeft.config.optimizer import HOST_STATE_BITS, optimizer_problems
 from moeft.data.collate import count_tokens
 from moeft.integration.fused_loss import fuse_loss
+from moeft.integration.stacking import keeping_active
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
 from moeft.training import out_of_memory
 from moeft.training.diagnosis import Batch, Diagnosis, diagnose
@@ -199,6 +200,10 @@ class MoeTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with keeping_active(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""

@@ -37,6 +37,8 @@ pub struct AdapterConfig {
     /// Version of PEFT that wrote the adapter.
     pub peft_version: Option<String>,
     path: PathBuf,
+    b_layout: Option<String>,
+    written_by_unsloth: bool,
     rank: f64,
     alpha: f64,
     use_rslora: bool,
@@ -70,6 +72,12 @@ impl AdapterConfig {
         Ok(Self {
             target_parameters: names.iter().filter_map(Value::as_str).map(str::to_string).collect(),
             peft_version: fields.get("peft_version").and_then(Value::as_str).map(str::to_string),
+            b_layout: fields.get("lora_B_layout").and_then(Value::as_str).map(str::to_string),
+            written_by_unsloth: fields.get("auto_mapping").and_then(|mapping| mapping.get("unsloth_fixed")).is_some()
+                || fields
+                    .get("base_model_name_or_path")
+                    .and_then(Value::as_str)
+                    .is_some_and(|name| name.starts_with("unsloth/")),
             rank: number("r")?,
             alpha: number("lora_alpha")?,
             use_rslora: fields.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
@@ -113,11 +121,21 @@ impl AdapterConfig {
         Ok(None)
     }
 
-    /// Refuses a PEFT whose expert adapters have inputs and outputs the other way round.
+    /// Refuses a PEFT whose expert adapters have inputs and outputs the other way round, and an adapter of unsloth whose
+    /// columns of B lie in another order, or in one that nothing tells: `stamped` says that the file names its layout.
     ///
     /// # Errors
-    /// [`AdapterError::OldExpertLayout`].
-    pub fn check_expert_layout(&self) -> Result<()> {
+    /// [`AdapterError::OldExpertLayout`], [`AdapterError::ForeignLayout`].
+    pub fn check_expert_layout(&self, stamped: bool) -> Result<()> {
+        let mark = match self.b_layout.as_deref() {
+            Some("rank_major") => None,
+            Some(order) => Some(format!("lora_B_layout is {order:?}")),
+            None if self.written_by_unsloth && !stamped => Some("unsloth wrote it without lora_B_layout".to_string()),
+            None => None,
+        };
+        if let Some(mark) = mark {
+            return Err(AdapterError::ForeignLayout { path: self.path.clone(), mark }.into());
+        }
         let version = self.peft_version.as_deref().unwrap_or("not recorded");
         let numbers: Vec<u32> = version.split(['.', '@', '+']).map_while(|part| part.parse().ok()).collect();
         let development = version.contains("dev") || version.contains("rc");

@@ -15,8 +15,10 @@ pub enum AdapterError {
     NotLora { path: PathBuf, peft_type: String },
     #[error("{}: {setting} is {value}: {reason}", path.display())]
     Unsupported { path: PathBuf, setting: &'static str, value: String, reason: &'static str },
-    #[error("{}: peft_version is {version}, and adapters of expert stacks written before peft 0.19.1 have inputs and outputs swapped; merge it with the peft that trained it, or train it again with peft >= 0.19.1", path.display())]
+    #[error("{}: peft_version is {version}, and adapters of expert stacks written before peft 0.19.1 have inputs and outputs swapped; write it in the layout of today with `moeft adapter convert --to peft`", path.display())]
     OldExpertLayout { path: PathBuf, version: String },
+    #[error("{}: {mark}, so its factors of experts may lie in another order; see `moeft adapter verify`, and write it in the layout of PEFT with `moeft adapter convert --to peft`", path.display())]
+    ForeignLayout { path: PathBuf, mark: String },
     #[error("{}: {module} has {levels} nested adapters but target_parameters {targets:?} name {expected} of its parameters; the adapter and its adapter_config.json do not belong together", path.display())]
     Nesting { path: PathBuf, module: String, levels: usize, targets: Vec<String>, expected: usize },
     #[error("{}: {count} keys cannot be used: {keys}; the adapter was not trained by LoRA on the modules of this family", path.display())]

@@ -22,6 +22,10 @@ use crate::Result;
 /// Metadata key under which an adapter carries the fingerprint of its base.
 pub const BASE_FINGERPRINT: &str = "moeft.base_fingerprint";
 
+/// Metadata key under which an adapter names the layout of its factors of experts, and the one that is read here.
+const LAYOUT: &str = "moeft.layout";
+const PEFT_LAYOUT: &str = "peft-0.19.1";
+
 /// What a pair of factors adapts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
@@ -79,9 +83,15 @@ impl Adapter {
             let (key, dtype) = (tensor.info.name.clone(), tensor.info.dtype.to_string());
             return Err(AdapterError::Dtype { path: file, key, dtype }.into());
         }
-        let pairs = pairs(&file, &weights, &config, family)?;
         let metadata = &weights.shards[0].header.metadata;
-        let base_fingerprint = metadata.iter().find(|(key, _)| key == BASE_FINGERPRINT).map(|(_, value)| value.clone());
+        let entry = |name: &str| metadata.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone());
+        let layout = entry(LAYOUT);
+        if let Some(layout) = layout.as_deref().filter(|layout| *layout != PEFT_LAYOUT) {
+            let mark = format!("{LAYOUT} is {layout:?}");
+            return Err(AdapterError::ForeignLayout { path: file, mark }.into());
+        }
+        let pairs = pairs(&file, &weights, &config, family, layout.is_some())?;
+        let base_fingerprint = entry(BASE_FINGERPRINT);
         Ok(Self { path: folder.into(), weights, pairs, base_fingerprint })
     }
 
@@ -98,7 +108,13 @@ impl Adapter {
 type Wrappers = BTreeMap<usize, [Option<String>; 2]>;
 
 /// Groups the keys of an adapter into pairs.
-fn pairs(file: &Path, weights: &Checkpoint, config: &AdapterConfig, family: &Family) -> Result<Vec<Pair>> {
+fn pairs(
+    file: &Path,
+    weights: &Checkpoint,
+    config: &AdapterConfig,
+    family: &Family,
+    stamped: bool,
+) -> Result<Vec<Pair>> {
     let mut modules: BTreeMap<&str, Wrappers> = BTreeMap::new();
     let mut leftover = Vec::new();
     for tensor in weights.tensors() {
@@ -114,7 +130,7 @@ fn pairs(file: &Path, weights: &Checkpoint, config: &AdapterConfig, family: &Fam
     for (module, wrappers) in modules {
         let levels = wrappers.len();
         let targets = match is_experts(module, family) {
-            true => stacks(file, module, levels, config)?,
+            true => stacks(file, module, levels, config, stamped)?,
             false if is_targeted(config, module, "weight") => vec![Target::Parameter],
             false => vec![Target::Linear],
         };
@@ -173,10 +189,10 @@ fn is_targeted(config: &AdapterConfig, module: &str, parameter: &str) -> bool {
 ///
 /// PEFT walks the parameters of a module in the order of their declaration and wraps the module once for each that is
 /// targeted (`BaseTuner._inject_parameters`), so the last one is outermost.
-fn stacks(file: &Path, module: &str, levels: usize, config: &AdapterConfig) -> Result<Vec<Target>> {
+fn stacks(file: &Path, module: &str, levels: usize, config: &AdapterConfig, stamped: bool) -> Result<Vec<Target>> {
     let stacks = Stack::ALL.into_iter().filter(|stack| is_targeted(config, module, stack.parameter()));
     let targets: Vec<Target> = stacks.rev().map(Target::Experts).collect();
-    config.check_expert_layout()?;
+    config.check_expert_layout(stamped)?;
     if targets.len() != levels {
         let (path, module, expected) = (file.to_path_buf(), module.to_string(), targets.len());
         let targets = config.target_parameters.clone();
