@@ -1,5 +1,7 @@
 //! NF4: what must hold for all inputs. That each path equals the definition is tested beside the paths.
 
+use std::fmt::Debug;
+
 use half::{bf16, f16};
 use moeft_core::nf4::{self, Codebook, Element, GroupQuantizer, Layout, Scales};
 use proptest::prelude::*;
