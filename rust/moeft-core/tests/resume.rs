@@ -115,7 +115,7 @@ fn streaming_equals_quantising_at_once() {
     let (after, len) = (load(&out), 2 * INNER * HIDDEN);
     let layout = nf4::Layout { groups: EXPERTS, group_len: len, block_size: 64 };
     let (mut packed, mut absmax) = (vec![0; layout.packed_len()], vec![0.0; layout.absmax_len()]);
-    nf4::quantize(&values(EXPERTS * len, 10), layout, &mut packed, &mut absmax).unwrap();
+    nf4::quantize(&values(EXPERTS * len, 10), nf4::Codebook::Nf4, layout, &mut packed, &mut absmax).unwrap();
     let name = "model.layers.0.experts.gate_up_nf4";
     assert_eq!(after[&format!("{name}.packed")], (vec![EXPERTS, len / 2], packed));
     let absmax: Vec<u8> = absmax.iter().flat_map(|value| value.to_le_bytes()).collect();
