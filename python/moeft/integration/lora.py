@@ -107,7 +107,7 @@ def add_lora(
         A PeftModel; ``save_pretrained`` writes PEFT's ``target_parameters`` layout.
 
     Raises:
-        ValueError: If a rank, an alpha, a target, a layer, an expert, the dropout, the name or the dtype cannot be used.
+        ValueError: If a rank, an alpha, a target, a layer, an expert, dropout, name or dtype cannot be used.
         AdapterError: If a target matches nothing in the model, or the adapter cannot be stacked on those it has.
     """
     if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from moeft import families
 from moeft.errors import UnsupportedModelError
+from moeft.integration import model_family
 
 STATE_KEY = "moeft.routing"
 
@@ -149,7 +149,7 @@ class RoutingMonitor(TrainerCallback):
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path in the base model and module of the experts of every layer, below the wrappers of PEFT."""
     try:
-        family = families.for_model_type(model.config.model_type)  # type: ignore[union-attr,arg-type]
+        family = model_family.of_model(model)
     except UnsupportedModelError:
         return
     for path, module in model.named_modules():
