@@ -118,10 +118,11 @@ def test_errors_of_the_core_have_their_own_classes(tmp_path):
         fuse_experts(base, tmp_path / "out")
     with pytest.raises(ValueError, match='direction is "melt", expected "fuse" or "unfuse"'):
         _core.convert_layout(base, tmp_path / "out", "melt")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"model_type": "gemma9"}))
-    with pytest.raises(UnsupportedModelError, match="gemma9"):
-        unfuse_experts(base, tmp_path / "out")
+    dense = save_base(tmp_path / "dense", "llama", torch.bfloat16)
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"model_type": "llama9"}))
+    with pytest.raises(UnsupportedModelError, match="llama9"):
+        unfuse_experts(dense, tmp_path / "out")
 
 
 def save_sparse_gpt_oss(folder: Path) -> int:

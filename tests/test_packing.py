@@ -85,6 +85,10 @@ def test_collated_packs_are_padded_with_tokens_that_are_alone_and_not_counted():
     assert count_tokens(flat) == 14
 
 
+# Not gpt_oss: its masks do not see position_ids in transformers 5.23, so packing is refused.
+SDPA_NAMES = (*(name for name in FAMILY_NAMES if name != "gpt_oss"), "llama")
+
+
 def model_of(name, attention="sdpa"):
     if name == "llama":
         torch.manual_seed(0)
@@ -119,7 +123,7 @@ ROWS = examples([30, 23, 17, 9, 5, 2])
 
 @pytest.mark.parametrize("layout", ["padded packs", "flat"])
 @pytest.mark.parametrize(
-    ("name", "attention"), [*((name, "sdpa") for name in (*FAMILY_NAMES, "llama")), ("gemma4", "eager")]
+    ("name", "attention"), [*((name, "sdpa") for name in SDPA_NAMES), ("gemma4", "eager")]
 )
 def test_packed_rows_give_the_loss_gradients_and_routing_of_rows_of_their_own(name, attention, layout):
     model = model_of(name, attention)
@@ -152,7 +156,7 @@ def contains(one, row):
     )
 
 
-@pytest.mark.parametrize("name", [*FAMILY_NAMES, "llama"])
+@pytest.mark.parametrize("name", SDPA_NAMES)
 def test_isolation_holds_for_attention_and_leaves_the_model_as_it_was(name):
     model = model_of(name)
     model.lm_head.eval()
@@ -162,6 +166,11 @@ def test_isolation_holds_for_attention_and_leaves_the_model_as_it_was(name):
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+
+
+def test_model_whose_masks_ignore_positions_is_refused():
+    with pytest.raises(UnsupportedModelError, match="do not all keep them apart with attention 'eager'"):
+        check_document_isolation(model_of("gpt_oss", "eager"))
 
 
 @pytest.mark.filterwarnings("ignore")

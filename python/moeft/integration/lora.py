@@ -48,19 +48,21 @@ class LoraModel(PeftModelForCausalLM):
     def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load weights into an adapter; one that is there keeps its dtype. See ``PeftModel.load_adapter``."""
         # PEFT would turn a bfloat16 adapter into float32, and a run that resumes into another one.
-        dtypes = {p.dtype for p in self._factors(adapter_name)}
+        dtypes = {p.dtype for p in _factors(self, adapter_name)}
         loaded = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         if len(dtypes) == 1:
-            self.cast_adapter(dtypes.pop(), adapter_name)
+            cast_adapter(self, dtypes.pop(), adapter_name)
         return loaded
 
-    def cast_adapter(self, dtype: torch.dtype, adapter_name: str = "default") -> None:
-        """Give an adapter's weights another dtype; an optimiser must be made after it."""
-        for factor in self._factors(adapter_name):
-            factor.data = factor.data.to(dtype)
 
-    def _factors(self, adapter_name: str) -> list[torch.nn.Parameter]:
-        return [p for name, p in self.named_parameters() if ".lora_" in name and f".{adapter_name}." in f"{name}."]
+def cast_adapter(model: PeftModel, dtype: torch.dtype, adapter_name: str = "default") -> None:
+    """Give an adapter's weights another dtype; an optimiser must be made after it."""
+    for factor in _factors(model, adapter_name):
+        factor.data = factor.data.to(dtype)
+
+
+def _factors(model: PeftModel, adapter_name: str) -> list[torch.nn.Parameter]:
+    return [p for name, p in model.named_parameters() if ".lora_" in name and f".{adapter_name}." in f"{name}."]
 
 
 def add_lora(
@@ -149,7 +151,7 @@ def add_lora(
             model = LoraModel(model, config, adapter_name=name)
     keep_experts(model, family, name, experts)
     if dtype is not None:
-        model.cast_adapter(DTYPES[str(dtype).removeprefix("torch.")], name)
+        cast_adapter(model, DTYPES[str(dtype).removeprefix("torch.")], name)
     return model
 
 

@@ -9,8 +9,6 @@ from moeft.planning.adapters import HOST_OPTIMIZERS
 from moeft.planning.settings import Settings
 from moeft.planning.sizes import format_bytes
 
-NOT_YET = ("adamw_moeft_host", "keep_norm_inputs")  # planned for, but not in this version
-
 
 @dataclass(frozen=True)
 class Knob:
@@ -66,11 +64,6 @@ def changes(settings: Settings, packed_on_disk: bool) -> Iterator[tuple[str, Set
             yield "training.optim: adamw_bnb_8bit", small, "needs bitsandbytes; moments in 8 bit"
         host = replace(settings, optimizer=HOST_OPTIMIZERS[0])
         yield f"training.optim: {HOST_OPTIMIZERS[0]}", host, "state in host memory, gradients cross the bus"
-
-
-def exists(name: str) -> bool:
-    """Whether this version has what a change asks for."""
-    return not any(missing in name for missing in NOT_YET)
 
 
 def streaming(expert_bytes_by_layer: list[int], device_bytes: int, vram_bytes: int) -> Knob | None:

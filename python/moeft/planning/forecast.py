@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moeft.config.sft import SftRecipe
-from moeft.planning.advice import Knob, changes, exists, streaming
+from moeft.planning.advice import Knob, changes, streaming
 from moeft.planning.devices import find_device, nearest_names
 from moeft.planning.model import read_model
 from moeft.planning.report import Plan
@@ -65,7 +65,7 @@ def _advice(forecast: Forecast, result: Plan) -> Iterator[Knob]:
         other = Forecast(forecast.model, changed).plan()
         saved = result.device_bytes - other.device_bytes
         if saved > 0:
-            knobs.append(Knob(name, saved, exists(name), cost))
+            knobs.append(Knob(name, saved, True, cost))
     yield from sorted(knobs, key=lambda knob: -knob.saves_bytes)
     if result.fits is False and result.vram_bytes is not None:
         knob = streaming(forecast.expert_bytes(), result.device_bytes, result.vram_bytes)

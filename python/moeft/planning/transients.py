@@ -14,18 +14,22 @@ from moeft.planning.layers import Layer
 from moeft.planning.settings import Settings
 from moeft.planning.weights import FLOAT_BYTES, Weight
 
-LOSS_CHUNK_ROWS = 1024
+LOSS_CHUNK_ELEMENTS = 1 << 25
+MOST_LOSS_CHUNK_ROWS = 1024
 WORKSPACE_BYTES = 64 << 20
-# Float32 copies of a chunk of logits alive at once: logits and the exponentials of their log-sum; with a soft cap
-# logits, their square and the slope. From the second chunk on, what the chunk before left as well.
-LOGIT_COPIES = {False: (2, 3), True: (3, 5)}
+LOGIT_BUFFERS = 2  # float32 buffers of a chunk of logits that serve all chunks
 
 
-def loss_head_bytes(vocabulary: int, hidden: int, softcap: bool, settings: Settings) -> int:
-    """Copies of a chunk of logits, and the hidden states of the rows that count."""
-    rows = min(LOSS_CHUNK_ROWS, settings.tokens)
-    copies = LOGIT_COPIES[softcap][settings.tokens > LOSS_CHUNK_ROWS]
-    return 4 * rows * vocabulary * copies + FLOAT_BYTES[settings.dtype] * settings.tokens * hidden
+def loss_chunk_rows(vocabulary: int, settings: Settings) -> int:
+    """Rows of logits in memory at a time."""
+    return max(1, min(MOST_LOSS_CHUNK_ROWS, LOSS_CHUNK_ELEMENTS // max(1, vocabulary), settings.tokens))
+
+
+def loss_head_bytes(vocabulary: int, hidden: int, settings: Settings) -> int:
+    """Buffers of a chunk of logits, its product in the compute type, and the hidden states of the rows that count."""
+    element = FLOAT_BYTES[settings.dtype]
+    rows = loss_chunk_rows(vocabulary, settings)
+    return (4 * LOGIT_BUFFERS + element) * rows * vocabulary + element * settings.tokens * hidden
 
 
 def expert_backward_bytes(layers: Sequence[Layer], settings: Settings) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeft.kernels.dispatch import in_core
 from moeft.kernels.experts import cpu, function
 from moeft.kernels.experts.lora import ExpertLora, LoraFactors
 from moeft.kernels.experts.spec import PLAIN, Activation, ClampedSwiglu, ExpertLayout, Weights
@@ -64,7 +65,7 @@ def experts(
         x = x.to(torch.get_autocast_dtype(device))
     buckets = bucket(top_k_index, gate_up.shape[0])
     lora = lora or ExpertLora()
-    gate = cpu.gate_of(activation) if device == "cpu" and x.dtype in cpu.DTYPES else None
+    gate = cpu.gate_of(activation) if in_core(x) else None
     block = function.ExpertBlock if gate is None else cpu.ExpertBlock
     out = block.apply(
         x,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moeft.kernels.dispatch import in_core
 from moeft.kernels.grouped_linear import cpu, pytorch
 from moeft.kernels.nf4 import NF4Weight
 
@@ -40,7 +41,7 @@ def grouped_linear(x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor,
             f"x has shape {tuple(x_RK.shape)} and the weight {tuple(weight.shape)}, "
             f"expected rows as wide as axis {side} of a stack of experts with 3 axes"
         )
-    if x_RK.device.type == "cpu" and x_RK.dtype in cpu.DTYPES:
+    if in_core(x_RK):
         return cpu.grouped_linear(x_RK, weight, offsets_E1, transpose)
     return pytorch.grouped_linear(x_RK, weight, offsets_E1, transpose)
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from moeft import _core
 from moeft.kernels import nf4
+from moeft.kernels.dispatch import in_core
 from moeft.kernels.grouped_linear import cpu
 from moeft.kernels.nf4 import NF4Weight
 
@@ -63,6 +64,5 @@ def _multiply(x: Tensor, weight: NF4Weight, transpose: bool) -> Tensor:
 
 def _in_core(x: Tensor) -> bool:
     """Whether the Rust core multiplies: on the CPU, unless it has instructions for bf16 that only PyTorch uses."""
-    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES:
-        return False
-    return x.dtype == torch.float32 or not _core.has_bf16_instructions() or x.numel() <= FEW_ROWS * x.shape[-1]
+    few = x.numel() <= FEW_ROWS * x.shape[-1]
+    return in_core(x) and (few or x.dtype == torch.float32 or not _core.has_bf16_instructions())

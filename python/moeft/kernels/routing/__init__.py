@@ -49,16 +49,16 @@ def bucket(top_k_index: Tensor, num_experts: int) -> Buckets:
     """
     if top_k_index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"top_k_index is {top_k_index.dtype}, expected int32 or int64")
-    if top_k_index.ndim != 2:
-        raise ValueError(f"top_k_index has the shape {list(top_k_index.shape)}, expected [tokens, k]")
+    shape = top_k_index.shape
+    if len(shape) != 2:
+        raise ValueError(f"top_k_index has the shape {list(shape)}, expected [tokens, k]")
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}, expected at least 1")
-    if top_k_index.shape[1] > num_experts:
-        raise ValueError(
-            f"top_k_index has {top_k_index.shape[1]} choices per token, expected at most num_experts = {num_experts}"
-        )
-    path = cpu if top_k_index.device.type == "cpu" else reference
-    return Buckets(*path.bucket(top_k_index.detach().flatten(), num_experts))
+    if shape[1] > num_experts:
+        raise ValueError(f"top_k_index has {shape[1]} choices per token, expected at most num_experts = {num_experts}")
+    if top_k_index.device.type == "cpu":
+        return Buckets(*cpu.bucket(top_k_index, num_experts))
+    return Buckets(*reference.bucket(top_k_index.flatten(), num_experts))
 
 
 def load_statistics(buckets: Buckets) -> LoadStatistics:

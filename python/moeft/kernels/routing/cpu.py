@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moeft import _core
 
 
-def bucket(top_k_index_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def bucket(top_k_index_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`moeft.kernels.routing.reference.bucket`."""
-    rows = top_k_index_R.numel()
-    permutation = torch.empty(rows, dtype=torch.int64)
-    inverse = torch.empty(rows, dtype=torch.int64)
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32)
-    _core.bucket(top_k_index_R.contiguous().numpy(), num_experts, permutation.numpy(), inverse.numpy(), offsets.numpy())
-    return permutation, inverse, offsets
+    rows = top_k_index_Tk.numel()
+    # Made by numpy: a decision of few tokens takes microseconds, and torch.empty and Tensor.numpy take two each.
+    permutation = np.empty(rows, np.int64)
+    inverse = np.empty(rows, np.int64)
+    offsets = np.empty(num_experts + 1, np.int32)
+    _core.bucket(top_k_index_Tk.contiguous().numpy(), num_experts, permutation, inverse, offsets)
+    return torch.from_numpy(permutation), torch.from_numpy(inverse), torch.from_numpy(offsets)
 
 
 def load_statistics(offsets_E1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
