@@ -21,11 +21,11 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["RAYON_NUM_THREADS"] = str(max(arguments.threads))  # read when the core is first used
 
-    import cpu_optimizers
     import torch
 
     import cpu_experts
     import cpu_nf4
+    import cpu_optimizers
     import cpu_routing
     import harness
 
