@@ -122,9 +122,7 @@ ROWS = examples([30, 23, 17, 9, 5, 2])
 
 
 @pytest.mark.parametrize("layout", ["padded packs", "flat"])
-@pytest.mark.parametrize(
-    ("name", "attention"), [*((name, "sdpa") for name in SDPA_NAMES), ("gemma4", "eager")]
-)
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in SDPA_NAMES), ("gemma4", "eager")])
 def test_packed_rows_give_the_loss_gradients_and_routing_of_rows_of_their_own(name, attention, layout):
     model = model_of(name, attention)
     packs = pack(ROWS, 33).packs
