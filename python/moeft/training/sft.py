@@ -12,8 +12,9 @@ from moeft.data.collate import PackingCollator, PaddingCollator
 from moeft.data.example import check_length_options
 from moeft.data.packing import Packed, pack
 from moeft.data.rows import Rows, read_rows
+from moeft.training.arguments import MoeConfig
 from moeft.training.document_isolation import check_document_isolation, wants_flat_batches
-from moeft.training.trainer import MoeConfig, MoeTrainer
+from moeft.training.trainer import MoeTrainer
 
 Dataset = str | Path | Iterable[Mapping[str, Any]] | Rows | Encoded
 

@@ -4,103 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, SchedulerType
+from transformers.trainer_utils import EvalLoopOutput
 
-from moeft.config.optimizer import HOST_STATE_BITS, optimizer_problems
+from moeft.config.optimizer import HOST_STATE_BITS
 from moeft.data.collate import count_tokens
 from moeft.integration.fused_loss import fuse_loss
 from moeft.integration.stacking import keeping_active
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
 from moeft.training import out_of_memory
+from moeft.training.arguments import MoeConfig
 from moeft.training.diagnosis import Batch, Diagnosis, diagnose
 from moeft.training.frozen_base import FrozenBase
 from moeft.training.guards import NonFiniteGuard
-from moeft.training.layer_policies import LayerPolicies, check_policy_choice
+from moeft.training.layer_policies import LayerPolicies
 from moeft.training.length_grouping import SeededLengthGroupedSampler
 from moeft.training.missing_gradients import MissingGradients
 from moeft.training.optim import HostAdamW, host_options, raise_rate_of_b
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
 from moeft.training.routing_monitor import RoutingMonitor
-
-
-@dataclass
-class MoeConfig(TrainingArguments):
-    """``TrainingArguments`` with the defaults that adapters on quantised experts want.
-
-    ``optim`` takes two more names, ``adamw_moeft_host`` and ``adamw_moeft_8bit``:
-    :class:`moeft.training.optim.HostAdamW` with 32- or 8-bit state. ``optim_args`` may set its ``master_weights`` and
-    ``min_8bit_size``.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-
-    loraplus_lr_ratio: float | None = field(
-        default=None, metadata={"help": "LoRA+: learning rate of the B factors by that of A; None for the same rate."}
-    )
-    min_lr_ratio: float | None = field(
-        default=None, metadata={"help": "With a cosine schedule: last learning rate by the first, from 0 to 1."}
-    )
-    max_skipped_steps: int = field(
-        default=10, metadata={"help": "Stop after this many steps in a row with a non-finite loss or gradient."}
-    )
-    check_frozen_base: bool = field(
-        default=True,
-        metadata={"help": "Hash what is frozen before and after training; a few seconds per GB and core."},
-    )
-    log_routing: bool = field(default=True, metadata={"help": "Count the tokens of every expert while training."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rows are ours and hold no others."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in host memory; only a GPU gains."}
-    )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Loggers besides the run folder."})
-    activation_checkpointing: bool | str | None = field(
-        default=None,
-        metadata={
-            "help": '"none", "keep_norm_inputs", "full", or "auto", which is a plan or else "full"; true is as in '
-            "transformers, with activation_checkpointing_kwargs."
-        },
-    )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Older name of activation_checkpointing, the only one in transformers 5.17."},
-    )
-    activation_offload: bool = field(
-        default=False, metadata={"help": "Hold in host memory what layers keep for backward; only a GPU gains."}
-    )
-
-    def __post_init__(self) -> None:
-        if problems := optimizer_problems(vars(self)):
-            raise ValueError("; ".join(problems))
-        given = dict(vars(self))
-        is_ours = given["optim"] in HOST_STATE_BITS
-        if is_ours:
-            host_options(given["optim_args"])
-        if isinstance(policy := self.activation_checkpointing, str):
-            check_policy_choice(policy)
-            if policy == "none":
-                self.activation_checkpointing = False
-        # TrainingArguments takes names of its own enum only.
-        self.optim: Any = "adamw_torch" if is_ours else given["optim"]
-        super().__post_init__()
-        if is_ours:
-            self.optim = given["optim"]
-        if self.min_lr_ratio is not None:
-            self.lr_scheduler_type = SchedulerType.COSINE_WITH_MIN_LR
-            options = vars(self)["lr_scheduler_kwargs"] or {}
-            self.lr_scheduler_kwargs = {**options, "min_lr_rate": self.min_lr_ratio}
-        # transformers 5.17 reads the older name alone.
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = self.gradient_checkpointing
-        self.gradient_checkpointing = bool(self.activation_checkpointing)
 
 
 class MoeTrainer(Trainer):

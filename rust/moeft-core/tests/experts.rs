@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use moeft_core::experts::{backward, forward, Block, Gate, Gradients, Lora, Routing};
-use moeft_core::gemm::{Floats, FloatsMut, Stack, StackValues};
+use moeft_core::gemm::{Floats, FloatsMut, Stack, Values};
 use moeft_core::parallel::with_threads;
 use moeft_core::routing::bucket;
 use proptest::prelude::*;
@@ -165,7 +165,7 @@ impl Case {
             Routing { permutation: &permutation, offsets: &offsets, weights: &self.weights, top_k: self.top_k };
         let stack = |values, bias, outputs, inputs| {
             let (rows, cols) = if self.transposed { (inputs, outputs) } else { (outputs, inputs) };
-            let values = StackValues::Dense(Floats::F32(values));
+            let values = Values::Dense(Floats::F32(values));
             Stack { values, num_experts: experts, rows, cols, transposed: self.transposed, bias: Some(bias) }
         };
         let [a_up, b_up, a_down, b_down] = &self.factors;

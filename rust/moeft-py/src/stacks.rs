@@ -1,6 +1,6 @@
 //! Stacks of experts, packed or dense, from Python.
 
-use moeft_core::gemm::{Stack, StackValues};
+use moeft_core::gemm::{Stack, Values};
 use moeft_core::nf4::{Codebook, Scales};
 use pyo3::prelude::*;
 
@@ -60,14 +60,14 @@ impl StackBuffers {
         let (num_experts, rows, cols) = stack.shape;
         let (block_size, codebook) = (stack.block_size, self.codebook);
         let values = match &self.values {
-            StackInput::Dense(floats) => StackValues::Dense(floats.view()),
+            StackInput::Dense(floats) => Values::Dense(floats.view()),
             StackInput::Nf4 { packed, absmax } => {
-                StackValues::Nf4 { packed: packed.slice(), scales: Scales::Plain(absmax.slice()), block_size, codebook }
+                Values::Nf4 { packed: packed.slice(), scales: Scales::Plain(absmax.slice()), block_size, codebook }
             }
             StackInput::Nested { packed, codes, absmax2 } => {
                 let (codes, absmax2, offset) = (codes.slice(), absmax2.slice(), stack.nested_offset);
                 let scales = Scales::Nested { codes, absmax2, offset, first: 0 };
-                StackValues::Nf4 { packed: packed.slice(), scales, block_size, codebook }
+                Values::Nf4 { packed: packed.slice(), scales, block_size, codebook }
             }
         };
         let bias = self.bias.as_ref().map(Input::slice);

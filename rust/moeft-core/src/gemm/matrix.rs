@@ -7,16 +7,16 @@ use super::{run, Kernel};
 use crate::isa::Isa;
 use crate::nf4::{decode_run, Codebook, Scales};
 
-/// Values of one weight, as stored.
+/// Values of a weight or of a stack of them, as stored.
 #[derive(Debug, Clone, Copy)]
 pub enum Values<'a> {
     /// Not quantised.
     Dense(Floats<'a>),
-    /// One group of NF4, see [`nf4`](crate::nf4).
+    /// NF4, one group per weight, see [`nf4`](crate::nf4).
     Nf4 {
-        /// Codes of the group.
+        /// Codes.
         packed: &'a [u8],
-        /// Scales of the group.
+        /// Scales.
         scales: Scales<'a>,
         /// Values that share a scale.
         block_size: usize,

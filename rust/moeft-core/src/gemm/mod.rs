@@ -33,7 +33,7 @@ pub use multiply::{multiply, Side};
 pub use outer::add_outer;
 pub use rows::{Lanes, Rows, LANES};
 pub(crate) use stack::check_len;
-pub use stack::{Stack, StackValues};
+pub use stack::Stack;
 
 use crate::isa::Isa;
 

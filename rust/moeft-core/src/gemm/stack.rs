@@ -1,33 +1,14 @@
 //! The weights of all experts of a layer.
 
-use super::floats::Floats;
 use super::matrix::{Matrix, Values};
-use crate::nf4::{Codebook, Layout, Scales};
+use crate::nf4::Layout;
 use crate::{Error, Result};
-
-/// Values of a stack of experts, as stored.
-#[derive(Debug, Clone, Copy)]
-pub enum StackValues<'a> {
-    /// Not quantised.
-    Dense(Floats<'a>),
-    /// NF4, one group per expert; `scales` are those of the whole stack.
-    Nf4 {
-        /// Codes.
-        packed: &'a [u8],
-        /// Scales of the whole stack.
-        scales: Scales<'a>,
-        /// Values that share a scale.
-        block_size: usize,
-        /// What the codes stand for.
-        codebook: Codebook,
-    },
-}
 
 /// A stack of weights, one per expert.
 #[derive(Debug, Clone, Copy)]
 pub struct Stack<'a> {
-    /// `[E, rows, cols]`.
-    pub values: StackValues<'a>,
+    /// `[E, rows, cols]`; of NF4, codes and scales of the whole stack.
+    pub values: Values<'a>,
     /// Number of experts.
     pub num_experts: usize,
     /// Rows of an expert as stored: outputs, or inputs if `transposed`.
@@ -63,8 +44,8 @@ impl<'a> Stack<'a> {
     pub(crate) fn expert(&self, expert: usize) -> Matrix<'a> {
         let len = self.rows * self.cols;
         let values = match self.values {
-            StackValues::Dense(floats) => Values::Dense(floats.slice(expert * len..(expert + 1) * len)),
-            StackValues::Nf4 { packed, scales, block_size, codebook } => {
+            Values::Dense(floats) => Values::Dense(floats.slice(expert * len..(expert + 1) * len)),
+            Values::Nf4 { packed, scales, block_size, codebook } => {
                 let (bytes, blocks) = (len.div_ceil(2), len.div_ceil(block_size));
                 Values::Nf4 {
                     packed: &packed[expert * bytes..][..bytes],
@@ -86,8 +67,8 @@ impl<'a> Stack<'a> {
     pub(crate) fn check(&self, name: &'static str) -> Result<()> {
         let len = self.rows.saturating_mul(self.cols);
         match self.values {
-            StackValues::Dense(floats) => check_len(name, floats.len(), len.saturating_mul(self.num_experts))?,
-            StackValues::Nf4 { packed, scales, block_size, .. } => {
+            Values::Dense(floats) => check_len(name, floats.len(), len.saturating_mul(self.num_experts))?,
+            Values::Nf4 { packed, scales, block_size, .. } => {
                 let layout = Layout { groups: self.num_experts, group_len: len, block_size };
                 layout.check((name, layout.values_len()), packed.len(), scales.len())?;
                 scales.check()?;
