@@ -3,15 +3,22 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
+from transformers.activations import ACT2FN
 
 from moeft.kernels import ClampedSwiglu, ExpertLayout, ExpertLora, LoraFactors, experts, nf4
-from moeft.kernels.experts import reference
+from moeft.kernels.experts import cpu, reference
 from moeft.kernels.experts.spec import PLAIN
 
 # One bf16 rounding is 0.0017 relative RMS; independent ones add in quadrature. Ten weigh on the longest chain: W, W x
 # and the activation of each stack going forward, W and W^T g of each going back. Those of the LoRA terms are small
 # beside them. Twice that is allowed. Float32 products of up to 64 terms stay under 1e-5.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2 * 0.0017 * 10**0.5}
+
+
+@pytest.fixture(autouse=True, params=["auto", "pytorch"])
+def kernels(request, monkeypatch):
+    """Both ways through the block: the Rust core, and PyTorch's operations, which a GPU takes."""
+    monkeypatch.setenv("MOEFT_KERNELS", request.param)
 
 
 class Case:
@@ -226,3 +233,17 @@ def test_bad_input_is_named(change, message):
 def test_no_tokens_give_no_rows():
     case = Case(torch.float32, tokens=0)
     assert [tuple(t.shape) for t in case.run(experts)[:2]] == [(0, 64), (0, 64)]
+
+
+def test_unknown_choice_of_kernels_is_refused(monkeypatch):
+    monkeypatch.setenv("MOEFT_KERNELS", "cuda")
+    with pytest.raises(ValueError, match=r"MOEFT_KERNELS is 'cuda', expected one of"):
+        Case(torch.float32).run(experts)
+
+
+def test_core_knows_activations_by_what_they_are():
+    assert (
+        cpu.gate_of(functional.silu) == cpu.gate_of(torch.nn.SiLU()) == cpu.gate_of(ACT2FN["silu"]) == cpu.Gate("silu")
+    )
+    assert cpu.gate_of(ACT2FN["gelu_pytorch_tanh"]) == cpu.gate_of(torch.nn.GELU("tanh")) == cpu.Gate("gelu_tanh")
+    assert cpu.gate_of(torch.nn.GELU()) is cpu.gate_of(torch.relu) is None
