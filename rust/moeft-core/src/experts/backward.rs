@@ -42,11 +42,8 @@ pub fn backward(
 ) -> Result<()> {
     let isa = Isa::active()?;
     let (hidden, inner) = (block.hidden(), block.inner());
-    let tokens = routing.weights.len() / routing.top_k.max(1);
-    routing.check(block, tokens)?;
-    check_len("x", x.len(), tokens * hidden)?;
+    routing.check(block, &[("x", x.len()), ("grad", grad.len())])?;
     check_len("h", h.len(), routing.permutation.len() * 2 * inner)?;
-    check_len("grad", grad.len(), tokens * hidden)?;
     let Gradients { x: grad_x, weights: grad_weights, gate_up_lora: mut up_grads, down_lora: mut down_grads } =
         gradients;
     if let Some(grad_x) = &grad_x {

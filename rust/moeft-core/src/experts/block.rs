@@ -100,9 +100,14 @@ impl Routing<'_> {
         }
     }
 
-    /// Checks the routing, the block, and the two against `tokens`; what passes cannot index out of bounds.
-    pub(super) fn check(&self, block: &Block<'_>, tokens: usize) -> Result<()> {
+    /// Checks the routing, the block, and `rows_of_tokens`, named lengths that must be `[T, H]`; what passes cannot
+    /// index out of bounds.
+    pub(super) fn check(&self, block: &Block<'_>, rows_of_tokens: &[(&'static str, usize)]) -> Result<()> {
         block.check()?;
+        let tokens = self.weights.len() / self.top_k.max(1);
+        for &(name, len) in rows_of_tokens {
+            check_len(name, len, tokens.saturating_mul(block.hidden()))?;
+        }
         let rows = tokens.saturating_mul(self.top_k);
         check_len("permutation", self.permutation.len(), rows)?;
         check_len("weights", self.weights.len(), rows)?;

@@ -29,10 +29,7 @@ pub fn forward(
 ) -> Result<()> {
     let isa = Isa::active()?;
     let (hidden, inner) = (block.hidden(), block.inner());
-    let tokens = routing.weights.len() / routing.top_k.max(1);
-    routing.check(block, tokens)?;
-    check_len("x", x.len(), tokens * hidden)?;
-    check_len("out", out.len(), tokens * hidden)?;
+    routing.check(block, &[("x", x.len()), ("out", out.len())])?;
     if let Some(h) = &h {
         check_len("h", h.len(), routing.permutation.len() * 2 * inner)?;
     }
