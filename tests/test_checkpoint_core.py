@@ -498,3 +498,14 @@ print(peak() - before)
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) < 256 << 20 < total
         shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("below", ["packed", "new/packed", "../base/packed"])
+def test_output_inside_of_the_source_is_refused(tmp_path, below, monkeypatch):
+    base = save_base(tmp_path / "base", "gemma4", torch.bfloat16)
+    before = sorted(base.rglob("*"))
+    monkeypatch.chdir(base)
+    for out in (base / below, below):
+        with pytest.raises(ValueError, match="outside of"):
+            quantize(base, out)
+    assert sorted(base.rglob("*")) == before

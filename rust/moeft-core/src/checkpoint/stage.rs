@@ -185,6 +185,24 @@ pub fn check_output(out: &Path) -> Result<()> {
     }
 }
 
+/// Refuses an output inside of the folder it is made from: what stands beside the weights is copied, and would be without end.
+///
+/// # Errors
+/// [`Error::InvalidArgument`]; also as [`check_output`].
+pub fn check_output_of(source: &Path, out: &Path) -> Result<()> {
+    check_output(out)?;
+    // A folder that does not exist yet lies where its nearest ancestor does.
+    let absolute = std::path::absolute(out).map_err(Error::io("find", out))?;
+    let existing = absolute.ancestors().find_map(|folder| folder.canonicalize().ok());
+    match (source.canonicalize(), existing) {
+        (Ok(source), Some(folder)) if folder.starts_with(&source) => {
+            let expected = format!("a folder outside of {}, which it is made from", source.display());
+            Err(Error::invalid("out", out.display(), expected))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn partial_path(out: &Path) -> Result<PathBuf> {
     let name = out.file_name().ok_or_else(|| CheckpointError::OutputUnnamed { path: out.into() })?;
     let mut name = name.to_os_string();

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::plan::{Output, Plan};
 use super::Direction;
 use crate::checkpoint::folder::{copy_side_files, write_index, Config};
-use crate::checkpoint::stage::{check_output, plan_hash, Stage};
+use crate::checkpoint::stage::{check_output_of, plan_hash, Stage};
 use crate::checkpoint::{Checkpoint, CheckpointError, Header, Shard, ShardWriter, TensorInfo, TensorSpec, SINGLE};
 use crate::families::Family;
 use crate::names::DiskNames;
@@ -50,7 +50,7 @@ pub struct LayoutReport {
 /// under the final name then.
 pub fn convert(source: &Path, out: &Path, direction: Direction, progress: &mut dyn Progress) -> Result<LayoutReport> {
     let started = Instant::now();
-    check_output(out)?;
+    check_output_of(source, out)?;
     let checkpoint = Checkpoint::open(source)?;
     let config = Config::read(source)?;
     if let Some(method) = config.quant_method() {

@@ -12,7 +12,7 @@ use super::recipe::Recipe;
 use super::report::{BaseCheck, MergeReport};
 use crate::adapter::AdapterError;
 use crate::checkpoint::folder::{copy_side_files, write_index, write_json};
-use crate::checkpoint::stage::{check_output, plan_hash, Stage};
+use crate::checkpoint::stage::{check_output_of, plan_hash, Stage};
 use crate::checkpoint::{fingerprint, Dtype, Header, Shard, ShardWriter, Tensor, TensorSpec, CHUNK_BYTES, SINGLE};
 use crate::float::{decode, encode, first_non_finite};
 use crate::progress::Progress;
@@ -27,7 +27,7 @@ use crate::Result;
 /// [`crate::Error`]; nothing is under the final name then, and the inputs are never changed.
 pub fn merge(recipe: Recipe, out: &Path, progress: &mut dyn Progress) -> Result<MergeReport> {
     let started = Instant::now();
-    check_output(out)?;
+    check_output_of(&recipe.base_model, out)?;
     let plan = Plan::resolve(recipe)?;
     let base_fingerprint = fingerprint(&plan.base)?;
     let base_check = check_base(&plan, &base_fingerprint)?;

@@ -10,7 +10,7 @@ use super::plan::{Component, Job, Packing, Plan};
 use super::report::{Bytes, QuantizeReport};
 use super::{Options, QUANT_METHOD};
 use crate::checkpoint::folder::{copy_side_files, write_index, write_json, Config};
-use crate::checkpoint::stage::{check_output, plan_hash, Stage};
+use crate::checkpoint::stage::{check_output_of, plan_hash, Stage};
 use crate::checkpoint::{
     fingerprint, unravel, Checkpoint, CheckpointError, Header, ShardWriter, Tensor, TensorSpec, SINGLE,
 };
@@ -31,7 +31,7 @@ use crate::Result;
 /// [`crate::Error::InvalidArgument`] for options that do not fit; nothing is under the final name then.
 pub fn quantize(source: &Path, out: &Path, options: &Options, progress: &mut dyn Progress) -> Result<QuantizeReport> {
     let started = Instant::now();
-    check_output(out)?;
+    check_output_of(source, out)?;
     GroupQuantizer::new(1, options.block_size)?;
     let checkpoint = Checkpoint::open(source)?;
     let mut config = Config::read(source)?;
