@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from moeft.errors import DataError
 
@@ -32,19 +32,33 @@ SHAREGPT_ROLES = {
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation, in the form that chat templates of transformers read."""
 
     role: str
     content: str
+    reasoning_content: NotRequired[str]
+    """What an assistant thought before it answered; not part of ``content``."""
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """``{"type": "function", "function": {"name": str, "arguments": object}}``; ``content`` may be empty then."""
+    name: NotRequired[str]
+    """Of a turn of role "tool": the tool that answered."""
+    tool_call_id: NotRequired[str]
+    """Of a turn of role "tool": the call that it answers."""
+    train: NotRequired[bool]
+    """Whether an assistant turn counts in the loss; absent, the mask mode decides."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation and where it came from."""
+    """A conversation, or a plain text, and where it came from."""
 
     messages: list[Message]
     line: int
     """Line in the file, or position in the sequence; counted from 1."""
+    tools: list[dict[str, Any]] | None = None
+    """Schemas of the tools that the assistant may call, as OpenAI's ``tools``; for the chat template."""
+    text: str | None = None
+    """A document for continued pretraining, every token of which counts; ``messages`` is empty then."""
 
 
 @dataclass(frozen=True)
