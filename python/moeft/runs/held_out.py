@@ -1,0 +1,60 @@
+"""Held-out loss and tool calls of a run, before and after training, with samples for the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeft.runs.context import RunContext
+from moeft.runs.replies import HeldOutCalls
+
+if TYPE_CHECKING:
+    from moeft.training.sft import SFTTrainer
+
+
+class HeldOut:
+    """Measures a run's model on what it does not train on.
+
+    Args:
+        run: The run; its figures gain ``heldout`` and ``samples``.
+
+    Raises:
+        DataError: If a row of held-out tool calls cannot be used.
+    """
+
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+        path = run.recipe.evaluation.tool_calls
+        self._calls = None if path is None else HeldOutCalls(path, run.recipe.evaluation)
+
+    def is_measured(self, when: str) -> bool:
+        """Whether an earlier start of the run has these figures."""
+        return when in self._run.metrics.get("heldout", {})
+
+    def measure(self, trainer: SFTTrainer, when: str) -> None:
+        """Loss and scores of the trainer's model, ``before`` or ``after`` training."""
+        figures: dict[str, Any] = {}
+        if trainer.eval_rows is not None:
+            figures["loss"] = trainer.evaluate()["eval_loss"]
+        if self._calls is not None:
+            scores, replies = self._calls.score(trainer.model, trainer.processing_class)
+            figures |= scores
+            self._keep(self._calls, replies, when)
+        self._run.metrics.setdefault("heldout", {})[when] = figures
+        if figures:
+            self._run.show(f"held out {when} training: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
+    def sample_checkpoints(self, base: Path, merged: Path) -> None:
+        """Replace the samples by those of base and merged checkpoint, from plain transformers, and show them."""
+        if self._calls is None:
+            return
+        for when, checkpoint in (("before", base), ("after", merged)):
+            self._keep(self._calls, self._calls.sample_replies(checkpoint, self._run.recipe.dtype), when)
+        for sample in self._run.metrics["samples"]:
+            lines = [sample["prompt"], f"before: {sample['before']}", f"after:  {sample['after']}"]
+            self._run.show("\n  ".join(lines))
+
+    def _keep(self, calls: HeldOutCalls, replies: list[str], when: str) -> None:
+        samples = self._run.metrics.setdefault("samples", calls.samples())
+        for sample, reply in zip(samples, replies, strict=True):
+            sample[when] = reply

@@ -1,0 +1,61 @@
+"""The merged checkpoint of a run, and the proofs that it is the base with the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeft.config.sft import Merge
+from moeft.runs.context import RunContext
+from moeft.runs.held_out import HeldOut
+
+if TYPE_CHECKING:
+    from moeft.training.sft import SFTTrainer
+
+PROOF_ROWS = 8
+
+
+def is_merged(run: RunContext, wanted: Merge) -> bool:
+    """Whether an earlier start of this run merged: the folder appears only when it is complete."""
+    return (wanted.output / "config.json").is_file() and any(
+        event["name"] == "merge" for event in run.folder.events("stage")
+    )
+
+
+def merge_adapters(run: RunContext, wanted: Merge) -> None:
+    """Merge the run's adapter, and those it is stacked on, into the 16-bit base."""
+    from moeft.merging import merge
+
+    report = merge(
+        {
+            "merge_method": "lora",
+            "base_model": _base(run, wanted),
+            "models": [{"adapter": path} for path in (*run.recipe.lora.stack_on, run.folder.path / "adapter")],
+            "out_dtype": wanted.out_dtype,
+        },
+        wanted.output,
+    )
+    run.show(str(report))
+
+
+def prove_merge(run: RunContext, trainer: SFTTrainer, held_out: HeldOut, wanted: Merge) -> None:
+    """Proofs against plain PEFT, and samples of base and merged checkpoint by plain transformers.
+
+    Raises:
+        ProofError: If a proof does not hold.
+    """
+    from moeft.merging.verify import prove, require
+
+    base, adapter = _base(run, wanted), run.folder.path / "adapter"
+    rows = (trainer.eval_rows or trainer.train_rows).examples[:PROOF_ROWS]
+    proofs = prove(base, trainer.model, adapter, wanted.output, [row["input_ids"] for row in rows])
+    run.metrics["proofs"] = [proof.to_json() for proof in proofs]
+    for proof in proofs:
+        run.show(str(proof))
+    held_out.sample_checkpoints(base, wanted.output)
+    require(proofs)
+
+
+def _base(run: RunContext, wanted: Merge) -> Path:
+    """The 16-bit checkpoint that the adapter is merged into."""
+    return wanted.base_model or run.recipe.model

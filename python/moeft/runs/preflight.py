@@ -1,0 +1,50 @@
+"""What would fail late is refused before the run folder is written."""
+
+from __future__ import annotations
+
+import json
+
+from moeft.config import SftRecipe, validate_optimizer, validate_training_fields
+from moeft.errors import RecipeError
+
+
+def check(recipe: SftRecipe) -> None:
+    """Check the parts of a recipe that loading it does not check.
+
+    Raises:
+        RecipeError: If ``training`` names an unknown field, policy or optimiser, or the merge would be refused.
+    """
+    validate_training_fields(recipe.training)
+    validate_optimizer(recipe.training)
+    _check_policy(recipe)
+    _check_merge(recipe)
+
+
+def _check_policy(recipe: SftRecipe) -> None:
+    from moeft.training.layer_policies import check_policy_choice
+
+    policy = recipe.training.get("activation_checkpointing")
+    try:
+        if isinstance(policy, str):
+            check_policy_choice(policy)
+    except ValueError as error:
+        raise RecipeError(f"training.{error}") from error
+
+
+def _check_merge(recipe: SftRecipe) -> None:
+    if recipe.merge is None:
+        return
+    if recipe.merge.verify and recipe.lora.stack_on:
+        raise RecipeError(
+            "merge.verify proves the merge of one adapter, and lora.stack_on names others; set merge.verify to false"
+        )
+    base, output = recipe.merge.base_model or recipe.model, recipe.merge.output
+    config = base / "config.json"
+    if config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8")):
+        raise RecipeError(
+            f"an adapter is merged into a 16-bit checkpoint, and {base} is quantised; set merge.base_model to the "
+            "checkpoint that it was made from"
+        )
+    continued = (recipe.output / "run.json").exists()
+    if not continued and output.is_dir() and any(output.iterdir()):
+        raise RecipeError(f"merge.output {output} is not empty; choose another folder, or remove it")
