@@ -227,6 +227,36 @@ def adamw_step(
         threads: Most threads to use.
     """
 
+def rms_norm_forward(
+    x: _Array, weight: _Array | None, eps: float, out: _Array, rstd: _Array, hidden: int, threads: int
+) -> None:
+    """Normalise rows: ``x * rstd * weight`` with ``rstd = 1 / sqrt(mean(x^2) + eps)``.
+
+    Args:
+        x: ``rows * hidden`` values, float32.
+        weight: ``hidden``, float32, or None for ones.
+        eps: Added to the mean of squares.
+        out: Output, float32, as long as ``x``.
+        rstd: Output, float32, ``rows``.
+        hidden: Length of a row.
+        threads: Most threads to use.
+    """
+
+def rms_norm_backward(
+    x: _Array, weight: _Array | None, rstd: _Array, grad: _Array, grad_x: _Array, hidden: int, threads: int
+) -> None:
+    """Gradient of the rows that ``rms_norm_forward`` normalised.
+
+    Args:
+        x: As given to ``rms_norm_forward``.
+        weight: As given to ``rms_norm_forward``.
+        rstd: What ``rms_norm_forward`` wrote.
+        grad: Gradient of its output, float32.
+        grad_x: Output, float32, as long as ``x``.
+        hidden: Length of a row.
+        threads: Most threads to use.
+    """
+
 def blockwise_quantize(values: _Array, signed: bool, codes: _Array, absmax: _Array) -> None:
     """Store values in 8 bits as bitsandbytes does on the CPU, but zero as zero.
 

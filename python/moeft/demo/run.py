@@ -18,6 +18,9 @@ from moeft.reports.markdown import write_report
 from moeft.runs import sft
 
 TRAIN_ROWS, HELDOUT_ROWS = 3000, 200
+BASE = Path(str(resources.files(__package__) / "base"))
+# Matrices of this size gain nothing from a second thread, and waiting for it doubled the time of a step.
+THREADS = 1
 
 
 def run(out: Path, seed: int = 0, show: Callable[[str], None] = print) -> RunFolder:
@@ -35,23 +38,14 @@ def run(out: Path, seed: int = 0, show: Callable[[str], None] = print) -> RunFol
         ProofError: If a proof does not hold.
         RunFolderError: If ``out`` holds a demo with another seed.
     """
-    # Matrices of this size gain nothing from a second thread, and waiting for it doubled the time of a step.
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     out = Path(out).absolute()
     finished = _finished(out / "run", seed)
     if finished is not None:
         show(f"{out} holds this demo, finished at {finished.record['finished_at']}; remove the folder to run it again")
         show(f"Report: {finished.path / 'report.md'}")
         return finished
-    base = Path(str(resources.files(__package__) / "base"))
-    (out / "data").mkdir(parents=True, exist_ok=True)
-    train, heldout = generate(seed, TRAIN_ROWS, HELDOUT_ROWS)
-    write_jsonl(train, out / "data" / "train.jsonl")
-    write_jsonl(heldout, out / "data" / "heldout.jsonl")
-    show(f"{len(train)} rows to train on, {len(heldout)} held out whose combinations never occur in training")
-    if not (out / "packed").exists():
-        show(str(checkpoint.quantize(base, out / "packed", progress=True)))
-    folder = sft.run(_recipe(base, out, seed), show)
+    folder = sft.run(prepare(out, seed, show=show), show)
     report = write_report(folder)
     figures = folder.read_json("metrics.json")["heldout"]
     show(
@@ -61,6 +55,28 @@ def run(out: Path, seed: int = 0, show: Callable[[str], None] = print) -> RunFol
     )
     show(f"Report: {report}")
     return folder
+
+
+def prepare(out: Path, seed: int, base: Path = BASE, show: Callable[[str], None] = print) -> SftRecipe:
+    """Write the rows and pack the base, where that has not happened yet.
+
+    Args:
+        out: Folder for ``data/`` and ``packed/``.
+        seed: Seed of the data, the adapter and the order of rows.
+        base: Checkpoint to train; the embedded one by default.
+        show: Where to print.
+
+    Returns:
+        The recipe of the run.
+    """
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    train, heldout = generate(seed, TRAIN_ROWS, HELDOUT_ROWS)
+    write_jsonl(train, out / "data" / "train.jsonl")
+    write_jsonl(heldout, out / "data" / "heldout.jsonl")
+    show(f"{len(train)} rows to train on, {len(heldout)} held out whose combinations never occur in training")
+    if not (out / "packed").exists():
+        show(str(checkpoint.quantize(base, out / "packed", progress=True)))
+    return _recipe(base, out, seed)
 
 
 def _finished(path: Path, seed: int) -> RunFolder | None:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from moeft.config.optimizer import HOST_STATE_BITS
 from moeft.data.collate import count_tokens
 from moeft.integration.fused_loss import fuse_loss
+from moeft.integration.fused_norms import fuse_norms
 from moeft.integration.stacking import keeping_active
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
 from moeft.training import out_of_memory
@@ -55,6 +56,7 @@ class MoeTrainer(Trainer):
         super().__init__(**kwargs)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.loss_is_fused = fuse_loss(base)
+        fuse_norms(base)
         self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs or self.loss_is_fused
         self.throughput = Throughput()
         self.add_callback(self.throughput)

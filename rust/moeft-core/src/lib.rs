@@ -21,6 +21,7 @@ pub mod optim;
 pub mod parallel;
 pub mod progress;
 pub mod quantize;
+pub mod rms_norm;
 pub mod routing;
 
 pub use error::{Error, Result};

@@ -14,6 +14,7 @@ const PLACES: &[(&str, &str)] = &[
     ("moeft-core/src/merge/lora.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-core/src/nf4/kernel.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-core/src/optim/block.rs", "calls of functions compiled for AVX2 and AVX-512"),
+    ("moeft-core/src/rms_norm.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-py/src/buffers.rs", "slices of Python buffers"),
 ];
 

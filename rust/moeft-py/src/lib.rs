@@ -12,6 +12,7 @@ mod merge;
 mod nf4;
 mod optim;
 mod progress;
+mod rms_norm;
 mod routing;
 mod stacks;
 
@@ -38,6 +39,8 @@ mod _core {
     use super::nf4::{nf4_dequantize, nf4_first_non_finite, nf4_nest, nf4_quantize, nf4_unnest};
     #[pymodule_export]
     use super::optim::{adamw_step, blockwise_dequantize, blockwise_quantize};
+    #[pymodule_export]
+    use super::rms_norm::{rms_norm_backward, rms_norm_forward};
     #[pymodule_export]
     use super::routing::{bucket, load_statistics};
 }
