@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READERS = ("item", "tolist", "cpu")
-SCALAR_READS = ("_local_scalar_dense", "is_nonzero", "equal")
+SCALAR_READS = ("_local_scalar_dense", "nonzero")  # a GPU would be waited for
 
 
 class DispatchedOperators(TorchDispatchMode):
@@ -44,7 +44,7 @@ class DispatchedOperators(TorchDispatchMode):
             hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__qualname__
+        name = func.overloadpacket.__name__
         self.operators["layer forward" if self._inside else "rest"] += 1
         if name in SCALAR_READS:
             self.host_reads[f"{'in a layer: ' if self._inside else ''}{caller()}"] += 1

@@ -15,7 +15,7 @@ from moeft.config import SftRecipe
 from moeft.data.collate import PaddingCollator, count_tokens
 from moeft.training.sft import SFTTrainer, padding_id
 
-BATCHES = 4
+BATCHES = 2
 ATTENTION, STACKS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["experts.gate_up_proj", "experts.down_proj"]
 
 

@@ -39,10 +39,10 @@ def demo_recipe(hidden: int | None = None) -> Iterator[SftRecipe]:
 
 
 @contextmanager
-def demo_trainer(recipe: SftRecipe, steps: int) -> Iterator[SFTTrainer]:
-    """The trainer of ``moeft sft``; it takes ``steps`` steps and writes no checkpoint."""
+def demo_trainer(recipe: SftRecipe, fused_norms: bool) -> Iterator[SFTTrainer]:
+    """The trainer of ``moeft sft``, without an end in sight and without checkpoints."""
     recipe = recipe.model_copy(deep=True)
-    recipe.training.update(max_steps=steps, save_strategy="no", disable_tqdm=True)
+    recipe.training.update(max_steps=100_000, save_strategy="no", disable_tqdm=True, fused_norms=fused_norms)
     with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), input_files(recipe), SEED) as folder:
         yield make_trainer(RunContext(recipe, folder, silent))
 

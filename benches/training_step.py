@@ -3,7 +3,7 @@
 The model, the rows, the settings and the trainer are the demo's own. Shares come from two sides: PyTorch's profiler
 says which operator, and ``perf``, which slows nothing, which function of which library.
 
-usage: python benches/training_step.py [--out FILE.jsonl] [--steps N] [--rounds N] [--hidden N] [--threads N]
+usage: python benches/training_step.py [--out FILE.jsonl] [--steps N] [--rounds N] [--hidden N] [--stock-norms]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps of each look")
     parser.add_argument("--rounds", type=int, default=5, help="rounds beside PEFT; 0 for none")
     parser.add_argument("--hidden", type=int, help="width of a model of random weights instead of the demo's base")
+    parser.add_argument("--stock-norms", action="store_true", help="leave the norms to transformers")
     parser.add_argument("--threads", type=int, help="default: as the demo, one")
     arguments = parser.parse_args()
     os.environ["RAYON_NUM_THREADS"] = str(arguments.threads or 1)  # read when the core is first used
@@ -37,14 +38,15 @@ def main() -> None:
     from step_samples import Samples
     from step_setup import demo_recipe, demo_trainer
 
-    harness.require_green(("test_trainer.py", "test_kernels_rms_norm.py"))
+    harness.require_green(("test_trainer.py", "test_kernels_rms_norm.py", "test_fused_norms.py"))
     threads = arguments.threads or THREADS
     harness.set_threads(threads)
-    with demo_recipe(arguments.hidden) as recipe, demo_trainer(recipe, 10_000) as trainer:
+    with demo_recipe(arguments.hidden) as recipe, demo_trainer(recipe, not arguments.stock_norms) as trainer:
         hidden = trainer.model.config.hidden_size
         layers = list(trainer.model.get_base_model().model.layers)
+        counted = min(arguments.steps, 10)
         clock, operators = Clock(arguments.steps), Operators(arguments.steps)
-        dispatched, calls = DispatchedOperators(layers, 10), Calls(10)
+        dispatched, calls = DispatchedOperators(layers, counted), Calls(counted)
         samples = Samples(arguments.steps) if Samples.is_available() else None
         looks = Looks([look for look in (clock, samples, operators, dispatched, calls) if look is not None])
         trainer.add_callback(looks)
@@ -53,6 +55,7 @@ def main() -> None:
         result: dict[str, Any] = {
             "case": f"training step of the demo, hidden {hidden}",
             "threads": threads,
+            "fused_norms": trainer.args.fused_norms,
             "steps": arguments.steps,
             "wall_seconds": clock.wall_seconds,
             "cpu_seconds": clock.cpu_seconds,

@@ -30,6 +30,7 @@ _OURS = (
     "max_skipped_steps",
     "check_frozen_base",
     "log_routing",
+    "fused_norms",
     "loraplus_lr_ratio",
     "min_lr_ratio",
     "activation_checkpointing",
@@ -180,7 +181,7 @@ class SftRecipe(Recipe):
     training: dict[str, Any] = Field(
         default_factory=dict,
         description="Arguments of the trainer, by their names in transformers.TrainingArguments, and those that moeft "
-        "adds: max_skipped_steps, check_frozen_base, log_routing, loraplus_lr_ratio, min_lr_ratio, "
+        "adds: max_skipped_steps, check_frozen_base, log_routing, fused_norms, loraplus_lr_ratio, min_lr_ratio, "
         "activation_checkpointing (none, keep_norm_inputs, full, auto), activation_offload",
     )
     merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")

@@ -40,6 +40,10 @@ class MoeConfig(TrainingArguments):
         metadata={"help": "Hash what is frozen before and after training; a few seconds per GB and core."},
     )
     log_routing: bool = field(default=True, metadata={"help": "Count the tokens of every expert while training."})
+    fused_norms: bool = field(
+        default=False,
+        metadata={"help": "Run float32 norms on the CPU in one pass; their last bits differ from transformers'."},
+    )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rows are ours and hold no others."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in host memory; only a GPU gains."}

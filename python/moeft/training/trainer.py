@@ -56,7 +56,8 @@ class MoeTrainer(Trainer):
         super().__init__(**kwargs)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.loss_is_fused = fuse_loss(base)
-        fuse_norms(base)
+        if self.args.fused_norms:
+            fuse_norms(base)
         self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs or self.loss_is_fused
         self.throughput = Throughput()
         self.add_callback(self.throughput)
