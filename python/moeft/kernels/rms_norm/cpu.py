@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moeft import _core
-from moeft.kernels.nf4.cpu import buffer
 
 
 class RmsNorm(torch.autograd.Function):
@@ -22,9 +21,8 @@ class RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_H: Tensor | None, eps: float) -> Tensor:  # noqa: D102
         x = x.contiguous()
         out, rstd_N = torch.empty_like(x), x.new_empty(x.shape[:-1])
-        _core.rms_norm_forward(
-            buffer(x), _weight(weight_H), eps, buffer(out), buffer(rstd_N), x.shape[-1], torch.get_num_threads()
-        )
+        threads = torch.get_num_threads()
+        _core.rms_norm_forward(_array(x), _array(weight_H), eps, out.numpy(), rstd_N.numpy(), x.shape[-1], threads)
         ctx.save_for_backward(x, weight_H, rstd_N)
         return out
 
@@ -34,16 +32,20 @@ class RmsNorm(torch.autograd.Function):
         x, weight_H, rstd_N = ctx.saved_tensors
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
         _core.rms_norm_backward(
-            buffer(x),
-            _weight(weight_H),
-            buffer(rstd_N),
-            buffer(grad),
-            buffer(grad_x),
+            _array(x),
+            _array(weight_H),
+            rstd_N.numpy(),
+            _array(grad),
+            grad_x.numpy(),
             x.shape[-1],
             torch.get_num_threads(),
         )
         return grad_x, None, None
 
 
-def _weight(weight_H: Tensor | None) -> Any:
-    return None if weight_H is None else buffer(weight_H.contiguous())
+def _array(tensor: Tensor | None) -> Any:
+    # A norm is short: only what needs it is detached, and nothing is flattened.
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy()
