@@ -1,6 +1,6 @@
 """Run the core's criterion benches, keep their medians in one file, and compare them with an earlier one.
 
-usage: python benches/rust.py [--out FILE.json] [--against FILE.json] [--loaded] [-- CRITERION_ARGUMENT ...]
+usage: python benches/rust.py [--out FILE.json] [--against FILE.json] [--loaded] [--only NAME ...] [-- ARGUMENT ...]
 
 Nothing fails on a slow time: the ratios are for reading. `--loaded` says in the file that other work ran beside.
 """
@@ -29,12 +29,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write medians here")
     parser.add_argument("--against", type=Path, help="print the speed relative to this file")
     parser.add_argument("--loaded", action="store_true", help="note that the machine was busy")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("criterion", nargs="*", help="arguments of criterion, after --")
     arguments = parser.parse_args()
     earlier = medians(json.loads(arguments.against.read_text())) if arguments.against else {}
 
     started = time.time()
-    benches = [argument for name in NAMES for argument in ("--bench", name)]
+    benches = [argument for name in arguments.only for argument in ("--bench", name)]
     command = ["cargo", "bench", "--quiet", "-p", "moeft-core", *benches, "--", "--noplot", *arguments.criterion]
     subprocess.run(command, cwd=ROOT, check=True)
     results = collect(ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "criterion", started)
