@@ -13,10 +13,10 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help build fmt lint test bench docs demo ci clean
+.PHONY: help build fmt lint test bench bench-rust docs demo ci clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "moeft needs Python 3.11 or newer, $(PYTHON) is older; set PYTHON=..." >&2; exit 1; }
@@ -51,6 +51,9 @@ test: build  ## run every Rust and Python test
 
 bench: $(EXTENSION)  ## time the kernels beside their peers and the machine's limits
 	$(BIN)/python benches/cpu.py
+
+bench-rust: $(EXTENSION)  ## time the core alone, beside the medians kept in benches/results
+	$(BIN)/python benches/rust.py $(addprefix --against ,$(lastword $(sort $(wildcard benches/results/criterion-*.json))))
 
 docs: $(EXTENSION)  ## build the Rust documentation; warnings are errors
 	RUSTDOCFLAGS='--deny warnings' cargo doc --workspace --no-deps --quiet

@@ -1,6 +1,7 @@
 """Time the CPU kernels beside their peers and the machine's limits, interleaved; correctness first.
 
-usage: python benches/cpu.py [--out FILE.jsonl] [--rounds N] [--threads N ...] [--only nf4 routing experts optimizers]
+usage: python benches/cpu.py [--out FILE.jsonl] [--rounds N] [--threads N ...] [--cpu-time]
+                             [--only nf4 routing experts optimizers]
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--cpu-time", action="store_true", help="time of the thread, for --threads 1 on a busy machine")
     names = ["nf4", "routing", "experts", "optimizers"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     arguments = parser.parse_args()
+    if arguments.cpu_time and arguments.threads != [1]:
+        parser.error("--cpu-time counts one thread: give --threads 1")
     os.environ["RAYON_NUM_THREADS"] = str(max(arguments.threads))  # read when the core is first used
 
     import torch
@@ -38,7 +42,8 @@ def main() -> None:
         for case in group.cases():
             for threads in arguments.threads:
                 harness.set_threads(threads)
-                harness.report(harness.measure(case, arguments.rounds, threads), arguments.out)
+                results = harness.measure(case, arguments.rounds, threads, arguments.cpu_time)
+                harness.report(results, arguments.out)
 
 
 if __name__ == "__main__":

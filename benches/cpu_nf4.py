@@ -18,7 +18,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float16: "f16"}
 
 def cases() -> Iterator[Case]:
     """Quantise and dequantise, for each type of weight."""
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield _case(dtype)
 
 

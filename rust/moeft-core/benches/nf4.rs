@@ -2,11 +2,12 @@
 //!
 //! `cargo bench -p moeft-core --bench nf4`
 
+mod common;
+
 use std::hint::black_box;
 use std::num::NonZeroUsize;
-use std::time::Duration;
 
-use criterion::measurement::{Measurement, ValueFormatter, WallTime};
+use common::CpuTime;
 use criterion::{criterion_group, criterion_main, BenchmarkGroup, Criterion, Throughput};
 use half::{bf16, f16};
 use moeft_core::nf4::{self, Codebook, Element, Layout, Scales};
@@ -24,41 +25,6 @@ fn values<T: Element>(layout: Layout) -> Vec<T> {
 }
 
 type Group<'a> = BenchmarkGroup<'a, CpuTime>;
-
-/// Time that this thread computed, so that other work on the machine counts less.
-struct CpuTime;
-
-impl Measurement for CpuTime {
-    type Intermediate = Duration;
-    type Value = Duration;
-
-    fn start(&self) -> Duration {
-        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the call writes to `now` alone.
-        assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut now) }, 0);
-        Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
-    }
-
-    fn end(&self, start: Duration) -> Duration {
-        self.start() - start
-    }
-
-    fn add(&self, a: &Duration, b: &Duration) -> Duration {
-        *a + *b
-    }
-
-    fn zero(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn to_f64(&self, value: &Duration) -> f64 {
-        WallTime.to_f64(value)
-    }
-
-    fn formatter(&self) -> &dyn ValueFormatter {
-        WallTime.formatter()
-    }
-}
 
 fn quantise<T: Element>(group: &mut Group<'_>, name: &str, layout: Layout) {
     let values = values::<T>(layout);

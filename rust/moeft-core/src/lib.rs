@@ -19,6 +19,7 @@ pub mod names;
 pub mod nf4;
 pub mod optim;
 pub mod parallel;
+mod path_text;
 pub mod progress;
 pub mod quantize;
 pub mod rms_norm;

@@ -7,6 +7,9 @@ use pyo3::prelude::*;
 use crate::buffers::Buffers;
 use crate::error::IntoPyResult;
 
+/// Below this many rows, tens of microseconds, the GIL is kept: taking it back can cost more than the work.
+const SMALL: usize = 1 << 14;
+
 /// Sort rows by expert, stably.
 #[pyfunction]
 pub fn bucket(
@@ -37,7 +40,9 @@ fn bucket_as<I: ExpertIndex + Element + Sync>(
     let mut offsets = buffers.output::<i32>("offsets", offsets)?;
     let top_k_index = top_k_index.slice();
     let (permutation, inverse, offsets) = (permutation.slice_mut(), inverse.slice_mut(), offsets.slice_mut());
-    py.detach(|| routing::bucket(top_k_index, num_experts, permutation, inverse, offsets)).into_py()
+    let is_small = top_k_index.len() < SMALL;
+    let mut sort = || routing::bucket(top_k_index, num_experts, permutation, inverse, offsets);
+    if is_small { sort() } else { py.detach(sort) }.into_py()
 }
 
 /// Entropy in nats, the same over ln E, and coefficient of variation of the experts' loads.

@@ -11,6 +11,9 @@ from moeft.kernels.routing import cpu, reference
 
 __all__ = ["Buckets", "LoadStatistics", "bucket", "load_statistics"]
 
+# A decision of few tokens takes microseconds: what is looked up once and not per call shows.
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
 
 class Buckets(NamedTuple):
     """Where each (token, expert) row goes. R rows, E experts."""
@@ -47,7 +50,7 @@ def bucket(top_k_index: Tensor, num_experts: int) -> Buckets:
         ValueError: If the shape or the dtype is another, or an index is not in ``[0, num_experts)`` (that is checked
             on the CPU only).
     """
-    if top_k_index.dtype not in (torch.int32, torch.int64):
+    if top_k_index.dtype not in _INDEX_DTYPES:
         raise ValueError(f"top_k_index is {top_k_index.dtype}, expected int32 or int64")
     shape = top_k_index.shape
     if len(shape) != 2:
@@ -56,7 +59,7 @@ def bucket(top_k_index: Tensor, num_experts: int) -> Buckets:
         raise ValueError(f"num_experts is {num_experts}, expected at least 1")
     if shape[1] > num_experts:
         raise ValueError(f"top_k_index has {shape[1]} choices per token, expected at most num_experts = {num_experts}")
-    if top_k_index.device.type == "cpu":
+    if top_k_index.is_cpu:
         return Buckets(*cpu.bucket(top_k_index, num_experts))
     return Buckets(*reference.bucket(top_k_index.flatten(), num_experts))
 

@@ -19,6 +19,9 @@ pub struct Lora<'a> {
 
 impl Lora<'_> {
     fn check(&self, stack: &Stack<'_>) -> Result<()> {
+        if self.rank == 0 {
+            return Err(Error::invalid("lora rank", 0, "at least 1"));
+        }
         let factors = self.rank.saturating_mul(stack.num_experts);
         check_len("lora a", self.a.len(), factors.saturating_mul(stack.inputs()))?;
         check_len("lora b", self.b.len(), factors.saturating_mul(stack.outputs()))

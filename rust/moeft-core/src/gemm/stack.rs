@@ -65,6 +65,10 @@ impl<'a> Stack<'a> {
 
     /// Checks lengths against the shape; what passes cannot be read out of bounds.
     pub(crate) fn check(&self, name: &'static str) -> Result<()> {
+        if self.rows == 0 || self.cols == 0 {
+            let found = format!("[{}, {}, {}]", self.num_experts, self.rows, self.cols);
+            return Err(Error::invalid(name, found, "experts of at least one row and one column"));
+        }
         let len = self.rows.saturating_mul(self.cols);
         match self.values {
             Values::Dense(floats) => check_len(name, floats.len(), len.saturating_mul(self.num_experts))?,

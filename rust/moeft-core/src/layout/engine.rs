@@ -20,6 +20,7 @@ use crate::Result;
 #[derive(Debug, Clone, Serialize)]
 pub struct LayoutReport {
     /// The folder that was written.
+    #[serde(serialize_with = "crate::path_text::serialize")]
     pub out: PathBuf,
     /// What was done.
     pub direction: Direction,

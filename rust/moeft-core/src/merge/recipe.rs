@@ -46,6 +46,7 @@ pub enum Rounding {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct WeightedAdapter {
     /// Its folder.
+    #[serde(serialize_with = "crate::path_text::serialize")]
     pub adapter: PathBuf,
     /// Its factor.
     pub weight: f64,
@@ -57,6 +58,7 @@ pub struct Recipe {
     /// How weights are combined.
     pub merge_method: Method,
     /// Folder of the base checkpoint.
+    #[serde(serialize_with = "crate::path_text::serialize")]
     pub base_model: PathBuf,
     /// What is merged into it.
     pub models: Vec<WeightedAdapter>,

@@ -21,6 +21,7 @@ pub enum BaseCheck {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MergeReport {
     /// The folder that was written.
+    #[serde(serialize_with = "crate::path_text::serialize")]
     pub out: PathBuf,
     /// Tensors that got deltas.
     pub tensors_merged: u64,

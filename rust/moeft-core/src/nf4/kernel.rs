@@ -2,7 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
-use super::{portable, Codebook, Element, Scales};
+use super::{portable, scales, Codebook, Element, Scales};
 use crate::isa::Isa;
 
 /// Quantises whole blocks: `values.len()` is a multiple of `block_size`, `packed` has half as many bytes and `absmax`
@@ -70,8 +70,14 @@ pub(super) fn restore<T: Element>(
     }
 }
 
+/// Block size for which the loop over blocks is compiled on its own: the usual one.
+const USUAL_BLOCK: usize = 64;
+
 /// Calls `work` with the bytes, the scale and the output of each block that values `start..start + out.len()` touch.
 /// `packed` begins at value `start`, which is even.
+///
+/// With vectors a block takes some ten cycles, so what the loop itself costs counts: whole blocks go in runs, and in
+/// those of the usual size all lengths are constants.
 #[inline(always)]
 pub(super) fn for_each_block<T>(
     packed: &[u8],
@@ -81,14 +87,27 @@ pub(super) fn for_each_block<T>(
     out: &mut [T],
     mut work: impl FnMut(&[u8], f32, &mut [T]),
 ) {
-    let mut block = start / block_size;
-    let first = out.len().min((block + 1) * block_size - start);
-    let (mut head, mut rest) = out.split_at_mut(first);
-    let mut bytes = packed;
-    while !head.is_empty() {
-        work(bytes, scales.get(block), head);
-        bytes = &bytes[head.len() / 2..];
-        block += 1;
-        (head, rest) = rest.split_at_mut(rest.len().min(block_size));
+    let mut restored = [0.0; scales::RUN];
+    let (mut at, mut bytes, mut rest) = (start, packed, out);
+    while !rest.is_empty() {
+        let block = at / block_size;
+        let part = (block + 1) * block_size - at;
+        let (blocks, len) = if part < block_size || rest.len() < block_size {
+            (1, part.min(rest.len()))
+        } else {
+            (rest.len() / block_size, block_size)
+        };
+        let absmax = scales.run(block, blocks, &mut restored);
+        let (run, after) = rest.split_at_mut(absmax.len() * len);
+        if len == USUAL_BLOCK {
+            let whole = run.as_chunks_mut::<USUAL_BLOCK>().0.iter_mut().zip(bytes.as_chunks::<{ USUAL_BLOCK / 2 }>().0);
+            whole.zip(absmax).for_each(|((out, bytes), &absmax)| work(bytes, absmax, out));
+        } else {
+            let whole = run.chunks_exact_mut(len).zip(bytes.chunks(len.div_ceil(2)));
+            whole.zip(absmax).for_each(|((out, bytes), &absmax)| work(bytes, absmax, out));
+        }
+        at += run.len();
+        bytes = &bytes[run.len() / 2..];
+        rest = after;
     }
 }

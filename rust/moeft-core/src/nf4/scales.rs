@@ -4,6 +4,9 @@ use super::nested::{check_absmax2, NESTED_BLOCK_SIZE};
 use super::DYNAMIC_MAP;
 use crate::Result;
 
+/// Most nested scales restored at once; see [`Scales::run`].
+pub(super) const RUN: usize = 64;
+
 /// Scales of one group or of a whole stack, as stored.
 #[derive(Debug, Clone, Copy)]
 pub enum Scales<'a> {
@@ -31,6 +34,22 @@ impl Scales<'_> {
             Self::Nested { codes, absmax2, offset, first } => {
                 let scale = absmax2[(first + block) / NESTED_BLOCK_SIZE];
                 DYNAMIC_MAP[usize::from(codes[block])] * scale + offset
+            }
+        }
+    }
+
+    /// Scales of `blocks` blocks from `block` on; of nested ones the first [`RUN`], restored into `buffer`.
+    #[inline]
+    pub(super) fn run<'b>(&'b self, block: usize, blocks: usize, buffer: &'b mut [f32; RUN]) -> &'b [f32] {
+        match *self {
+            Self::Plain(absmax) => &absmax[block..][..blocks],
+            Self::Nested { codes, absmax2, offset, first } => {
+                let buffer = &mut buffer[..blocks.min(RUN)];
+                let places = first + block..;
+                for ((scale, &code), place) in buffer.iter_mut().zip(&codes[block..]).zip(places) {
+                    *scale = DYNAMIC_MAP[usize::from(code)] * absmax2[place / NESTED_BLOCK_SIZE] + offset;
+                }
+                buffer
             }
         }
     }

@@ -20,6 +20,7 @@ pub struct Bytes {
 #[derive(Debug, Clone, Serialize)]
 pub struct QuantizeReport {
     /// The folder that was written.
+    #[serde(serialize_with = "crate::path_text::serialize")]
     pub out: PathBuf,
     /// Bytes of each component before and after.
     pub components: BTreeMap<Component, Bytes>,

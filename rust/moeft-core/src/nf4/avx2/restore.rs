@@ -91,22 +91,21 @@ fn restore_half<T: Element, const STREAM: bool>(codes: &[f32; 16], bytes: &[u8],
 #[target_feature(enable = "avx2,fma,f16c")]
 fn half_table<T: Element>(codes: &[f32; 16], absmax: f32) -> [__m256i; 2] {
     let c = codes.as_chunks::<4>().0;
-    // Codes 0-3 and 8-11, and 4-7 and 12-15: packing within lanes puts them in order.
     // SAFETY: each load reads the four values of its array and needs no alignment.
     let [c0, c1, c2, c3] = std::array::from_fn(|i| unsafe { _mm_loadu_ps(c[i].as_ptr()) });
     let absmax = _mm256_set1_ps(absmax);
-    let even = _mm256_mul_ps(_mm256_set_m128(c2, c0), absmax);
-    let odd = _mm256_mul_ps(_mm256_set_m128(c3, c1), absmax);
+    let products = |first: __m128, second: __m128| _mm256_mul_ps(_mm256_set_m128(second, first), absmax);
     // Within each lane: the low bytes of eight products, then their high bytes.
     let bytes = match T::KIND {
         Kind::F16 => {
-            let even = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(even);
-            let odd = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(odd);
-            let words = _mm256_set_m128i(_mm_unpackhi_epi64(even, odd), _mm_unpacklo_epi64(even, odd));
-            let low = _mm256_and_si256(words, _mm256_set1_epi16(0xff));
-            _mm256_packus_epi16(low, _mm256_srli_epi16::<8>(words))
+            let first = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(products(c0, c1));
+            let second = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(products(c2, c3));
+            let places = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+            _mm256_shuffle_epi8(_mm256_set_m128i(second, first), _mm256_broadcastsi128_si256(places))
         }
         _ => {
+            // Joining within lanes puts them in order.
+            let (even, odd) = (products(c0, c2), products(c1, c3));
             let even_places = _mm_setr_epi8(2, 6, 10, 14, -1, -1, -1, -1, 3, 7, 11, 15, -1, -1, -1, -1);
             let odd_places = _mm_setr_epi8(-1, -1, -1, -1, 2, 6, 10, 14, -1, -1, -1, -1, 3, 7, 11, 15);
             let even = _mm256_shuffle_epi8(round_bf16(even), _mm256_broadcastsi128_si256(even_places));
