@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from moeft.config.optimizer import HOST_STATE_BITS
 from moeft.data.collate import count_tokens
+from moeft.integration.cpu_linears import multiply_in_core
 from moeft.integration.fused_loss import fuse_loss
 from moeft.integration.stacking import keeping_active
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
@@ -54,6 +55,7 @@ class MoeTrainer(Trainer):
             raise ValueError("compute_metrics needs logits, which are never kept; call moeft.evaluation on the model")
         super().__init__(**kwargs)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        multiply_in_core(base)
         self.loss_is_fused = fuse_loss(base)
         self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs or self.loss_is_fused
         self.throughput = Throughput()
