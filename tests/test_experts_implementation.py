@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import moeft
+from moeft.errors import AdapterError
 from moeft.integration import experts_module, peft_lora
 from tests.tiny_models import FAMILY_NAMES, randomise_lora, save_tiny_model, token_ids
 
@@ -146,3 +147,14 @@ assert "UnpackedParamWrapper" in {{type(m).__qualname__ for m in model.modules()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"experts_implementation": "moeft"}, {"quantization_config": moeft.NF4Config()}],
+    ids=["16 bit", "packed"],
+)
+def test_adapter_on_biases_of_experts_is_refused_by_name(checkpoints, options):
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj_bias"])
+    with pytest.raises(AdapterError, match=r"names gate_up_proj_bias of .*only gate_up_proj and down_proj of experts"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoints["gpt_oss"], **options), config)

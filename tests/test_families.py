@@ -15,7 +15,7 @@ from moeft.errors import UnsupportedModelError
 from moeft.integration import model_family
 from moeft.merging import verify
 from moeft.modules import NF4Linear
-from tests.tiny_models import DENSE_NAMES, MOE_NAMES, UNKNOWN_NAMES, save_tiny_model, token_ids
+from tests.tiny_models import CONFIGS, DENSE_NAMES, MOE_NAMES, UNKNOWN_NAMES, save_tiny_model, token_ids
 from tests.tiny_training import load
 
 STEPS = 4
@@ -106,6 +106,17 @@ def test_model_without_a_family_file_is_named_in_the_log_once(tmp_path, caplog):
             moeft.load(base, moeft.NF4Config(), dtype="float32")
     (record,) = caplog.records
     assert "'flex_olmo' has no family file, so its experts (model.layers.*.mlp.experts)" in record.getMessage()
+
+
+def test_experts_of_sizes_that_grouped_mm_refuses_are_merged_and_proven(tmp_path, monkeypatch):
+    # 18 floats are no multiple of 16 bytes.
+    config, options = CONFIGS["olmoe"]
+    monkeypatch.setitem(CONFIGS, "olmoe", (config, {**options, "intermediate_size": 18, "num_experts_per_tok": 1}))
+    chain = Chain("olmoe", tmp_path)
+    test_every_proof_holds(chain)
+    whole = load(chain.base, experts_implementation="moeft")
+    whole(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert whole.model.layers[0].mlp.experts.down_proj.grad.abs().sum() > 0
 
 
 def test_dense_model_has_no_experts_to_pack(tmp_path):

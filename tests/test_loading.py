@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import moeft
-from moeft.errors import CheckpointError
+from moeft.errors import CheckpointError, UnsupportedModelError
 from tests.test_quantizer import with_rounded_weights
 from tests.tiny_models import save_tiny_model, tiny_config, token_ids
 from tests.tiny_training import tiny_tokenizer
@@ -182,3 +182,10 @@ def test_packed_checkpoint_is_not_loaded_as_if_packed_otherwise(checkpoint, tmp_
     moeft.load(tmp_path / "packed", moeft.NF4Config())
     with pytest.raises(CheckpointError, match="already packed, with attention False instead of True"):
         moeft.load(tmp_path / "packed", moeft.NF4Config(attention=True))
+
+
+def test_multimodal_model_without_a_text_part_that_we_know_is_named(tmp_path):
+    transformers.Qwen3VLMoeConfig().save_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match="'qwen3_vl_moe', which transformers has no causal language model"):
+        moeft.load(tmp_path)

@@ -85,7 +85,7 @@ def test_collated_packs_are_padded_with_tokens_that_are_alone_and_not_counted():
     assert count_tokens(flat) == 14
 
 
-# Not gpt_oss: its masks do not see position_ids in transformers 5.23, so packing is refused.
+# Not gpt_oss, which knows eager attention only.
 SDPA_NAMES = (*(name for name in FAMILY_NAMES if name != "gpt_oss"), "llama")
 
 
@@ -122,9 +122,12 @@ ROWS = examples([30, 23, 17, 9, 5, 2])
 
 
 @pytest.mark.parametrize("layout", ["padded packs", "flat"])
-@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in SDPA_NAMES), ("gemma4", "eager")])
+@pytest.mark.parametrize(
+    ("name", "attention"), [*((name, "sdpa") for name in SDPA_NAMES), ("gemma4", "eager"), ("gpt_oss", "eager")]
+)
 def test_packed_rows_give_the_loss_gradients_and_routing_of_rows_of_their_own(name, attention, layout):
     model = model_of(name, attention)
+    check_document_isolation(model)  # gives gpt_oss its masks
     packs = pack(ROWS, 33).packs
     order = [row for one in packs for row in ROWS if contains(one, row)]
     assert len(order) == len(ROWS)
@@ -166,12 +169,19 @@ def test_isolation_holds_for_attention_and_leaves_the_model_as_it_was(name):
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
 
 
-def test_model_whose_masks_ignore_positions_is_refused():
-    with pytest.raises(UnsupportedModelError, match="do not all keep them apart with attention 'eager'"):
-        check_document_isolation(model_of("gpt_oss", "eager"))
+def test_model_whose_own_masks_ignore_positions_is_given_masks():
+    model = model_of("gpt_oss", "eager")
+    alone = {"input_ids": token_ids(1, 6), "use_cache": False}
+    packed = {"input_ids": token_ids(1, 12), "position_ids": torch.tensor([[*range(6)] * 2]), "use_cache": False}
+    with torch.no_grad():
+        before, leaking = model(**alone).logits, model(**packed).logits
+        check_document_isolation(model)
+        check_document_isolation(model)
+        assert torch.equal(model(**alone).logits, before)
+        assert not torch.allclose(model(**packed).logits[:, 6:], leaking[:, 6:])
+    assert len(model.model._forward_pre_hooks) == 1
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_model_with_linear_attention_is_refused_with_the_reason():
     linear = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
     config = transformers.Qwen3NextConfig(

@@ -13,6 +13,7 @@ import moeft
 from moeft.data.collate import PaddingCollator
 from tests.test_quantizer import with_rounded_weights
 from tests.tiny_training import (
+    TARGETS,
     adapter_weights,
     arguments,
     frozen_hash,
@@ -38,16 +39,22 @@ def test_only_the_adapter_changes_and_the_loss_falls(checkpoint, tmp_path):
     assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
 
 
-@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
-def test_twenty_steps_equal_plain_transformers_and_plain_peft(checkpoints, name, tmp_path):
-    ours = packed_with_lora(checkpoints[name])
+@pytest.mark.parametrize(
+    ("name", "packed"), [("gemma4", True), ("qwen3_moe", False)], ids=["gemma4 packed", "qwen3_moe unpacked"]
+)
+def test_forty_steps_equal_plain_transformers_and_plain_peft(checkpoints, name, packed, tmp_path):
+    if packed:
+        ours = packed_with_lora(checkpoints[name])
+        base = with_rounded_weights(checkpoints[name], ours.get_base_model())
+    else:
+        ours = moeft.add_lora(load(checkpoints[name], experts_implementation="moeft"), 4, targets=TARGETS, seed=0)
+        base = load(checkpoints[name])
     ours.save_pretrained(tmp_path / "start")
-    rounded = with_rounded_weights(checkpoints[name], ours.get_base_model())
-    plain = PeftModel.from_pretrained(rounded, tmp_path / "start", is_trainable=True)
+    plain = PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
     assert {type(m).__module__ for m in plain.modules() if "moeft" in type(m).__module__} == set()
-    trainer = sft_trainer(ours, tmp_path / "ours", max_steps=20)
+    trainer = sft_trainer(ours, tmp_path / "ours", max_steps=40)
     trainer.train()
-    options = arguments(tmp_path / "plain", max_steps=20, remove_unused_columns=False, report_to="none")
+    options = arguments(tmp_path / "plain", max_steps=40, remove_unused_columns=False, report_to="none")
     baseline = Trainer(
         model=plain,
         args=TrainingArguments(**options),
@@ -55,10 +62,10 @@ def test_twenty_steps_equal_plain_transformers_and_plain_peft(checkpoints, name,
         data_collator=PaddingCollator(0),
     )
     baseline.train()
-    assert len(losses(trainer)) == len(losses(baseline)) == 20
-    # Float32 sums of some 1,000 products differ by 2e-6 (sqrt(1000) half ulps) when their order does. Twenty steps that
-    # each add as much make 4e-5; 3e-6 was seen for gemma4, 2e-7 for qwen3_moe.
-    assert losses(trainer) == pytest.approx(losses(baseline), rel=4e-5)
+    assert len(losses(trainer)) == len(losses(baseline)) == 40
+    # Float32 sums of some 1,000 products differ by 2e-6 (sqrt(1000) half ulps) when their order does. Forty steps that
+    # each add as much make 8e-5; docs/log.md says how 200 steps came out.
+    assert losses(trainer) == pytest.approx(losses(baseline), rel=8e-5)
 
 
 def test_losses_of_twenty_steps_are_those_recorded(checkpoint, family, tmp_path):

@@ -1,11 +1,13 @@
 """``experts_implementation="moeft"``: transformers' own experts, unpacked, through the expert block of this package.
 
 With an adapter on the experts, the block adds its low-rank products; PEFT alone would form a second stack of full size.
-Stacks that are trained themselves take transformers' ``grouped_mm``, since the block has no gradient for them.
+Stacks that are trained themselves take transformers' ``grouped_mm``, since the block has no gradient for them, or its
+loop over experts where that takes no such sizes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,9 +55,7 @@ def forward(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         if lora is not None:
             raise ValueError("experts and an adapter on them require gradients; freeze one of the two")
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        return _train_stacks(self, hidden_states, top_k_index, top_k_weights)
     if self not in _read:
         _read[self] = experts_module.read("experts", self)
     gate_up, down = (stack.detach() for stack in stacks)
@@ -70,3 +70,17 @@ def forward(
         **{name: None if bias is None else bias.detach() for name, bias in biases.items()},
         layout=_read[self].layout,
     )
+
+
+def takes_grouped_mm(stacks: Iterable[Tensor]) -> bool:
+    """Whether PyTorch's grouped product takes stacks of these sizes: rows and columns of whole 16 bytes."""
+    return all(size * stack.element_size() % 16 == 0 for stack in stacks for size in stack.shape[-2:])
+
+
+def _train_stacks(self: Any, *inputs: Tensor) -> Tensor:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if takes_grouped_mm(getattr(self, name) for name in STACKS):
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *inputs)
+    # transformers wraps the loop of the class in the choice of an implementation.
+    return type(self).forward.__wrapped__(self, *inputs)

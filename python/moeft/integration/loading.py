@@ -11,6 +11,7 @@ import torch
 from moeft import _core, families
 from moeft.errors import CheckpointError, UnsupportedModelError
 from moeft.integration import loading_check, model_family
+from moeft.integration.cpu_linears import multiply_in_core
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,12 +72,18 @@ def load(
         model_class = getattr(transformers, family.text_class)
         renaming = {f"^{re.escape(family.disk_prefix)}": "model."}
         options |= {"config": text_config, "key_mapping": renaming}
+    elif type(model_config) not in model_class._model_mapping:
+        raise UnsupportedModelError(
+            f"{path} has model_type {model_config.model_type!r}, which transformers has no causal language model for; "
+            "moeft.load takes language models, and of multimodal ones the families that docs/families.md names"
+        )
     model, info = model_class.from_pretrained(path, **options)
     loading_check.check(info["missing_keys"], info["mismatched_keys"], info.get("conversion_errors", {}))
     if family is None:
         model_family.of_model(model)
     if renaming:
         _forget(model, renaming)
+    multiply_in_core(model)
     has_tokenizer = any((Path(path) / name).exists() for name in TOKENIZER_FILES)
     return model, transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
 

@@ -14,6 +14,7 @@ from moeft.errors import AdapterError
 from moeft.integration import experts_implementation
 from moeft.kernels import ExpertLora, LoraFactors
 from moeft.modules import NF4Experts, NF4Linear
+from moeft.modules.nf4_experts import STACKS
 
 MERGE_REFUSED = (
     "an adapter cannot be merged into 4-bit weights without rounding them again; "
@@ -115,6 +116,12 @@ def install() -> None:
     def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         lora_config._register_custom_module(LORA_MODULES)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        runs_here = isinstance(base, NF4Experts) or experts_implementation.is_active(base)
+        if runs_here and (parameter := kwargs.get("parameter_name", STACKS[0])) not in STACKS:
+            raise AdapterError(
+                f"target_parameters names {parameter} of {type(base).__name__}, but moeft adapts only "
+                f"{' and '.join(STACKS)} of experts; leave it out, or use transformers' own experts in 16 bit"
+            )
         if "parameter_name" in kwargs and experts_implementation.is_active(base):
             lora_config._register_custom_module({type(base): UnpackedParamWrapper})
         return create(lora_config, adapter_name, target, **kwargs)

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from moeft import _core, families
 from moeft.errors import CheckpointError, UnsupportedModelError
 from moeft.integration import config_fields, experts_module, loading_check, model_family
+from moeft.integration.mapped_files import MappedFiles
 from moeft.kernels import nf4
 from moeft.modules import NF4Experts, NF4Linear, PackedModule
 from moeft.modules.nf4_experts import STACKS
@@ -44,6 +45,7 @@ class NF4Quantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: NF4Config
+    files: MappedFiles
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Packed models can be saved and loaded again."""
@@ -66,6 +68,7 @@ class NF4Quantizer(HfQuantizer):
                 module.expect_unpacked(model.dtype)
         loading_check.require_complete(model)
         peft_lora.install()
+        self.files = MappedFiles(checkpoint_files or ())
         if not self.pre_quantized and checkpoint_files:
             self.quantization_config.base_fingerprint = _core.fingerprint(str(Path(checkpoint_files[0]).parent))
 
@@ -92,7 +95,7 @@ class NF4Quantizer(HfQuantizer):
         """The operation that packs one parameter while it loads."""
         from transformers.core_model_loading import ConversionOps
 
-        config = self.quantization_config
+        config, files = self.quantization_config, self.files
 
         class PackNF4(ConversionOps):
             def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Tensor]:
@@ -104,6 +107,7 @@ class NF4Quantizer(HfQuantizer):
                     except ValueError as error:
                         raise CheckpointError(f"{name} cannot be quantised: {error}") from error
                     packed |= members_of(name, weight)
+                    files.count_read(tensor.nbytes)
                 return packed
 
         return PackNF4()

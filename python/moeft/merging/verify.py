@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moeft.errors import ProofError
+from moeft.integration.experts_implementation import takes_grouped_mm
 from moeft.kernels import nf4
 from moeft.modules import PackedModule
+from moeft.modules.nf4_experts import STACKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -152,7 +154,10 @@ def prove_merge(base: Path, adapter: Path, merged: Path, input_ids: Tensor) -> l
 
 
 def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if not takes_grouped_mm(p for name, p in model.named_parameters() if name.endswith(STACKS)):
+        model.set_experts_implementation("eager")
+    return model
 
 
 @torch.no_grad()

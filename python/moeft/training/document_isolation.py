@@ -10,6 +10,7 @@ from torch import Tensor
 from moeft.data.collate import PackingCollator
 from moeft.data.packing import Pack
 from moeft.errors import UnsupportedModelError
+from moeft.integration.document_masks import mask_documents
 
 EXAMPLE_TOKENS = 4
 
@@ -20,17 +21,32 @@ def wants_flat_batches(model: Any) -> bool:
 
 
 def check_document_isolation(model: Any) -> None:
-    """Run a pack of two short examples, and refuse a model in which the second one depends on the first.
-
-    The last hidden states of the second example must have a gradient of exactly zero with respect to the embeddings of
-    the first: attention that masks gives it a weight of zero, which no rounding changes. Layers that carry a state from
-    token to token (linear attention, state-space layers, convolutions) do not read position ids and fail.
+    """Make sure that no example of a pack is seen from another one: by the model's own masks, or else by ours.
 
     Args:
         model: A causal language model of transformers, with or without adapters.
 
     Raises:
-        UnsupportedModelError: If the first example is seen from the second.
+        UnsupportedModelError: If an example is seen from another one all the same.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if _keeps_apart(base) or (mask_documents(base) and _keeps_apart(base)):
+        return
+    config = base.config.get_text_config()
+    kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ["of unknown kind"])))
+    raise UnsupportedModelError(
+        f"packing would let examples see each other in this {config.model_type} model: its layers ({kinds}) do not "
+        f"all keep them apart with attention {config._attn_implementation!r}. Set packing to false; "
+        "train_sampling_strategy: group_by_length saves padding too"
+    )
+
+
+def _keeps_apart(base: Any) -> bool:
+    """Run a pack of two short examples: whether the second one is independent of the first.
+
+    The last hidden states of the second example must have a gradient of exactly zero with respect to the embeddings of
+    the first: attention that masks gives it a weight of zero, which no rounding changes. Layers that carry a state from
+    token to token (linear attention, state-space layers, convolutions) do not read position ids and fail.
     """
     embeddings: list[Tensor] = []
 
@@ -38,7 +54,6 @@ def check_document_isolation(model: Any) -> None:
         embeddings.append(output.detach().requires_grad_())
         return embeddings[-1]
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     training = [module for module in base.modules() if module.training]
     handle = base.get_input_embeddings().register_forward_hook(keep)
     try:
@@ -49,14 +64,7 @@ def check_document_isolation(model: Any) -> None:
         handle.remove()
         for module in training:
             module.training = True
-    if bool(grad[0, :EXAMPLE_TOKENS].any()):
-        config = base.config.get_text_config()
-        kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ["of unknown kind"])))
-        raise UnsupportedModelError(
-            f"packing would let examples see each other in this {config.model_type} model: its layers ({kinds}) do not "
-            f"all keep them apart with attention {config._attn_implementation!r}. Set packing to false; "
-            "train_sampling_strategy: group_by_length saves padding too"
-        )
+    return not grad[0, :EXAMPLE_TOKENS].any()
 
 
 def _batch(model: Any) -> dict[str, Tensor]:

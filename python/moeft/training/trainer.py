@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from moeft.config.optimizer import HOST_STATE_BITS
 from moeft.data.collate import count_tokens
+from moeft.integration.cpu_linears import multiply_in_core
 from moeft.integration.fused_loss import fuse_loss
 from moeft.integration.fused_norms import fuse_norms
 from moeft.integration.stacking import keeping_active
@@ -55,6 +56,7 @@ class MoeTrainer(Trainer):
             raise ValueError("compute_metrics needs logits, which are never kept; call moeft.evaluation on the model")
         super().__init__(**kwargs)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        multiply_in_core(base)
         self.loss_is_fused = fuse_loss(base)
         if self.args.fused_norms:
             fuse_norms(base)

@@ -1,4 +1,4 @@
-"""A linear layer on a packed weight, which is restored for each pass and kept by none.
+"""A linear layer on a frozen weight; a packed one is restored for each pass and kept by none.
 
 Shapes: K inputs, F outputs.
 """
@@ -23,12 +23,12 @@ __all__ = ["packed_linear"]
 FEW_ROWS = 8  # reading the weight is then all the work, and the core reads it packed
 
 
-def packed_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """Apply ``x @ W^T + bias`` with a frozen packed weight ``[F, K]``.
+def packed_linear(x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply ``x @ W^T + bias`` with a frozen weight ``[F, K]``.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16. Under autocast it is cast to that dtype.
-        weight: Packed weight of two axes.
+        weight: Weight of two axes, packed or dense.
         bias: ``[F]`` or None.
 
     Returns:
@@ -42,7 +42,7 @@ def packed_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> T
 
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight | Tensor) -> Tensor:
         ctx.weight = weight
         return _multiply(x, weight, transpose=False)
 
@@ -52,13 +52,13 @@ class _PackedLinear(torch.autograd.Function):
         return _multiply(grad, ctx.weight, transpose=True), None
 
 
-def _multiply(x: Tensor, weight: NF4Weight, transpose: bool) -> Tensor:
+def _multiply(x: Tensor, weight: NF4Weight | Tensor, transpose: bool) -> Tensor:
     if _in_core(x):
         rows = x.reshape(-1, x.shape[-1])
         one_group = torch.tensor([0, rows.shape[0]], dtype=torch.int32)
         y = cpu.grouped_linear(rows, weight, one_group, transpose)
         return y.view(*x.shape[:-1], y.shape[-1])
-    dense = nf4.dequantize(weight, dtype=x.dtype)
+    dense = weight.to(x.dtype) if isinstance(weight, Tensor) else nf4.dequantize(weight, dtype=x.dtype)
     return x @ dense if transpose else functional.linear(x, dense)
 
 
