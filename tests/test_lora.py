@@ -114,8 +114,13 @@ def test_reloaded_adapter_gives_identical_logits(checkpoint, tmp_path):
     assert torch.equal(logits(again), logits(ours))
 
 
-def test_saved_adapter_bears_layout_and_fingerprint(checkpoint, tmp_path):
-    with_lora(checkpoint).save_pretrained(tmp_path)
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_saved_adapter_bears_layout_and_fingerprint(checkpoint, reloaded, tmp_path):
+    model = with_lora(checkpoint)
+    model.save_pretrained(tmp_path)
+    if reloaded:
+        packed = load(checkpoint, quantization_config=moeft.NF4Config())
+        moeft.load_adapter(packed, tmp_path, trainable=True).save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["moeft.base_fingerprint"] == moeft.checkpoint.fingerprint(checkpoint)

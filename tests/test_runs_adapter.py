@@ -47,10 +47,11 @@ def test_second_adapter_on_a_first_merges_to_what_both_compute(base, first, tmp_
     assert (expected - alone).abs().max() > 1e-3
 
 
-def test_resumed_training_of_a_stack_ends_with_identical_weights(base, first, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumed_training_of_a_stack_ends_with_identical_weights(base, first, dtype, tmp_path):  # noqa: F811
     def stack():
         below = moeft.load_adapter(load(base, quantization_config=moeft.NF4Config()), first, name="below_0")
-        return moeft.add_lora(below, 2, targets=("experts",), seed=0)
+        return moeft.add_lora(below, 2, targets=("experts",), seed=0, dtype=dtype)
 
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = sft_trainer(stack(), tmp_path, **options)

@@ -186,7 +186,10 @@ def load_adapter(
         stacking.load(model, path, trainable, name)
     else:
         stacking.check_name(name)
-        model = LoraModel.from_pretrained(model, path, adapter_name=name, is_trainable=trainable)
+        config = LoraConfig.from_pretrained(str(path))
+        config.inference_mode = not trainable
+        model = LoraModel(model, config, adapter_name=name)  # from_pretrained would make PEFT's own class
+        model.load_adapter(path, name, is_trainable=trainable)
     parts = (parameter.split(f".{name}.") for parameter, _ in model.named_parameters() if ".lora_" in parameter)
     names = {".".join(part) for part in parts if len(part) == 2}
     names ^= set(load_peft_weights(str(path), device="cpu"))
