@@ -48,6 +48,9 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         for name, path in (("eval", recipe.data.eval), ("tool_calls", recipe.evaluation.tool_calls))
         if path is not None
     }
+    if recipe.protection is not None:
+        files = {"subspace": recipe.protection.subspace, "layer_importance": recipe.protection.layer_importance}
+        inputs |= {f"protection.{name}": path for name, path in files.items() if path is not None}
     inputs |= {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
     seed = int(recipe.training.get("seed", 42))
     with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), inputs, seed) as folder:
@@ -172,6 +175,7 @@ class _Run:
             eval_dataset=recipe.data.eval,
             processing_class=tokenizer,
             events=self.folder,
+            protection=recipe.protection,
         )
         trainer.forecast = self.forecast()
         self.count_rows(trainer)

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from moeft.config.optimizer import HOST_STATE_BITS
+from moeft.config.protection import Protection
 from moeft.data.collate import count_tokens
 from moeft.integration.fused_loss import fuse_loss
 from moeft.integration.stacking import keeping_active
@@ -29,6 +30,7 @@ from moeft.training.length_grouping import SeededLengthGroupedSampler
 from moeft.training.missing_gradients import MissingGradients
 from moeft.training.optim import HostAdamW, host_options, raise_rate_of_b
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
+from moeft.training.protection import SubspaceProtection
 from moeft.training.routing_monitor import RoutingMonitor
 
 
@@ -38,17 +40,24 @@ class MoeTrainer(Trainer):
     Args:
         events: Where to record the run; nowhere by default.
         checkpoint_plan: What ``activation_checkpointing: auto`` stands for: the policy of each decoder layer.
+        protection: What to leave alone; nothing by default.
         **kwargs: As for ``transformers.Trainer``, without ``compute_metrics``.
 
     Raises:
         ValueError: If ``compute_metrics`` is given: evaluation keeps no logits. If a plan does not fit the model or
-            the arguments.
+            the arguments. If weights are to be protected and are sharded, or the protection does not fit them.
+        CheckpointError: If the protection's files do not belong to the model.
     """
 
     args: MoeConfig
 
     def __init__(
-        self, *, events: EventSink | None = None, checkpoint_plan: Sequence[str] | None = None, **kwargs: Any
+        self,
+        *,
+        events: EventSink | None = None,
+        checkpoint_plan: Sequence[str] | None = None,
+        protection: Protection | None = None,
+        **kwargs: Any,
     ) -> None:
         if kwargs.get("compute_metrics") is not None:
             raise ValueError("compute_metrics needs logits, which are never kept; call moeft.evaluation on the model")
@@ -63,6 +72,10 @@ class MoeTrainer(Trainer):
         # A second look by one process alone would wait for the others' shards.
         self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip, None if sharded else self._diagnose)
         self.add_callback(self.guard)
+        if protection is not None:
+            if sharded:
+                raise ValueError("protection needs whole weights; train without DeepSpeed and FSDP, or without it")
+            self.add_callback(SubspaceProtection(self.model, protection, events))  # after the guard drops bad gradients
         self.events = events
         self.forecast: out_of_memory.Forecast | None = None
         self.routing = RoutingMonitor(self.model) if self.args.log_routing else None
