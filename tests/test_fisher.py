@@ -13,7 +13,9 @@ from transformers.core_model_loading import revert_weight_conversion
 import moeft
 from moeft import importance
 from moeft.errors import CheckpointError, DataError
+from moeft.importance import likelihood
 from moeft.importance.groups import groups_within
+from moeft.integration.fused_loss import PlainHead
 from tests.tiny_models import save_tiny_model, token_ids
 from tests.tiny_training import load
 
@@ -146,6 +148,20 @@ def test_sampled_labels_repeat_with_their_seed_and_keep_to_the_datas_places(base
     unlabelled = [{**row, "labels": [-100] * len(row["labels"])} for row in rows(1)]
     nothing = measure(base, tmp_path / "none", unlabelled, labels="sampled")
     assert all(value.abs().sum() == 0 for value in nothing.values())
+
+
+def test_sampled_labels_follow_the_models_distribution():
+    generator = torch.Generator().manual_seed(0)
+    head = PlainHead(torch.randn(5, 3, generator=generator), softcap=2.0)
+    hidden = torch.randn(3, generator=generator)
+    places, rows_drawn = torch.zeros(4000, dtype=torch.int64), 4000
+    drawn = likelihood._sample(hidden.expand(rows_drawn, 3), head, places, seed=1)
+    expected = (2.0 * torch.tanh(head.weight @ hidden / 2.0)).softmax(-1)
+    share = drawn.bincount(minlength=5) / rows_drawn
+    # Four standard deviations of a share.
+    assert bool(((share - expected).abs() < 4 * (expected * (1 - expected) / rows_drawn).sqrt()).all())
+    places[::2] = -100
+    assert bool((likelihood._sample(hidden.expand(rows_drawn, 3), head, places, seed=1)[::2] == -100).all())
 
 
 class KilledError(Exception):

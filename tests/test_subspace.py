@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import moeft
 from moeft import importance
 from moeft.errors import CheckpointError
 from moeft.importance import svd
+from moeft.importance.disk import Disk
 from tests.tiny_models import save_tiny_model
 from tests.tiny_training import load
 
@@ -152,3 +155,32 @@ def test_other_models_and_packed_ones_are_refused(pairs, tmp_path):
     moeft.checkpoint.quantize(it, tmp_path / "packed")
     with pytest.raises(CheckpointError, match="in 4 bit; give the 16-bit checkpoint"):
         importance.subspace(it, tmp_path / "packed", tmp_path / "s", rank=RANK)
+
+
+def test_multimodal_checkpoint_gives_the_names_of_its_text_model(pairs, tmp_path):
+    it, pt = pairs["gemma4"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    tensors = load_file(it / "model.safetensors")
+    prefixed = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    tower = {"model.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight": torch.zeros(4, 4)}
+    save_file({**prefixed, **tower}, whole / "model.safetensors")
+    (whole / "config.json").write_text(json.dumps({"model_type": "gemma4"}))
+    importance.subspace(it, pt, tmp_path / "a", rank=RANK)
+    importance.subspace(whole, pt, tmp_path / "b", rank=RANK)
+    a, b = load_file(tmp_path / "a"), load_file(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    weight = Disk(whole).weights["model.layers.0.experts.down_proj"]
+    assert weight.tensors == ("model.language_model.layers.0.experts.down_proj",)
+    assert Disk(whole).canonical("model.language_model.layers.0.experts.down_proj") == weight.name
+
+
+def test_missing_expert_is_named(pairs, tmp_path):
+    it = pairs["qwen3_moe"][0]
+    tensors = load_file(it / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((it / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="layer 2 lacks the up projection of expert 3"):
+        Disk(tmp_path)

@@ -117,10 +117,11 @@ def fisher(
         for weight in weights
         for name, part in places[weight.name].split(torch.empty(weight.shape, device="meta"))
     }
+    sizes = {weight.name: math.prod(weight.shape) for weight in weights}
+    groups_within(sizes, memory_bytes)  # so that too little memory is refused before there is a file
     out = Path(out)
     with TensorFile(out / FISHER_FILE, specs, _metadata(model, rows, labels, seed)) as file:
-        left = {weight.name: math.prod(weight.shape) for weight in weights if weight.name not in file.finished}
-        groups = groups_within(left, memory_bytes)
+        groups = groups_within({name: sizes[name] for name in sizes if name not in file.finished}, memory_bytes)
         by_name = {weight.name: weight for weight in weights}
         for number, group in enumerate(groups):
             step = _steps(progress, number * len(rows), len(groups) * len(rows), group[0])
