@@ -15,13 +15,14 @@ import moeft
 from moeft import importance
 from moeft.config import Protection
 from moeft.errors import CheckpointError
-from moeft.training.protection.projector import Projector
+from moeft.training.protection.projector import Projector, whole_float32
 from tests.tiny_models import save_tiny_model
 from tests.tiny_training import adapter_weights, load, packed_with_lora, sft_trainer
 
 EPS = 2**-24
 RANK = 5
-STEPS = {"max_steps": 4, "weight_decay": 0.1, "learning_rate": 5e-3}
+SGD = {"optim": "sgd", "max_steps": 1, "weight_decay": 0.0, "learning_rate": 0.1}
+STEPS = {"max_steps": 3, "weight_decay": 0.1, "learning_rate": 5e-3}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,12 @@ def trained(model, folder, settings=None, **changes):
     trainer = sft_trainer(model, folder, protection=settings, **{**STEPS, **changes})
     trainer.train()
     return before, adapter_weights(trainer.model)
+
+
+@pytest.fixture(scope="module")
+def plain_sgd(instruct, tmp_path_factory):
+    """Weights before and after one step of SGD without protection."""
+    return trained(packed_with_lora(instruct / "gemma4" / "it"), tmp_path_factory.mktemp("plain"), **SGD)
 
 
 def factors(weights):
@@ -103,11 +110,10 @@ def test_damped_gradients_alone_let_adam_into_the_subspace(instruct, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["scale_mask", "project"])
-def test_gradient_loses_its_share_inside_the_subspace(instruct, tmp_path, mode):
-    options = {"optim": "sgd", "max_steps": 1, "weight_decay": 0.0, "learning_rate": 0.1}
-    start, free = trained(packed_with_lora(instruct / "gemma4" / "it"), tmp_path, **options)
+def test_gradient_loses_its_share_inside_the_subspace(instruct, plain_sgd, tmp_path, mode):
+    start, free = plain_sgd
     settings = protection(instruct, mode=mode, strength=0.75)
-    _, held = trained(packed_with_lora(instruct / "gemma4" / "it"), tmp_path, settings, **options)
+    _, held = trained(packed_with_lora(instruct / "gemma4" / "it"), tmp_path, settings, **SGD)
     left = 0.25 if mode == "scale_mask" else 0.25**2  # the gradient alone, or the update after it too
     file = load_file(instruct / "gemma4" / "subspace")
     start, free, held = (factors(weights) for weights in (start, free, held))
@@ -123,16 +129,15 @@ def test_gradient_loses_its_share_inside_the_subspace(instruct, tmp_path, mode):
                 assert float(error.norm()) <= 1e-5 * float(step.norm()) + 4 * EPS * float(a.norm()), name
 
 
-@pytest.mark.parametrize("mode", ["scale_mask", "project"])
-def test_no_strength_is_ordinary_training_bit_for_bit(instruct, tmp_path, mode):
+def test_no_strength_is_ordinary_training_bit_for_bit(instruct, tmp_path):
     _, plain = trained(packed_with_lora(instruct / "gemma4" / "it"), tmp_path)
-    settings = protection(instruct, mode=mode, strength=0.0)
+    settings = protection(instruct, strength=0.0)
     _, found = trained(packed_with_lora(instruct / "gemma4" / "it"), tmp_path, settings)
     assert all(torch.equal(plain[name], found[name]) for name in plain)
 
 
 def test_resumed_run_ends_with_identical_weights(instruct, tmp_path):
-    options = {**STEPS, "max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    options = {**STEPS, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     folder = instruct / "gemma4" / "it"
     _, whole = trained(packed_with_lora(folder), tmp_path, protection(instruct), **options)
     again = sft_trainer(packed_with_lora(folder), tmp_path / "again", protection=protection(instruct), **options)
@@ -147,10 +152,13 @@ def test_resumed_run_ends_with_identical_weights(instruct, tmp_path):
 def test_full_weights_never_move_inside_both_sides(instruct, family, parts, tmp_path):
     model = load(instruct / family / "it")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in parts) and "bias" not in name)
+        parameter.requires_grad_(any(part in name for part in parts))
     before, after = trained(model, tmp_path, protection(instruct, family))
     file = load_file(instruct / family / "subspace")
     for name, weight in after.items():
+        if name.endswith("bias"):
+            assert not torch.equal(weight, before[name])  # no matrix, so free
+            continue
         u, v = file[f"{name}.U"], file[f"{name}.V"]
         turned = family == "gpt_oss" and weight.ndim == 3
         delta, weight = ((t.mT if turned else t) for t in (weight - before[name], weight))
@@ -188,6 +196,13 @@ def test_plain_peft_adapters_are_protected_too(instruct, tmp_path):
     for name, pairs in factors(after).items():
         for (u, _), (_, b) in zip(bases(file, name), pairs, strict=True):
             assert float((u.T @ b).norm()) <= STEPS["max_steps"] * 2 * EPS * u.shape[0] ** 0.5 * float(b.norm()) + 1e-30
+
+
+def test_projector_does_not_round_to_tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    with whole_float32():
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_projector_takes_each_expert_by_itself():
@@ -248,6 +263,13 @@ def test_ranks_that_cannot_be_used_are_refused(instruct, tmp_path):
     model = moeft.add_lora(load(it), 2, targets=("attention",))
     with pytest.raises(ValueError, match=r"rank is 32, all there is of .*lora_B.* nothing would be left"):
         sft_trainer(model, tmp_path, protection=Protection(subspace=tmp_path / "all"))
+
+
+def test_trained_matrix_outside_of_the_layers_is_refused(instruct, tmp_path):
+    model = load(instruct / "llama" / "it").requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is trained and in no decoder layer"):
+        sft_trainer(model, tmp_path, protection=protection(instruct, "llama"))
 
 
 def test_layer_importance_that_cannot_be_used_is_refused(instruct, tmp_path):

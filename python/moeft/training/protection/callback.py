@@ -14,7 +14,7 @@ from moeft.errors import CheckpointError
 from moeft.integration.lora import base_fingerprint
 from moeft.training.protection.files import SubspaceFile, normalised_layer_importance
 from moeft.training.protection.parameters import TrainedParameter, trained_parameters
-from moeft.training.protection.projector import Projector
+from moeft.training.protection.projector import Projector, whole_float32
 
 if TYPE_CHECKING:
     from moeft.training.progress import EventSink
@@ -79,6 +79,7 @@ class SubspaceProtection(TrainerCallback):
         self._protected = []
 
     @torch.no_grad()
+    @whole_float32()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Damp the gradients; remember where the weights are in their subspaces."""
         self._held = []
@@ -93,6 +94,7 @@ class SubspaceProtection(TrainerCallback):
                 self._held.append((protected, protected.projector.coordinates(view(weight))))
 
     @torch.no_grad()
+    @whole_float32()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take out of the update what moved inside the subspaces."""
         for protected, before in self._held:

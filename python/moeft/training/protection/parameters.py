@@ -48,7 +48,7 @@ class TrainedParameter:
 def trained_parameters(model: Any, file: SubspaceFile) -> list[TrainedParameter]:
     """Every trained matrix of a model.
 
-    Vectors, such as biases and the scales of norms, have no place in a subspace of matrices and are left out.
+    Biases, those of experts too, and the scales of norms have no place in a subspace of matrices and are left out.
 
     Raises:
         CheckpointError: If the file lacks the weight of one, or holds it in another shape.
@@ -80,11 +80,12 @@ def _factors(model: nn.Module, family: families.Family, file: SubspaceFile) -> I
 
 def _weights(model: nn.Module, family: families.Family, file: SubspaceFile) -> Iterator[TrainedParameter]:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.ndim > 1 and ".lora_A." not in name and ".lora_B." not in name:
-            weight = _canonical(name, family)
-            turned = parameter.ndim == 3 and family.layout.transposed
-            file.shape(weight)
-            yield TrainedParameter(name, parameter, weight, _layer(weight), "UV", _turned if turned else _same)
+        is_factor = ".lora_A." in name or ".lora_B." in name
+        if not parameter.requires_grad or parameter.ndim < 2 or is_factor or name.endswith("bias"):
+            continue
+        weight = _canonical(name, family)
+        turned = parameter.ndim == 3 and family.layout.transposed
+        yield TrainedParameter(name, parameter, weight, _layer(weight), "UV", _turned if turned else _same)
 
 
 def _check(trained: TrainedParameter, file: SubspaceFile) -> None:

@@ -5,6 +5,10 @@ Shapes: E experts (absent for a single matrix), F rows, K columns, k directions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 
 
@@ -36,3 +40,15 @@ class Projector:
         """``M -= share * L C R^T`` in place."""
         inside = coordinates if self.left is None else self.left @ coordinates
         matrix.sub_(inside if self.right is None else inside @ self.right.mT, alpha=share)
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Multiply in full float32 on a GPU meanwhile, whatever shorter format training may use."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
