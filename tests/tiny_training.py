@@ -70,7 +70,13 @@ def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def sft_trainer(
-    model: Any, folder: Path, rows: Any = None, eval_dataset: Any = None, events: Any = None, **changes: Any
+    model: Any,
+    folder: Path,
+    rows: Any = None,
+    eval_dataset: Any = None,
+    events: Any = None,
+    protection: Any = None,
+    **changes: Any,
 ) -> moeft.SFTTrainer:
     """An SFTTrainer with these arguments."""
     return moeft.SFTTrainer(
@@ -80,6 +86,7 @@ def sft_trainer(
         eval_dataset=eval_dataset,
         processing_class=tiny_tokenizer(),
         events=events,
+        protection=protection,
     )
 
 

@@ -13,16 +13,18 @@ import typer
 from moeft import __version__
 from moeft.cli.adapter import app as adapter
 from moeft.cli.demo import demo
+from moeft.cli.fisher import fisher
 from moeft.cli.layout import layout
 from moeft.cli.merge import merge
 from moeft.cli.plan import plan
 from moeft.cli.quantize import quantize
 from moeft.cli.report import report
 from moeft.cli.sft import sft
+from moeft.cli.subspace import subspace
 from moeft.errors import MoeftError
 
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (plan, quantize, sft, merge, layout, report, demo):
+for _command in (plan, quantize, sft, fisher, subspace, merge, layout, report, demo):
     app.command()(_command)
 app.add_typer(adapter)
 

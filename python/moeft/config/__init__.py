@@ -5,7 +5,16 @@ what is wrong with it, and each kind of recipe has a file of its own.
 """
 
 from moeft.config.optimizer import validate_optimizer
+from moeft.config.protection import Protection
 from moeft.config.recipe import Recipe, Section, json_schema
 from moeft.config.sft import SftRecipe, validate_training_fields
 
-__all__ = ["Recipe", "Section", "SftRecipe", "json_schema", "validate_optimizer", "validate_training_fields"]
+__all__ = [
+    "Protection",
+    "Recipe",
+    "Section",
+    "SftRecipe",
+    "json_schema",
+    "validate_optimizer",
+    "validate_training_fields",
+]

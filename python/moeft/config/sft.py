@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section
 from moeft.errors import RecipeError
@@ -183,6 +184,9 @@ class SftRecipe(Recipe):
         description="Arguments of the trainer, by their names in transformers.TrainingArguments, and those that moeft "
         "adds: max_skipped_steps, check_frozen_base, log_routing, fused_norms, loraplus_lr_ratio, min_lr_ratio, "
         "activation_checkpointing (none, keep_norm_inputs, full, auto), activation_offload",
+    )
+    protection: Protection | None = Field(
+        default=None, description="What training must leave alone; null leaves nothing alone"
     )
     merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")
 

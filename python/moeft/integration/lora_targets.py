@@ -87,7 +87,7 @@ def select(
             if not (value > 0 and math.isfinite(value)) or (what == "rank" and value != int(value)):
                 expected = "a positive whole number" if what == "rank" else "a positive number"
                 raise ValueError(f"{f'{what}s[{key!r}]' if key else what} is {value}, expected {expected}")
-    everywhere = [weight for target in TARGETS for weight in _weights(model, family, target)]
+    everywhere = [weight for target in TARGETS for weight in weights(model, family, target)]
     chosen = _in_targets(everywhere, targets, family.name)
     if layers is not None:
         chosen = _in_layers(chosen, expand(layers, "layers"), targets)
@@ -110,7 +110,8 @@ def select(
     return Selection(tuple(sorted(chosen, key=lambda weight: weight.name)), rank_pattern, alpha_pattern)
 
 
-def _weights(model: PreTrainedModel, family: families.Family, target: str) -> list[Weight]:
+def weights(model: PreTrainedModel, family: families.Family, target: str) -> list[Weight]:
+    """Every weight of a target, in the order of the modules."""
     found = []
     for path, module in model.named_modules():
         name = path.replace(".base_layer", "")

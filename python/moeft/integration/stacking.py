@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
@@ -51,18 +49,16 @@ def activate(model: PeftModel, names: list[str], trainable: list[str]) -> None:
             parameter.requires_grad_(any(f".{name}." in parameter_name for name in trainable))
 
 
-@contextmanager
-def keeping_active(model: nn.Module) -> Iterator[None]:
-    """Put back which adapters act and which parameters train.
+def restore(model: PeftModel, checkpoint: Path) -> None:
+    """Load every adapter of the model from a checkpoint; which of them act and which train stays as it is.
 
-    Trainer's resume loads every adapter of a checkpoint and then activates the first one alone.
+    Raises:
+        OSError, ValueError: If an adapter is not in the checkpoint.
     """
-    if not isinstance(model, PeftModel):
-        yield
-        return
     active = list(model.active_adapters)
     training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    yield
+    for name in model.peft_config:
+        model.load_adapter(checkpoint if name == "default" else checkpoint / name, name)
     model.base_model.set_adapter(active)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in training)

@@ -13,6 +13,7 @@
 ``skipped_step``  ``step``, ``reason``, ``module``, ``detail``, ``places`` in the micro-batch, ``rows`` of the training
                   set
 ``frozen_base``   ``sha256``, ``bytes``, ``seconds``, ``changed``: frozen tensors that training altered
+``protection``    ``mode``, ``parameters`` that are protected, ``bytes`` of their bases
 ``failed``        ``error``
 ================  ==================================================================================
 """

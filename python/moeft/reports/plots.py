@@ -1,4 +1,4 @@
-"""Pictures of a run as PNG files: its losses, and where its bytes are.
+"""Pictures of a run as PNG files: its losses, where its bytes are, and how much its layers matter.
 
 Colours are the first ones of Okabe and Ito, which people with any colour vision can tell apart.
 """
@@ -94,6 +94,28 @@ def plot_bytes(before: Mapping[str, int], after: Mapping[str, int], path: Path) 
         axes.margins(x=0.12)
         axes.tick_params(axis="y", length=0)
         axes.legend(loc="lower right")
+
+
+def plot_layer_importance(layers: Mapping[int, float], path: Path) -> None:
+    """Draw the mean of the Fisher diagonal of every decoder layer, on a logarithmic axis where all are above zero.
+
+    Args:
+        layers: Decoder layer -> mean.
+        path: PNG file to write.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    with _figure(path, 7.0, 3.2) as figure:
+        axes = figure.subplots()
+        axes.bar(list(layers), list(layers.values()), color=_BLUE, width=0.8)
+        axes.set_title("Importance of layers")
+        axes.set_xlabel("decoder layer")
+        axes.set_ylabel("mean Fisher diagonal")
+        if min(layers.values()) > 0:
+            axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y")
 
 
 @contextmanager

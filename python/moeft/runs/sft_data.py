@@ -20,6 +20,9 @@ def input_files(recipe: SftRecipe) -> dict[str, Path]:
         for name, path in (("eval", recipe.data.eval), ("tool_calls", recipe.evaluation.tool_calls))
         if path is not None
     }
+    if recipe.protection is not None:
+        wanted = {"subspace": recipe.protection.subspace, "layer_importance": recipe.protection.layer_importance}
+        files |= {f"protection.{name}": path for name, path in wanted.items() if path is not None}
     return files | {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
 
 

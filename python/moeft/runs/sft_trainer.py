@@ -52,6 +52,7 @@ def make_trainer(run: RunContext) -> SFTTrainer:
         eval_dataset=recipe.data.eval,
         processing_class=tokenizer,
         events=run.folder,
+        protection=recipe.protection,
     )
     trainer.forecast = _forecast(run)
     record_rows(run, trainer)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -15,11 +17,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from moeft.config.optimizer import HOST_STATE_BITS
+from moeft.config.protection import Protection
 from moeft.data.collate import count_tokens
+from moeft.integration import stacking
 from moeft.integration.cpu_linears import multiply_in_core
 from moeft.integration.fused_loss import fuse_loss
 from moeft.integration.fused_norms import fuse_norms
-from moeft.integration.stacking import keeping_active
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
 from moeft.training import out_of_memory
 from moeft.training.arguments import MoeConfig
@@ -31,6 +34,7 @@ from moeft.training.length_grouping import SeededLengthGroupedSampler
 from moeft.training.missing_gradients import MissingGradients
 from moeft.training.optim import HostAdamW, host_options, raise_rate_of_b
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
+from moeft.training.protection import SubspaceProtection
 from moeft.training.routing_monitor import RoutingMonitor
 
 
@@ -40,17 +44,24 @@ class MoeTrainer(Trainer):
     Args:
         events: Where to record the run; nowhere by default.
         checkpoint_plan: What ``activation_checkpointing: auto`` stands for: the policy of each decoder layer.
+        protection: What to leave alone; nothing by default.
         **kwargs: As for ``transformers.Trainer``, without ``compute_metrics``.
 
     Raises:
         ValueError: If ``compute_metrics`` is given: evaluation keeps no logits. If a plan does not fit the model or
-            the arguments.
+            the arguments. If weights are to be protected and are sharded, or the protection does not fit them.
+        CheckpointError: If the protection's files do not belong to the model.
     """
 
     args: MoeConfig
 
     def __init__(
-        self, *, events: EventSink | None = None, checkpoint_plan: Sequence[str] | None = None, **kwargs: Any
+        self,
+        *,
+        events: EventSink | None = None,
+        checkpoint_plan: Sequence[str] | None = None,
+        protection: Protection | None = None,
+        **kwargs: Any,
     ) -> None:
         if kwargs.get("compute_metrics") is not None:
             raise ValueError("compute_metrics needs logits, which are never kept; call moeft.evaluation on the model")
@@ -68,6 +79,10 @@ class MoeTrainer(Trainer):
         # A second look by one process alone would wait for the others' shards.
         self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip, None if sharded else self._diagnose)
         self.add_callback(self.guard)
+        if protection is not None:
+            if sharded:
+                raise ValueError("protection needs whole weights; train without DeepSpeed and FSDP, or without it")
+            self.add_callback(SubspaceProtection(self.model, protection, events))  # after the guard drops bad gradients
         self.events = events
         self.forecast: out_of_memory.Forecast | None = None
         self.routing = RoutingMonitor(self.model) if self.args.log_routing else None
@@ -136,7 +151,10 @@ class MoeTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with keeping_active(self.model):
+        # Of a stack, transformers 5.17 leaves out the adapter `default`, and later ones activate the first one alone.
+        if isinstance(self.model, PeftModel) and len(self.model.peft_config) > 1:
+            stacking.restore(self.model, Path(resume_from_checkpoint))
+        else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -1,0 +1,132 @@
+"""``moeft fisher``: rows, model, measurement, picture, in a run folder that a second start continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeft.errors import CheckpointError, MissingExtraError
+from moeft.progress_bar import step_bar
+from moeft.provenance import RunFolder
+
+if TYPE_CHECKING:
+    from moeft.data.chat import Encoded
+
+PICTURE = "layer_importance.png"
+
+
+@dataclass(frozen=True)
+class FisherSettings:
+    """What decides the result; see ``moeft fisher --help``."""
+
+    model: Path
+    prompts: Path
+    rows: int = 200
+    labels: str = "data"
+    targets: tuple[str, ...] | None = None
+    train_on: str = "assistant"
+    max_length: int = 4096
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+
+def run(
+    settings: FisherSettings,
+    out: Path,
+    memory_bytes: int,
+    device: str = "cpu",
+    show: Callable[[str], None] = print,
+) -> RunFolder:
+    """Measure, or continue an interrupted measurement.
+
+    Args:
+        settings: What to measure.
+        out: Run folder: ``fisher.safetensors``, ``layer_importance.json`` and ``.png``, ``metrics.json``,
+            ``rejects.jsonl``, ``run.json``, ``events.jsonl``.
+        memory_bytes: Most memory of the sums; a second start may choose another.
+        device: Where to compute.
+        show: Where to print what is found.
+
+    Raises:
+        MoeftError: If model, rows or options cannot be used; see the classes.
+        ValueError: If an option is out of its range.
+    """
+    inputs = {"model": settings.model, "prompts": settings.prompts}
+    with RunFolder.create(out, "moeft fisher", dataclasses.asdict(settings), inputs, settings.seed) as folder:
+        if not (folder.path / "fisher.safetensors").exists():  # A kill may have come between it and the picture.
+            _measure(settings, folder, memory_bytes, device, show)
+        layers = folder.read_json("layer_importance.json")["layers"]
+        _picture({int(layer): mean for layer, mean in layers.items()}, folder.path / PICTURE, show)
+    return folder
+
+
+def _measure(
+    settings: FisherSettings, folder: RunFolder, memory_bytes: int, device: str, show: Callable[[str], None]
+) -> None:
+    from moeft.importance import fisher
+
+    model, tokenizer = _load(settings, device)
+    encoded = _encode(settings, tokenizer)
+    encoded.write_rejects(folder.path / "rejects.jsonl")
+    rows = _draw(encoded.examples, settings)
+    show(f"{encoded}; {len(rows)} of them are measured")
+    with step_bar("fisher", True) as progress:
+        report = fisher(
+            model,
+            rows,
+            folder.path,
+            base=settings.model,
+            targets=settings.targets,
+            labels=settings.labels,  # type: ignore[arg-type]  # checked there
+            memory_bytes=memory_bytes,
+            seed=settings.seed,
+            progress=progress,
+        )
+    show(str(report))
+    figures = {"samples": report.samples, "labels": report.tokens, "seconds": report.seconds, "layers": report.layers}
+    folder.write_json("metrics.json", {"fisher": figures})
+
+
+def _load(settings: FisherSettings, device: str) -> tuple[Any, Any]:
+    from moeft.integration import experts_implementation, experts_module
+    from moeft.integration.loading import load
+
+    model, tokenizer = load(settings.model, dtype=settings.dtype, device=None if device == "cpu" else device)
+    if tokenizer is None:
+        raise CheckpointError(f"{settings.model} holds no tokenizer; copy that of the base beside the weights")
+    if any(experts_module.is_fused(module) for module in model.modules()):
+        # transformers' own kernel refuses some sizes in bfloat16 on the CPU.
+        model.set_experts_implementation(experts_implementation.NAME)
+    return model, tokenizer
+
+
+def _encode(settings: FisherSettings, tokenizer: Any) -> Encoded:
+    from moeft.data.chat import encode
+    from moeft.data.rows import read_rows
+
+    return encode(
+        read_rows(settings.prompts),
+        tokenizer,
+        train_on=settings.train_on,  # type: ignore[arg-type]  # checked there
+        max_length=settings.max_length,
+        on_too_long="truncate",
+    )
+
+
+def _draw(examples: list[Any], settings: FisherSettings) -> list[Any]:
+    """Rows at random, since files are often sorted by topic, in the order of the file."""
+    count = min(settings.rows, len(examples))
+    return [examples[i] for i in sorted(random.Random(settings.seed).sample(range(len(examples)), count))]
+
+
+def _picture(layers: dict[int, float], path: Path, show: Callable[[str], None]) -> None:
+    from moeft.reports.plots import plot_layer_importance
+
+    try:
+        plot_layer_importance(layers, path)
+    except MissingExtraError as error:  # No reason to fail a measurement of hours.
+        show(f"no picture: {error}")

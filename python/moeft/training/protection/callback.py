@@ -1,0 +1,157 @@
+"""The trainer's callback that damps gradients inside a subspace and takes updates out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from moeft.config.protection import Protection
+from moeft.errors import CheckpointError
+from moeft.integration.lora import base_fingerprint
+from moeft.training.protection.files import SubspaceFile, normalised_layer_importance
+from moeft.training.protection.parameters import TrainedParameter, trained_parameters
+from moeft.training.protection.projector import Projector, whole_float32
+
+if TYPE_CHECKING:
+    from moeft.training.progress import EventSink
+
+
+@dataclass(frozen=True)
+class _Protected:
+    trained: TrainedParameter
+    projector: Projector
+    share: float
+
+
+class SubspaceProtection(TrainerCallback):
+    """Keeps a share of every gradient, and of every update, out of the subspace of its weight.
+
+    Gradients are damped after clipping, so that the norm that is logged and clipped is that of the data. Adam divides
+    every element by a scale of its own, which turns an update back into the subspace, and weight decay never asked; so
+    with ``project`` the change that the step made is projected too. Of a weight only its coordinates in the subspace
+    are remembered over the step. There is no state: a run that resumes continues bit for bit.
+
+    Args:
+        model: The model to train, after its adapters were added.
+        settings: The recipe's section.
+        events: Where to record what is protected.
+
+    Raises:
+        CheckpointError: If a file cannot be read, belongs to another base, lacks a weight that is trained or its layer,
+            or holds it in another shape.
+        ValueError: If the rank is higher than the file's, or so high that nothing is left to train.
+    """
+
+    def __init__(self, model: nn.Module, settings: Protection, events: EventSink | None = None) -> None:
+        self.settings = settings
+        self.events = events
+        file = SubspaceFile(settings.subspace)
+        _check_base(model, file)
+        rank = file.rank if settings.rank is None else settings.rank
+        if rank > file.rank:
+            raise ValueError(f"rank is {rank}, but {file.path} holds {file.rank} directions; make it anew for more")
+        self._file, self._rank = file, rank
+        self._shares = [
+            (trained, share) for trained, share in _shares(trained_parameters(model, file), settings) if share > 0
+        ]
+        for trained, share in self._shares:
+            _check_room(trained, rank, share)
+        self._protected: list[_Protected] = []
+        self._held: list[tuple[_Protected, Tensor]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bring the bases to the devices of their parameters."""
+        self._protected = [_Protected(t, self._projector(t), share) for t, share in self._shares]
+        if self.events is not None:
+            self.events.event(
+                "protection",
+                mode=self.settings.mode,
+                parameters=len(self._protected),
+                bytes=sum(protected.projector.nbytes for protected in self._protected),
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let go of the bases."""
+        self._protected = []
+
+    @torch.no_grad()
+    @whole_float32()
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Damp the gradients; remember where the weights are in their subspaces."""
+        self._held = []
+        for protected in self._protected:
+            parameter, view = protected.trained.parameter, protected.trained.view
+            if parameter.grad is None:
+                continue
+            gradient = view(parameter.grad)
+            protected.projector.subtract_(gradient, protected.projector.coordinates(gradient), protected.share)
+            if self.settings.mode == "project":
+                weight = _weight(parameter, kwargs["optimizer"])
+                self._held.append((protected, protected.projector.coordinates(view(weight))))
+
+    @torch.no_grad()
+    @whole_float32()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take out of the update what moved inside the subspaces."""
+        for protected, before in self._held:
+            parameter, view = protected.trained.parameter, protected.trained.view
+            weight = _weight(parameter, kwargs["optimizer"])
+            moved = protected.projector.coordinates(view(weight)) - before
+            protected.projector.subtract_(view(weight), moved, protected.share)
+            if weight is not parameter:
+                _master(parameter, kwargs["optimizer"]).copy_(weight)
+                parameter.copy_(weight)
+        self._held = []
+
+    def _projector(self, trained: TrainedParameter) -> Projector:
+        left, right = (
+            self._file.basis(trained.weight, side, self._rank).to(trained.parameter.device)
+            if side in trained.sides
+            else None
+            for side in ("U", "V")
+        )
+        return Projector(left, right)
+
+
+def _weight(parameter: Tensor, optimizer: Any) -> Tensor:
+    """What the optimiser's step changes: the parameter, or on its device the master copy that it is rounded from."""
+    master = _master(parameter, optimizer)
+    return parameter if master is None else master.to(parameter.device)
+
+
+def _master(parameter: Tensor, optimizer: Any) -> Any:
+    return optimizer.state.get(parameter, {}).get("master")
+
+
+def _shares(found: list[TrainedParameter], settings: Protection) -> list[tuple[TrainedParameter, float]]:
+    if settings.layer_importance is None:
+        return [(trained, settings.strength) for trained in found]
+    importance = normalised_layer_importance(settings.layer_importance)
+    if missing := sorted({trained.layer for trained in found} - importance.keys()):
+        raise CheckpointError(
+            f"{settings.layer_importance} lacks layer {missing[0]}, which is trained; measure all layers that are"
+        )
+    return [(trained, settings.strength * importance[trained.layer]) for trained in found]
+
+
+def _check_base(model: Any, file: SubspaceFile) -> None:
+    actual = base_fingerprint(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    if actual and actual != file.base_fingerprint:
+        raise CheckpointError(
+            f"{file.path} is of an instruct model with fingerprint {file.base_fingerprint}, but the model to train has "
+            f"{actual}; make the file from this model and the one it was tuned from"
+        )
+
+
+def _check_room(trained: TrainedParameter, rank: int, share: float) -> None:
+    rows, columns = trained.view(trained.parameter).shape[-2:]
+    sizes = {"U": (rows,), "V": (columns,), "UV": (rows, columns)}[trained.sides]
+    if share == 1 and all(rank >= size for size in sizes):
+        raise ValueError(
+            f"rank is {rank}, all there is of {trained.name} {list(trained.parameter.shape)}: nothing would be left to "
+            "train; set a lower protection.rank, or a strength below 1"
+        )

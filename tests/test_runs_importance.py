@@ -1,0 +1,140 @@
+"""``moeft fisher`` and ``moeft subspace`` as commands, and a recipe that trains beside what they found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from moeft.cli import main
+from moeft.config import SftRecipe
+from moeft.errors import RunFolderError
+from moeft.provenance import RunFolder
+from moeft.runs.fisher import FisherSettings, run
+from moeft.runs.sft import run as run_sft
+from tests.tiny_models import save_tiny_model
+from tests.tiny_training import sums, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Instruct model with its tokenizer, and the base of it, in bfloat16; rows of chat."""
+    root = tmp_path_factory.mktemp("importance")
+    for seed, name in enumerate(("it", "pt")):
+        save_tiny_model("qwen3_moe", root / name, torch.bfloat16, seed=seed)
+    tiny_tokenizer().save_pretrained(root / "it")
+    rows = [*sums(12), {"messages": [{"role": "user", "content": "alone"}]}]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def call(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def measured(checkpoints):
+    """Folder of a Fisher run and file of a subspace, both made by commands."""
+    root = checkpoints
+    fisher = ("fisher", root / "it", "--prompts", root / "rows.jsonl", "-n", 5, "--out", root / "fisher")
+    assert call(*fisher, "--memory", "100KiB") == 0
+    assert call("subspace", root / "it", root / "pt", "--rank", 4, "--out", root / "subspace.safetensors") == 0
+    return root
+
+
+def test_fisher_leaves_a_finished_run_with_weights_layers_and_a_picture(measured):
+    folder = RunFolder.open(measured / "fisher")
+    assert folder.status == "finished"
+    assert folder.read_json("metrics.json")["fisher"]["samples"] == 5
+    assert folder.path.joinpath("layer_importance.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder.path / "rejects.jsonl").read_text())["line"] == 13
+    found = load_file(folder.path / "fisher.safetensors")
+    on_disk = load_file(measured / "it" / "model.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
+        name: (t.shape, torch.bfloat16) for name, t in on_disk.items() if "_proj" in name
+    }
+
+
+def test_recipe_protects_the_instruct_model(measured, tmp_path):
+    recipe = {
+        "model": str(measured / "it"),
+        "output": "run",
+        "dtype": "float32",
+        "quantization": {},
+        "lora": {"rank": 2},
+        "data": {"train": str(measured / "rows.jsonl")},
+        "protection": {
+            "subspace": str(measured / "subspace.safetensors"),
+            "layer_importance": str(measured / "fisher" / "layer_importance.json"),
+        },
+        "training": {"max_steps": 2, "learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True, "save_steps": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    folder = run_sft(SftRecipe.load(tmp_path / "recipe.yaml"), show=lambda line: None)
+    assert folder.events("protection")[0]["mode"] == "project"
+    assert {"protection.subspace", "protection.layer_importance"} <= folder.record["inputs"].keys()
+    layers = json.loads((measured / "fisher" / "layer_importance.json").read_text())["layers"]
+    most = max(layers, key=layers.__getitem__)
+    b = load_file(folder.path / "adapter" / "adapter_model.safetensors")
+    b = b[f"base_model.model.model.layers.{most}.self_attn.q_proj.lora_B.weight"]
+    u = load_file(measured / "subspace.safetensors")[f"model.layers.{most}.self_attn.q_proj.weight.U"]
+    assert float((u.T @ b).norm()) < 1e-5 * float(b.norm())
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from moeft.importance import tensor_file
+from moeft.runs.fisher import FisherSettings, run
+commit, count = tensor_file.TensorFile.commit, 0
+def commit_or_die(self, *args, **kwargs):
+    global count
+    commit(self, *args, **kwargs)
+    count += 1
+    if count == 3:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+tensor_file.TensorFile.commit = commit_or_die
+model, rows, out = map(Path, sys.argv[1:])
+run(FisherSettings(model, rows, 5), out, 100 << 10, show=lambda line: None)
+"""
+
+
+def test_fisher_goes_on_after_a_kill(measured, tmp_path):
+    arguments = (measured / "it", measured / "rows.jsonl", tmp_path / "run")
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "run" / "fisher.safetensors").exists()
+    model, rows, out = arguments
+    with pytest.raises(RunFolderError, match="rows was 5, is now 6"):
+        run(FisherSettings(model, rows, 6), out, 1 << 20)
+    run(FisherSettings(model, rows, 5), out, 1 << 20, show=lambda line: None)
+    whole = load_file(measured / "fisher" / "fisher.safetensors")
+    assert all(torch.equal(whole[name], value) for name, value in load_file(out / "fisher.safetensors").items())
+    with pytest.raises(RunFolderError, match="nothing is left to do"):
+        run(FisherSettings(model, rows, 5), out, 1 << 20)
+
+
+def test_run_that_lacks_only_its_picture_draws_it(measured, tmp_path):
+    shutil.copytree(measured / "fisher", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    (tmp_path / "run" / "layer_importance.png").unlink()
+    run(FisherSettings(measured / "it", measured / "rows.jsonl", 5), tmp_path / "run", 1)
+    assert (tmp_path / "run" / "layer_importance.png").exists()
+
+
+def test_command_says_what_is_wrong(measured, tmp_path, capsys):
+    assert call("fisher", measured / "pt", "--prompts", measured / "rows.jsonl", "--out", tmp_path / "a") == 1
+    assert "holds no tokenizer" in capsys.readouterr().err
+    assert call("subspace", measured / "it", measured / "pt", "--rank", 99, "--out", tmp_path / "b") == 1
+    assert "rank is 99, but model.layers.0" in capsys.readouterr().err
