@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
-from torch import nn
 
 from moeft.errors import AdapterError
 
