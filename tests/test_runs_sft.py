@@ -51,6 +51,7 @@ def write_recipe(folder, base, name="run", **changes):
         "data": {
             "train": [str(write_rows(folder / "train.jsonl", rows))],
             "eval": str(write_rows(folder / "heldout.jsonl", sums(6, offset=1))),
+            "max_reject_share": 0.1,
         },
         "training": {
             "max_steps": 6,

@@ -60,6 +60,8 @@ class Rows:
     """Path of the file, or "rows" for rows given as objects."""
     formats: Mapping[str, int] = field(default_factory=dict)
     """Usable rows by format, most first."""
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    """Rows left out by filter; they are among the rejects."""
 
     def write_rejects(self, path: str | Path) -> None:
         """Write the rejects as JSON lines, ``{"source", "line", "reason"}``; the file is empty if there are none."""
@@ -67,7 +69,10 @@ class Rows:
 
     def __str__(self) -> str:
         formats = ", ".join(f"{name} {count}" for name, count in self.formats.items())
-        return f"{self.source}: {len(self.rows)} rows ({formats}), {len(self.rejects)} rejected"
+        filtered = ", ".join(f"{name} {count}" for name, count in self.filtered.items())
+        return f"{self.source}: {len(self.rows)} rows ({formats}), {len(self.rejects)} rejected" + (
+            f", filtered: {filtered}" if filtered else ""
+        )
 
 
 class RowReader:

@@ -24,7 +24,7 @@ class HeldOutCalls:
     """
 
     def __init__(self, path: Path, settings: Evaluation) -> None:
-        rows = read_rows(path).rows
+        rows = read_rows(path, turns="any").rows
         for row in rows:
             if [message["role"] for message in row.messages[-2:]] != ["user", "assistant"]:
                 raise DataError(f"{path} line {row.line}: a held-out call needs a user's turn and the reply to it")

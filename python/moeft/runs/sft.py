@@ -14,6 +14,7 @@ from moeft.errors import CheckpointError, MoeftError, RecipeError
 from moeft.provenance import RunFolder
 from moeft.runs.adapter import adapted
 from moeft.runs.replies import HeldOutCalls
+from moeft.runs.training_rows import data_files, heldout_rows, training_rows
 
 if TYPE_CHECKING:
     from moeft.config.sft import Merge
@@ -42,7 +43,7 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
     validate_optimizer(recipe.training)
     _check_policy(recipe)
     _check_merge(recipe)
-    inputs = {"model": recipe.model, **{f"train[{i}]": path for i, path in enumerate(recipe.data.train)}}
+    inputs = {"model": recipe.model, **data_files(recipe)}
     inputs |= {
         name: path
         for name, path in (("eval", recipe.data.eval), ("tool_calls", recipe.evaluation.tool_calls))
@@ -164,12 +165,13 @@ class _Run:
         found = audit(model, strict=bool(packed and packed.experts))
         self.show(str(found))
         self.metrics["bytes"] = self.bytes_by_component(found)
-        rows = self.training_rows(tokenizer, args)
+        rows, composition = training_rows(recipe.data, tokenizer, args, self.show)
+        self.metrics["composition"] = composition.to_json()
         trainer = SFTTrainer(
             model=adapted(model, recipe.lora, rows.examples, self.metrics, self.show),
             args=args,
             train_dataset=rows,
-            eval_dataset=recipe.data.eval,
+            eval_dataset=heldout_rows(recipe.data, self.show),
             processing_class=tokenizer,
             events=self.folder,
         )
@@ -201,15 +203,8 @@ class _Run:
             return {"after": found.bytes_by_component()}
         return {when: report.bytes_by_component(when) for when in ("before", "after")}
 
-    def training_rows(self, tokenizer: Any, args: Any) -> Any:
-        """Rows of all training files, encoded, with the rejects of all."""
-        from moeft.data.chat import Encoded
-        from moeft.training.sft import encode_dataset
-
-        return Encoded.join(encode_dataset(path, tokenizer, args) for path in self.recipe.data.train)
-
     def count_rows(self, trainer: SFTTrainer) -> None:
-        from moeft.data.rows import write_rejects
+        from moeft.data.rejects import write_rejects
 
         counts: dict[str, float] = {
             "train_rows": len(trainer.train_rows.examples),

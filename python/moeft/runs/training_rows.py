@@ -1,0 +1,68 @@
+"""The rows of a recipe: read, filtered, encoded and mixed for training; read for measuring."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeft.config import SftRecipe
+    from moeft.config.sft import Data
+    from moeft.data.chat import Encoded
+    from moeft.data.composition import Composition
+    from moeft.data.rows import Rows
+
+Show = Callable[[str], None]
+
+
+def data_files(recipe: SftRecipe) -> dict[str, Path]:
+    """Files that training rows come from or are filtered by; a hub data set is told by its name and revision."""
+    files: dict[str, Path] = {}
+    filters = {"data": recipe.data.filters}
+    for index, source in enumerate(recipe.data.train):
+        if source.path is not None:
+            files[f"train[{index}]"] = source.path
+        if source.filters is not None:
+            filters[f"train[{index}]"] = source.filters
+    for name, section in filters.items():
+        if section.contamination is not None:
+            files |= {f"{name}.contamination[{i}]": path for i, path in enumerate(section.contamination.files)}
+    return files
+
+
+def training_rows(data: Data, tokenizer: Any, args: Any, show: Show) -> tuple[Encoded, Composition]:
+    """Rows of all sources as one training set, with the rejects of all.
+
+    Args:
+        data: The recipe's section.
+        tokenizer: Of the model.
+        args: ``SFTConfig``; its seed decides the order of a mixture.
+        show: Where to print what each source holds, and the composition.
+    """
+    from moeft.data.composition import compose
+    from moeft.data.sources import read_sources
+    from moeft.training.sft import encode_dataset
+
+    read = read_sources(data, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]), show)
+    encoded = []
+    for source, rows in zip(data.train, read, strict=True):
+        own = copy.copy(args)
+        own.train_on = source.train_on or args.train_on
+        encoded.append(encode_dataset(rows, tokenizer, own))
+    seed = args.seed if args.data_seed is None else args.data_seed
+    mixed, composition = compose(data.train, read, encoded, seed)
+    show(str(composition))
+    return mixed, composition
+
+
+def heldout_rows(data: Data, show: Show) -> Rows | None:
+    """Held-out rows, read as training rows are, and not filtered; None if the recipe names none."""
+    from moeft.data.rows import read_rows
+
+    if data.eval is None:
+        return None
+    rows = read_rows(data.eval, format=data.format, turns=data.turns, max_reject_share=data.max_reject_share)
+    show(f"held out: {rows}")
+    return rows
