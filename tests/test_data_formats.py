@@ -217,7 +217,7 @@ def test_mixed_file_is_read_row_by_row_and_counted_by_format():
     rows = [{"messages": CHAT}, {"prompt": "hi", "completion": "hello"}, {"messages": CHAT}]
     read = read_rows(rows)
     assert read.formats == {"messages": 2, "prompt_completion": 1}
-    assert str(read) == "rows: 3 rows (messages 2, prompt_completion 1), 0 rejected"
+    assert str(read) == "rows: messages 2, prompt_completion 1; 3 rows kept, 0 rejected"
 
 
 def test_too_many_rejects_stop_with_a_summary_by_reason():

@@ -42,7 +42,7 @@ def _nearest_key(location: Location, model: type[BaseModel]) -> str:
     siblings = [path[-1] for path in paths if list(path[:-1]) == parents]
     elsewhere = [path for path in paths if path[-1] == name]
     if close := difflib.get_close_matches(name, siblings, n=1):
-        return f"did you mean {dotted((*parents, close[0]))}?"
+        return f"did you mean {dotted((*location[:-1], close[0]))}?"
     if elsewhere:
         return f"did you mean {dotted(elsewhere[0])}?"
     return f"keys here are {', '.join(siblings)}"

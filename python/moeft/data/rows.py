@@ -59,7 +59,7 @@ class Rows:
     source: str
     """Path of the file, or "rows" for rows given as objects."""
     formats: Mapping[str, int] = field(default_factory=dict)
-    """Usable rows by format, most first."""
+    """Rows that could be read, by format, most first."""
     filtered: Mapping[str, int] = field(default_factory=dict)
     """Rows left out by filter; they are among the rejects."""
 
@@ -69,10 +69,8 @@ class Rows:
 
     def __str__(self) -> str:
         formats = ", ".join(f"{name} {count}" for name, count in self.formats.items())
-        filtered = ", ".join(f"{name} {count}" for name, count in self.filtered.items())
-        return f"{self.source}: {len(self.rows)} rows ({formats}), {len(self.rejects)} rejected" + (
-            f", filtered: {filtered}" if filtered else ""
-        )
+        text = f"{self.source}: {formats}; {len(self.rows)} rows kept, {len(self.rejects)} rejected"
+        return text + "".join(f", {count} by {name}" for name, count in self.filtered.items() if count)
 
 
 class RowReader:

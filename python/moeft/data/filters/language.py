@@ -28,12 +28,12 @@ class LanguageFilter:
 
     def __init__(self, settings: Language) -> None:
         try:
-            from py3langid.langid import MODEL_FILE, LanguageIdentifier
+            import py3langid
         except ImportError as error:
             raise missing_extra(self.name, "py3langid") from error
-        self._identifier = LanguageIdentifier.from_pickled_model(MODEL_FILE)
+        self._classify = py3langid.classify
         self._settings = settings
-        known = set(self._identifier.nb_classes)
+        known = {language for language, _ in py3langid.rank("")}
         if unknown := sorted(set(settings.keep) - known):
             raise ValueError(
                 f"filters.language.keep holds {unknown[0]!r}, expected codes such as en; known are "
@@ -45,5 +45,5 @@ class LanguageFilter:
         text = text_of(row, ("user", "assistant"))[:JUDGED_CHARACTERS]
         if len(text) < self._settings.min_characters:
             return None
-        language, _ = self._identifier.classify(text)
+        language, _ = self._classify(text)
         return None if language in self._settings.keep else f"is in language {language!r}"
