@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from moeft.config.filters import Filters
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
-from moeft.config.sources import FormatName, Source, Turns
+from moeft.config.sources import MAX_REJECT_SHARE, FormatName, Source, Turns
 from moeft.errors import RecipeError
 
 Target = Literal["attention", "experts", "mlp"]
@@ -143,7 +143,7 @@ class Data(Section):
         description="Order of turns: refuse any but the usual, trim turns at both ends first, or accept any",
     )
     max_reject_share: float = Field(
-        default=0.05, ge=0, le=1, description="Largest share of a file's rows that may be unreadable"
+        default=MAX_REJECT_SHARE, ge=0, le=1, description="Largest share of a file's rows that may be unreadable"
     )
     filters: Filters = Field(default_factory=Filters, description="Training rows to leave out")
 

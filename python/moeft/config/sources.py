@@ -12,6 +12,8 @@ FormatName = Literal[
     "messages", "sharegpt", "alpaca", "prompt_completion", "prompt_response", "glaive", "text", "preference"
 ]
 Turns = Literal["strict", "trim", "any"]
+MAX_REJECT_SHARE = 0.05
+"""Default of ``data.max_reject_share``."""
 
 
 class Source(Section):

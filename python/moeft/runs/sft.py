@@ -14,7 +14,7 @@ from moeft.errors import CheckpointError, MoeftError, RecipeError
 from moeft.provenance import RunFolder
 from moeft.runs.adapter import adapted
 from moeft.runs.replies import HeldOutCalls
-from moeft.runs.training_rows import data_files, heldout_rows, training_rows
+from moeft.runs.training_rows import data_files, heldout_rows, sft_arguments, training_rows
 
 if TYPE_CHECKING:
     from moeft.config.sft import Merge
@@ -145,17 +145,10 @@ class _Run:
         from moeft.integration.audit import audit
         from moeft.integration.loading import load
         from moeft.integration.nf4_config import NF4Config
-        from moeft.training.sft import SFTConfig, SFTTrainer
+        from moeft.training.sft import SFTTrainer
 
         recipe = self.recipe
-        args = SFTConfig(
-            output_dir=str(self.folder.path / "checkpoints"),
-            train_on=recipe.data.train_on,
-            max_length=recipe.data.max_length,
-            on_too_long=recipe.data.on_too_long,
-            packing=recipe.data.packing,
-            **recipe.training,
-        )
+        args = sft_arguments(recipe, self.folder.path / "checkpoints")
         wanted = recipe.quantization
         config = None if wanted is None else NF4Config(**wanted.model_dump())
         model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)

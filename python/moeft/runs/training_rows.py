@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from moeft.config.sft import Data
     from moeft.data.chat import Encoded
     from moeft.data.composition import Composition
+    from moeft.data.rejects import Reject
     from moeft.data.rows import Rows
+    from moeft.training.sft import SFTConfig
 
 Show = Callable[[str], None]
 
@@ -32,13 +34,27 @@ def data_files(recipe: SftRecipe) -> dict[str, Path]:
     return files
 
 
-def training_rows(data: Data, tokenizer: Any, args: Any, show: Show) -> tuple[Encoded, Composition]:
+def sft_arguments(recipe: SftRecipe, output_dir: Path) -> SFTConfig:
+    """Settings of the trainer, of which encoding needs a part."""
+    from moeft.training.sft import SFTConfig
+
+    return SFTConfig(
+        output_dir=str(output_dir),
+        train_on=recipe.data.train_on,
+        max_length=recipe.data.max_length,
+        on_too_long=recipe.data.on_too_long,
+        packing=recipe.data.packing,
+        **recipe.training,
+    )
+
+
+def training_rows(data: Data, tokenizer: Any, args: SFTConfig, show: Show) -> tuple[Encoded, Composition]:
     """Rows of all sources as one training set, with the rejects of all.
 
     Args:
         data: The recipe's section.
         tokenizer: Of the model.
-        args: ``SFTConfig``; its seed decides the order of a mixture.
+        args: Of the trainer; the seed decides the order of a mixture.
         show: Where to print what each source holds, and the composition.
     """
     from moeft.data.composition import compose
@@ -66,3 +82,30 @@ def heldout_rows(data: Data, show: Show) -> Rows | None:
     rows = read_rows(data.eval, format=data.format, turns=data.turns, max_reject_share=data.max_reject_share)
     show(f"held out: {rows}")
     return rows
+
+
+def check_recipe(recipe: SftRecipe, show: Show) -> list[Reject]:
+    """Read, filter, encode and mix the rows of a recipe as training would, and train nothing.
+
+    Args:
+        recipe: The recipe; of its model only the tokenizer is loaded.
+        show: Where to print what each source holds, the rejects by reason, and the composition.
+
+    Returns:
+        All rejects, held-out rows included.
+
+    Raises:
+        MoeftError: As :func:`moeft.runs.sft.run` does for rows.
+        OSError: If the model's folder has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from moeft.data.rejects import summary
+
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    mixed, _ = training_rows(recipe.data, tokenizer, sft_arguments(recipe, recipe.output), show)
+    heldout = heldout_rows(recipe.data, show)
+    rejects = mixed.rejects + (heldout.rejects if heldout else [])
+    for line in summary(rejects):
+        show(f"  {line}")
+    return rejects
