@@ -116,6 +116,7 @@ def test_rows_with_a_piece_of_an_evaluation_set_are_left_out(tmp_path):
         chat("Copy", " ".join(STORY.split()[5:17]) + " other"),
         chat("why is the sky, so very blue", "It scatters."),
         chat("Why is the sky blue?", "It scatters."),
+        chat("They ask: why is the sky so very blue?", "It scatters."),
     ]
     reasons = left_out(rows, contamination={"files": str(heldout)})
     assert list(reasons) == [1, 3]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeft.config.filters import Contamination
 from moeft.data.files import open_records
-from moeft.data.filters.filter import text_of, words_of
+from moeft.data.filters.filter import words_of
 from moeft.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class ContaminationFilter:
     """Leaves out rows with as many equal words in a row as the settings say.
 
-    Every text in the records of the evaluation files counts, whatever its key; a text with fewer words is compared as a
-    whole if it has at least half as many.
+    Every text in the records of the evaluation files counts, whatever its key. A text with fewer words, down to half as
+    many, counts where it is a whole turn: as a part of a longer one it is more likely a common phrase.
 
     Raises:
         DataError: If a file holds no text that is long enough to compare.
@@ -33,36 +33,39 @@ class ContaminationFilter:
     name = "contamination"
 
     def __init__(self, settings: Contamination) -> None:
-        self._runs: dict[int, dict[str, str]] = {}
+        self._length = settings.words
+        self._runs: dict[str, str] = {}
+        self._whole: dict[str, str] = {}
         self._beginnings: set[tuple[str, str]] = set()
         for path in settings.files:
-            before = sum(map(len, self._runs.values()))
-            for text in _texts(path):
-                self._add(words_of(text), settings.words, path.name)
-            if sum(map(len, self._runs.values())) == before:
-                raise DataError(f"{path}: no text has {settings.words // 2 + 1} words that are not in an earlier file")
+            if not any([self._add(words_of(text), path.name) for text in _texts(path)]):
+                raise DataError(f"{path}: no text has {settings.words // 2 + 1} words, so there is nothing to compare")
 
     def reason(self, row: Row, place: str) -> str | None:
         """The first piece that an evaluation set has too, or None."""
-        words = words_of(text_of(row))
-        for start, pair in enumerate(itertools.pairwise(words)):
-            # Few places begin like any piece, so most are passed with one look into a set.
-            if pair not in self._beginnings:
-                continue
-            for length, runs in self._runs.items():
-                run = " ".join(words[start : start + length])
-                if run in runs:
-                    return f"holds {run!r}, as {runs[run]} does"
+        for text in [row.text or "", *(message["content"] for message in row.messages)]:
+            words = words_of(text)
+            if len(words) < self._length:
+                piece = " ".join(words)
+                if piece in self._whole:
+                    return f"holds the turn {piece!r}, as {self._whole[piece]} does"
+            # Few places begin like any run, so most are passed with one look into a set.
+            for start, pair in enumerate(itertools.pairwise(words)):
+                if pair in self._beginnings:
+                    run = " ".join(words[start : start + self._length])
+                    if run in self._runs:
+                        return f"holds {run!r}, as {self._runs[run]} does"
         return None
 
-    def _add(self, words: Sequence[str], length: int, name: str) -> None:
-        if len(words) <= length // 2:
-            return
-        length = min(length, len(words))
-        runs = self._runs.setdefault(length, {})
-        for start in range(len(words) - length + 1):
-            runs.setdefault(" ".join(words[start : start + length]), name)
+    def _add(self, words: Sequence[str], name: str) -> bool:
+        if len(words) <= self._length // 2:
+            return False
+        if len(words) < self._length:
+            self._whole.setdefault(" ".join(words), name)
+        for start in range(len(words) - self._length + 1):
+            self._runs.setdefault(" ".join(words[start : start + self._length]), name)
             self._beginnings.add((words[start], words[start + 1]))
+        return True
 
 
 def _texts(path: Path) -> Iterator[str]:
