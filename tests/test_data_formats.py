@@ -2,10 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from moeft.config.sources import FormatName
 from moeft.data.formats import FORMATS
+from moeft.data.preferences import read_preferences
 from moeft.data.rows import read_rows
 from moeft.errors import DataError
 
@@ -243,6 +248,41 @@ def test_real_files_are_read_whole(file, format, rows, calls):
     turns = [message for row in read.rows for message in row.messages]
     assert sum(len(message.get("tool_calls", [])) for message in turns) == calls
     assert all(message["name"] for message in turns if message["role"] == "tool")
+
+
+keys = st.sampled_from(["type", "name", "function", "arguments"]) | st.text(max_size=4)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
+    max_leaves=6,
+)
+turn_keys = ("role", "from", "content", "value", "tool_calls", "function_call", "train", "name", "reasoning_content")
+roles = st.sampled_from(("user", "assistant", "tool", "human", "gpt", "function_call", "observation"))
+pieces = ["<|turn>", "<turn|>", "user\n", "model\n", "<|channel>thought\n", "<start_of_turn>", "\n", "x"]
+pieces += ["USER: ", "ASSISTANT: ", "\nSYSTEM:", "<functioncall> {", "}"]
+values = st.one_of(
+    json_values,
+    st.lists(st.sampled_from(pieces), max_size=8).map("".join),
+    st.lists(st.dictionaries(st.sampled_from(turn_keys), roles | json_values, max_size=4), max_size=4),
+)
+row_keys = ["messages", "conversations", "prompt", "completion", "chosen", "rejected", "text", "chat", "system"]
+row_keys += ["tools", "instruction", "output", "history", "question", "answer"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(row_keys), values, min_size=1, max_size=4), max_size=5))
+def test_rows_of_any_content_are_used_or_rejected(rows):
+    for turns in ("strict", "trim", "any"):
+        read = read_rows([{"messages": CHAT}, *rows], turns=turns)
+        assert sorted([row.line for row in read.rows] + [reject.line for reject in read.rejects]) == list(
+            range(1, len(rows) + 2)
+        )
+    pair = {"prompt": "hi", "chosen": "a", "rejected": "b"}
+    assert len(read_preferences([pair, *rows]).rejects) <= len(rows)
+
+
+def test_recipes_name_every_format_that_can_be_trained_on():
+    assert set(get_args(FormatName)) == FORMATS.keys() - {"preference"}
 
 
 def test_every_format_has_a_row_in_the_documentation():

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from moeft.config.sources import MAX_REJECT_SHARE
-
 app = typer.Typer(name="data", no_args_is_help=True, help="Look into data sets before training.")
 
 
@@ -42,6 +40,7 @@ def check(
             write_rejects(found, rejects)
         return
 
+    from moeft.config.sources import MAX_REJECT_SHARE
     from moeft.data.check import check_file
 
     checks = []

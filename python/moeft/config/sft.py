@@ -147,6 +147,15 @@ class Data(Section):
     )
     filters: Filters = Field(default_factory=Filters, description="Training rows to leave out")
 
+    @field_validator("train", mode="after")
+    @classmethod
+    def _masks_are_known(cls, value: tuple[Source, ...]) -> tuple[Source, ...]:
+        known = get_args(cls.model_fields["train_on"].annotation)
+        for source in value:
+            if source.train_on is not None and source.train_on not in known:
+                raise ValueError(f"train_on of {source.label} to be one of {', '.join(known)}")
+        return value
+
 
 class Evaluation(Section):
     """Generation on held-out rows before and after training."""

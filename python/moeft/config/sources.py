@@ -8,10 +8,10 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from moeft.config.filters import Filters
 from moeft.config.recipe import Section
 
-FormatName = Literal[
-    "messages", "sharegpt", "alpaca", "prompt_completion", "prompt_response", "glaive", "text", "preference"
-]
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "prompt_response", "glaive", "text"]
+"""Formats that can be trained on; :data:`moeft.data.formats.FORMATS` has them."""
 Turns = Literal["strict", "trim", "any"]
+"""What becomes of a conversation whose turns are not in order, see :mod:`moeft.data.turns`."""
 MAX_REJECT_SHARE = 0.05
 """Default of ``data.max_reject_share``."""
 

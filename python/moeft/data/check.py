@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moeft.config.sources import Turns
 from moeft.data.rejects import Reject, summary
 from moeft.data.rows import Row, RowReader
-from moeft.data.turns import Turns
 
 
 @dataclass

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from moeft.config.sources import Turns
 from moeft.data.files import open_records
 from moeft.data.formats import Detector
 from moeft.data.rejects import Reject, check_share, write_rejects
-from moeft.data.turns import Turns, arrange, check_turns
+from moeft.data.turns import arrange, check_turns
 from moeft.errors import DataError
 
 
@@ -82,7 +83,7 @@ class RowReader:
         data: Path of a file or of a folder of ``datasets.save_to_disk``; or rows as mappings: a list, or a
             ``datasets.Dataset``.
         format: Name of a format of :data:`moeft.data.formats.FORMATS`; None tells each row by its keys.
-        turns: Which order of turns is accepted, see :data:`moeft.data.turns.Turns`.
+        turns: Which order of turns is accepted, see :mod:`moeft.data.turns`.
         source: Name in messages and rejects; None takes the path.
 
     Attributes:

@@ -1,22 +1,20 @@
-"""The order of turns that a conversation must have to be trained on."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Literal, get_args
-
-from moeft.errors import DataError
-
-if TYPE_CHECKING:
-    from moeft.data.rows import Message
-
-Turns = Literal["strict", "trim", "any"]
-"""What becomes of a conversation whose turns are not in order:
+"""The order of turns that a conversation must have to be trained on.
 
 * ``strict``: only the first turn may be of the system; then user and assistant take turns, with calls and answers of
   tools between, each with text, and the assistant has the last word. Anything else is refused;
 * ``trim``: as strict, after assistant turns at the front and unanswered turns at the end are cut off;
 * ``any``: all that has an assistant turn; the chat template has to cope.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, get_args
+
+from moeft.config.sources import Turns
+from moeft.errors import DataError
+
+if TYPE_CHECKING:
+    from moeft.data.rows import Message
 
 _MAY_FOLLOW = {
     "system": ("user",),
@@ -31,7 +29,7 @@ def check_turns(turns: str) -> None:
     """Refuse an unknown mode.
 
     Raises:
-        ValueError: If it is none of :data:`Turns`.
+        ValueError: If it is none of these.
     """
     if turns not in get_args(Turns):
         raise ValueError(f"turns is {turns!r}, expected one of {', '.join(get_args(Turns))}")

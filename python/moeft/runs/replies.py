@@ -16,7 +16,7 @@ class HeldOutCalls:
     """The rows of ``evaluation.tool_calls``; the last message of each is the reference.
 
     Args:
-        path: JSON-lines file of chat rows.
+        path: File of chat rows.
         settings: How to generate.
 
     Raises:

@@ -38,7 +38,8 @@ class ContaminationFilter:
         self._whole: dict[str, str] = {}
         self._beginnings: set[tuple[str, str]] = set()
         for path in settings.files:
-            if not any([self._add(words_of(text), path.name) for text in _texts(path)]):
+            num_texts = sum(self._add(words_of(text), path.name) for text in _texts(path))
+            if not num_texts:
                 raise DataError(f"{path}: no text has {settings.words // 2 + 1} words, so there is nothing to compare")
 
     def reason(self, row: Row, place: str) -> str | None:

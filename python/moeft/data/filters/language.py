@@ -10,13 +10,13 @@ from moeft.data.filters.filter import missing_extra, text_of
 if TYPE_CHECKING:
     from moeft.data.rows import Row
 
-JUDGED_CHARACTERS = 2000
+JUDGED_CHARACTERS = 1000
 
 
 class LanguageFilter:
     """Leaves out rows whose users and assistants write in another language, as py3langid tells it.
 
-    The answer is a naive Bayes classifier's on the first 2,000 characters: the same every time, and often wrong for
+    The answer is a naive Bayes classifier's on the first 1,000 characters: the same every time, and often wrong for
     a few words or for code, which is why short rows are kept.
 
     Raises:
