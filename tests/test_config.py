@@ -45,7 +45,7 @@ def test_paths_count_from_the_folder_of_the_recipe(recipe_file, tmp_path):
     recipe = SftRecipe.load(recipe_file("model: /abs/base\noutput: ../run\ndata: {train: [a.jsonl, d/b.jsonl]}\n"))
     assert recipe.model == Path("/abs/base")
     assert recipe.output == tmp_path / "../run"
-    assert recipe.data.train == (tmp_path / "a.jsonl", tmp_path / "d/b.jsonl")
+    assert [source.path for source in recipe.data.train] == [tmp_path / "a.jsonl", tmp_path / "d/b.jsonl"]
 
 
 def test_overridden_paths_count_from_the_current_folder(recipe_file, tmp_path, monkeypatch):
@@ -55,7 +55,7 @@ def test_overridden_paths_count_from_the_current_folder(recipe_file, tmp_path, m
     recipe = SftRecipe.load(path, ["output=out", "merge={output: merged}"])
     assert recipe.output == tmp_path / "shell" / "out"
     assert recipe.merge.output == tmp_path / "shell" / "merged"
-    assert recipe.data.train == (tmp_path / "train.jsonl",)
+    assert recipe.data.train[0].path == tmp_path / "train.jsonl"
 
 
 def test_home_is_expanded(recipe_file, monkeypatch):
@@ -125,7 +125,7 @@ def test_every_problem_is_listed_at_once(recipe_file):
     assert "has 4 problems" in message
     for problem in (
         "model: missing",
-        "data.train: missing; it is JSONL".lower(),
+        "data.train: missing; it is file of rows".lower(),
         "lora.rnak:",
         "lora.alpha: found 'high'",
     ):
@@ -211,7 +211,7 @@ def test_every_key_has_a_description():
     without = [
         key for section in sections for key, value in section["properties"].items() if not value.get("description")
     ]
-    assert len(sections) == 8
+    assert len(sections) == 14
     assert without == []
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeft.data.rows import ROLES, Reject, read_messages, read_rows
+from moeft.data.rejects import Reject
+from moeft.data.rows import read_rows
 from moeft.errors import DataError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -31,7 +32,7 @@ def write(path, *lines):
     ],
 )
 def test_every_shape_becomes_the_same_messages(row):
-    assert read_messages(row) == CHAT
+    assert read_rows([row]).rows[0].messages == CHAT
 
 
 @pytest.mark.parametrize(
@@ -39,11 +40,12 @@ def test_every_shape_becomes_the_same_messages(row):
     [
         ([], "the row is a list, expected an object"),
         ({}, "keys are none"),
-        ({"text": "hi"}, "keys are text; expected messages, conversations, or prompt and completion"),
+        ({"txt": "hi"}, "keys are txt; expected messages, conversations, prompt and completion, or"),
         ({"prompt": "hi"}, "keys are prompt"),
         ({"messages": "hi"}, "messages is a string, expected a list"),
         ({"messages": ["hi"]}, r"messages\[0\] is a string, expected an object"),
-        ({"messages": [{"role": "tool", "content": "x"}, *CHAT]}, r"messages\[0\].role is 'tool', expected one of"),
+        ({"messages": [{"role": "tool", "content": "x"}, *CHAT]}, "starts with a turn of role tool, expected user"),
+        ({"messages": [{"role": "owner", "content": "x"}, *CHAT]}, r"messages\[0\].role is 'owner', expected one of"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\].role is \['user'\]"),
         ({"messages": [{"content": "x"}]}, r"messages\[0\].role is None"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\].content is missing or null"),
@@ -57,7 +59,7 @@ def test_every_shape_becomes_the_same_messages(row):
 )
 def test_row_of_wrong_shape_says_what_was_expected(row, reason):
     with pytest.raises(DataError, match=reason):
-        read_messages(row)
+        read_rows([row])
 
 
 def test_bad_lines_are_listed_with_numbers_and_good_ones_kept(tmp_path):
@@ -129,7 +131,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-turn = st.fixed_dictionaries({"role": st.sampled_from([*ROLES, "tool"]) | json_values, "content": json_values})
+turn = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | json_values, "content": json_values}
+)
 
 
 @given(st.lists(json_values | st.fixed_dictionaries({"messages": st.lists(turn, max_size=3)}), max_size=4))

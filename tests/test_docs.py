@@ -11,9 +11,12 @@ from moeft.config import SftRecipe, validate_training_fields
 from moeft.errors import CheckpointError
 from moeft.merging import merge
 
-RECIPES = re.findall(
-    r"```yaml\n(.*?)```", (Path(__file__).parents[1] / "docs" / "recipes.md").read_text("utf-8"), re.DOTALL
-)
+
+def recipes(page: str) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[1] / "docs" / page).read_text("utf-8"), re.DOTALL)
+
+
+RECIPES = recipes("recipes.md")
 
 
 def test_sft_recipe_loads(tmp_path):
@@ -26,3 +29,8 @@ def test_merge_recipe_is_read_up_to_the_missing_base(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPES[1], "utf-8")
     with pytest.raises((CheckpointError, OSError), match="gemma-4-26b"):
         merge(tmp_path / "recipe.yaml", tmp_path / "out", progress=False)
+
+
+def test_recipe_of_a_mixture_loads(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipes("data.md")[0], "utf-8")
+    assert len(SftRecipe.load(tmp_path / "recipe.yaml").data.train) == 4

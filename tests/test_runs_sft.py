@@ -51,6 +51,7 @@ def write_recipe(folder, base, name="run", **changes):
         "data": {
             "train": [str(write_rows(folder / "train.jsonl", rows))],
             "eval": str(write_rows(folder / "heldout.jsonl", sums(6, offset=1))),
+            "max_reject_share": 0.1,
         },
         "training": {
             "max_steps": 6,
@@ -141,8 +142,10 @@ def test_second_start_of_a_finished_run_is_refused(finished):
 
 def test_killed_run_continues_to_identical_weights_and_keeps_its_figures(base, tmp_path):
     steps = {"max_steps": 12, "save_steps": 3, "lr_scheduler_type": "linear"}
-    whole = start(write_recipe(tmp_path, base, "whole", training=steps))
-    path = write_recipe(tmp_path, base, "killed", training=steps)
+    more = {"path": str(write_rows(tmp_path / "more.jsonl", sums(5, offset=2))), "weight": 1, "epochs": 2}
+    mixture = {"train": [{"path": str(tmp_path / "train.jsonl"), "weight": 2}, more]}
+    whole = start(write_recipe(tmp_path, base, "whole", data=mixture, training=steps))
+    path = write_recipe(tmp_path, base, "killed", data=mixture, training=steps)
     kill_after_first_checkpoint(path, tmp_path / "killed")
     killed = RunFolder.open(tmp_path / "killed")
     before = killed.read_json("metrics.json")["heldout"]["before"]
@@ -164,6 +167,8 @@ def test_killed_run_continues_to_identical_weights_and_keeps_its_figures(base, t
     for figure in ("steps", "tokens", "skipped_steps"):
         assert ours["training"][figure] == theirs["training"][figure]
     assert ours["data"] == theirs["data"]
+    assert [part["rows"] for part in ours["composition"]] == [20, 10]
+    assert ours["composition"] == theirs["composition"]
     assert ours["bytes"] == theirs["bytes"]
 
 

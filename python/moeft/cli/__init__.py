@@ -12,6 +12,7 @@ import typer
 
 from moeft import __version__
 from moeft.cli.adapter import app as adapter
+from moeft.cli.data import app as data
 from moeft.cli.demo import demo
 from moeft.cli.fisher import fisher
 from moeft.cli.layout import layout
@@ -27,6 +28,7 @@ app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pret
 for _command in (plan, quantize, sft, fisher, subspace, merge, layout, report, demo):
     app.command()(_command)
 app.add_typer(adapter)
+app.add_typer(data)
 
 
 def _print_version(asked: bool) -> None:

@@ -37,12 +37,12 @@ def _sentence(problem: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def _nearest_key(location: Location, model: type[BaseModel]) -> str:
-    *parents, name = (str(part) for part in location)
+    *parents, name = _keys(location)
     paths = list(_key_paths(model))
     siblings = [path[-1] for path in paths if list(path[:-1]) == parents]
     elsewhere = [path for path in paths if path[-1] == name]
     if close := difflib.get_close_matches(name, siblings, n=1):
-        return f"did you mean {dotted((*parents, close[0]))}?"
+        return f"did you mean {dotted((*location[:-1], close[0]))}?"
     if elsewhere:
         return f"did you mean {dotted(elsewhere[0])}?"
     return f"keys here are {', '.join(siblings)}"
@@ -50,10 +50,16 @@ def _nearest_key(location: Location, model: type[BaseModel]) -> str:
 
 def _description(location: Location, model: type[BaseModel]) -> str:
     section = model
-    for key in location[:-1]:
-        section = next(iter(_sections(section.model_fields[str(key)].annotation)))
-    text = section.model_fields[str(location[-1])].description or "needed"
+    *parents, name = _keys(location)
+    for key in parents:
+        section = next(iter(_sections(section.model_fields[key].annotation)))
+    text = section.model_fields[name].description or "needed"
     return (text[0].lower() + text[1:]).rstrip(".")
+
+
+def _keys(location: Location) -> list[str]:
+    """A location without its positions in lists, whose items all have the same keys."""
+    return [part for part in location if isinstance(part, str)]
 
 
 def _key_paths(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -13,6 +13,12 @@ from moeft.config.problems import describe
 from moeft.errors import RecipeError
 
 
+def one_or_many(value: Any) -> Any:
+    """For a ``BeforeValidator``: a single value as the only item of a tuple."""
+    # In JSON, where a tuple is a list, what a validator passes on has to be a tuple already.
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str | dict) else value
+
+
 class Section(BaseModel):
     """A mapping inside a recipe: unknown keys refused, types not coerced, numbers finite, values read-only."""
 
@@ -77,7 +83,13 @@ def _with_absolute_paths(section: _S, folder: Path, overridden: list[Location], 
         if isinstance(value, Path):
             changes[name] = base / value.expanduser()
         elif isinstance(value, tuple):
-            changes[name] = tuple(base / item.expanduser() if isinstance(item, Path) else item for item in value)
+            changes[name] = tuple(_absolute(item, base, folder, overridden, location) for item in value)
         elif isinstance(value, Section):
             changes[name] = _with_absolute_paths(value, folder, overridden, location)
     return section.model_copy(update=changes)
+
+
+def _absolute(item: Any, base: Path, folder: Path, overridden: list[Location], location: Location) -> Any:
+    if isinstance(item, Section):
+        return _with_absolute_paths(item, folder, overridden, location)
+    return base / item.expanduser() if isinstance(item, Path) else item

@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from moeft.config.filters import Filters
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
-from moeft.config.recipe import Recipe, Section
+from moeft.config.recipe import Recipe, Section, one_or_many
+from moeft.config.sources import MAX_REJECT_SHARE, FormatName, Source, Turns
 from moeft.errors import RecipeError
 
 Target = Literal["attention", "experts", "mlp"]
@@ -38,11 +40,6 @@ _OURS = (
     "activation_offload",
 )
 """Trainer arguments that moeft adds to those of transformers."""
-
-
-def _one_or_many(value: Any) -> Any:
-    # In JSON, where a tuple is a list, what a validator passes on has to be a tuple already.
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 class Quantization(Section):
@@ -127,11 +124,11 @@ class Data(Section):
     """Chat rows to train on, and which of their tokens count."""
 
     train: Annotated[
-        tuple[Path, ...],
-        BeforeValidator(_one_or_many, json_schema_input_type=str | list[str]),
-        Field(min_length=1, description="JSONL file of chat rows, or a list of such files"),
+        tuple[Source, ...],
+        BeforeValidator(one_or_many, json_schema_input_type=str | list[str | Source]),
+        Field(min_length=1, description="File of rows, or a list of files and sources"),
     ]
-    eval: Path | None = Field(default=None, description="JSONL file of held-out rows; null measures no held-out loss")
+    eval: Path | None = Field(default=None, description="File of held-out rows; null measures no held-out loss")
     train_on: Literal["assistant", "last"] = Field(
         default="assistant", description="Tokens in the loss: every assistant turn, or only the last one"
     )
@@ -142,6 +139,24 @@ class Data(Section):
     packing: bool = Field(
         default=False, description="Put several rows into each of `max_length` tokens, held-out rows too"
     )
+    format: FormatName | None = Field(default=None, description="Format of all rows; null tells each by its keys")
+    turns: Turns = Field(
+        default="strict",
+        description="Order of turns: refuse any but the usual, trim turns at both ends first, or accept any",
+    )
+    max_reject_share: float = Field(
+        default=MAX_REJECT_SHARE, ge=0, le=1, description="Largest share of a file's rows that may be unreadable"
+    )
+    filters: Filters = Field(default_factory=Filters, description="Training rows to leave out")
+
+    @field_validator("train", mode="after")
+    @classmethod
+    def _masks_are_known(cls, value: tuple[Source, ...]) -> tuple[Source, ...]:
+        known = get_args(cls.model_fields["train_on"].annotation)
+        for source in value:
+            if source.train_on is not None and source.train_on not in known:
+                raise ValueError(f"train_on of {source.label} to be one of {', '.join(known)}")
+        return value
 
 
 class Evaluation(Section):

@@ -1,40 +1,30 @@
-"""Chat rows from files and sequences, validated; every row that cannot be used is listed with its reason.
+"""The normal form of chat rows, and reading it from files and sequences of any format.
 
-Accepted shapes of a row, all turned into ``{"messages": [{"role", "content"}, ...]}``:
-
-* ``messages``: a list of ``{"role": "system" | "user" | "assistant", "content": str}``;
-* ``conversations`` (ShareGPT): a list of ``{"from": "system" | "human" | "gpt" | ..., "value": str}``;
-* ``prompt`` and ``completion``: each a string or a list of messages.
+Formats are those of :mod:`moeft.data.formats`, files those of :mod:`moeft.data.files`. Every row that cannot be used is
+listed with its line and reason.
 """
 
-import json
+from __future__ import annotations
+
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from moeft.config.sources import Turns
+from moeft.data.files import open_records
+from moeft.data.formats import Detector
+from moeft.data.rejects import Reject, check_share, write_rejects
+from moeft.data.turns import arrange, check_turns
 from moeft.errors import DataError
-
-ROLES = ("system", "user", "assistant")
-
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-}
-"""``from`` in ShareGPT files -> role."""
 
 
 class Message(TypedDict):
     """One turn of a conversation, in the form that chat templates of transformers read."""
 
     role: str
+    """"system", "user", "assistant" or "tool"."""
     content: str
     reasoning_content: NotRequired[str]
     """What an assistant thought before it answered; not part of ``content``."""
@@ -62,16 +52,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Reject:
-    """A row that cannot be used."""
-
-    line: int
-    """Line in the file, or position in the sequence; counted from 1."""
-    reason: str
-    source: str
-
-
-@dataclass(frozen=True)
 class Rows:
     """What was read: usable rows, and the rest with reasons."""
 
@@ -79,116 +59,108 @@ class Rows:
     rejects: list[Reject]
     source: str
     """Path of the file, or "rows" for rows given as objects."""
+    formats: Mapping[str, int] = field(default_factory=dict)
+    """Rows that could be read, by format, most first."""
+    filtered: Mapping[str, int] = field(default_factory=dict)
+    """Rows left out by filter; they are among the rejects."""
 
     def write_rejects(self, path: str | Path) -> None:
         """Write the rejects as JSON lines, ``{"source", "line", "reason"}``; the file is empty if there are none."""
         write_rejects(self.rejects, path)
 
+    def __str__(self) -> str:
+        formats = ", ".join(f"{name} {count}" for name, count in self.formats.items())
+        text = f"{self.source}: {formats}; {len(self.rows)} rows kept, {len(self.rejects)} rejected"
+        return text + "".join(f", {count} by {name}" for name, count in self.filtered.items() if count)
 
-def read_rows(data: str | Path | Iterable[Mapping[str, Any]]) -> Rows:
-    """Read and validate chat rows.
+
+class RowReader:
+    """Reads rows one at a time, so that a file need not fit into memory.
+
+    Iterating yields a :class:`Row` or a :class:`Reject` per record, in the order of the file.
 
     Args:
-        data: Path of a JSON-lines file in UTF-8 (blank lines are skipped), or rows as mappings: a list, or a
+        data: Path of a file or of a folder of ``datasets.save_to_disk``; or rows as mappings: a list, or a
             ``datasets.Dataset``.
+        format: Name of a format of :data:`moeft.data.formats.FORMATS`; None tells each row by its keys.
+        turns: Which order of turns is accepted, see :mod:`moeft.data.turns`.
+        source: Name in messages and rejects; None takes the path.
+
+    Attributes:
+        formats: Usable rows so far, by format.
 
     Raises:
-        DataError: If there is no row, or none can be used; the message quotes the first reasons.
+        DataError: For a file that cannot be read as a whole, while it is iterated.
         FileNotFoundError: If the path does not exist.
+        ValueError: If ``format`` or ``turns`` is unknown.
     """
-    source = str(data) if isinstance(data, str | Path) else "rows"
-    numbered = _read_lines(Path(data)) if isinstance(data, str | Path) else enumerate(data, start=1)
+
+    def __init__(
+        self,
+        data: str | Path | Iterable[Any],
+        *,
+        format: str | None = None,
+        turns: Turns = "strict",
+        source: str | None = None,
+    ) -> None:
+        check_turns(turns)
+        self._detector = Detector(format)
+        self._turns = turns
+        is_path = isinstance(data, str | Path)
+        self.source = source or (str(data) if is_path else "rows")
+        self._records = open_records(data) if isinstance(data, str | Path) else enumerate(data, start=1)
+        self.formats: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Row | Reject]:
+        for line, record in self._records:
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                name, parsed = self._detector.parse(record)
+                messages = parsed.messages if parsed.text is not None else arrange(parsed.messages, self._turns)
+            except DataError as error:
+                yield Reject(line, str(error), self.source)
+            else:
+                self.formats[name] += 1
+                yield Row(messages, line, parsed.tools, parsed.text)
+
+
+def read_rows(
+    data: str | Path | Iterable[Any],
+    *,
+    format: str | None = None,
+    turns: Turns = "strict",
+    max_reject_share: float | None = None,
+    source: str | None = None,
+) -> Rows:
+    """Read and validate rows.
+
+    Args:
+        data: As for :class:`RowReader`.
+        format: As for :class:`RowReader`.
+        turns: As for :class:`RowReader`.
+        max_reject_share: Largest share of rows that may be unusable; None for no limit.
+        source: As for :class:`RowReader`.
+
+    Raises:
+        DataError: If there is no row, none can be used, or more than ``max_reject_share`` cannot; the message has the
+            first reasons.
+        FileNotFoundError: If the path does not exist.
+        ValueError: If ``format`` or ``turns`` is unknown.
+    """
+    reader = RowReader(data, format=format, turns=turns, source=source)
     rows: list[Row] = []
     rejects: list[Reject] = []
-    for line, raw in numbered:
-        try:
-            rows.append(Row(read_messages(_decoded(raw)), line))
-        except DataError as error:
-            rejects.append(Reject(line, str(error), source))
+    for item in reader:
+        if isinstance(item, Row):
+            rows.append(item)
+        else:
+            rejects.append(item)
+    if max_reject_share is not None:
+        check_share(rejects, len(rows) + len(rejects), max_reject_share, reader.source)
     if not rows:
-        raise DataError(_nothing_left(source, rejects))
-    return Rows(rows, rejects, source)
-
-
-def write_rejects(rejects: Iterable[Reject], path: str | Path) -> None:
-    """Write rejects as JSON lines, ``{"source", "line", "reason"}``."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for reject in rejects:
-            record = {"source": reject.source, "line": reject.line, "reason": reject.reason}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def read_messages(row: Any) -> list[Message]:
-    """Turn one row of any accepted shape into messages.
-
-    Raises:
-        DataError: If the shape, a type or a role is wrong, or no assistant turn has text.
-    """
-    if not isinstance(row, Mapping):
-        raise DataError(f"the row is {_kind(row)}, expected an object")
-    if row.get("messages") is not None:
-        messages = _turns(row["messages"], "messages", "role", "content", {role: role for role in ROLES})
-    elif row.get("conversations") is not None:
-        messages = _turns(row["conversations"], "conversations", "from", "value", SHAREGPT_ROLES)
-    elif row.get("prompt") is not None and row.get("completion") is not None:
-        messages = _side(row["prompt"], "prompt", "user") + _side(row["completion"], "completion", "assistant")
-    else:
-        keys = ", ".join(sorted(map(str, row))) or "none"
-        raise DataError(f"keys are {keys}; expected messages, conversations, or prompt and completion")
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        raise DataError("no assistant turn with text, so there is nothing to train on")
-    return messages
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Bytes are decoded line by line, so that one bad byte costs one row; splitlines() would also split at U+2028.
-    with open(path, "rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if raw.strip():
-                yield line, raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8", errors="surrogateescape")
-
-
-def _decoded(raw: Any) -> Any:
-    if not isinstance(raw, str):
-        return raw
-    if any("\udc80" <= character <= "\udcff" for character in raw):
-        raise DataError("not UTF-8; save the file as UTF-8")
-    try:
-        return json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise DataError(f"malformed JSON at column {error.colno}: {error.msg}") from error
-    except RecursionError as error:
-        raise DataError("malformed JSON: nested too deeply") from error
-
-
-def _side(value: Any, key: str, role: str) -> list[Message]:
-    """One side of a prompt/completion row, which is a text or a list of messages."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return _turns(value, key, "role", "content", {role: role for role in ROLES})
-
-
-def _turns(turns: Any, key: str, role_key: str, content_key: str, roles: Mapping[str, str]) -> list[Message]:
-    if not isinstance(turns, list):
-        raise DataError(f"{key} is {_kind(turns)}, expected a list")
-    messages: list[Message] = []
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise DataError(f"{key}[{index}] is {_kind(turn)}, expected an object")
-        role, content = turn.get(role_key), turn.get(content_key)
-        if not isinstance(role, str) or role not in roles:
-            raise DataError(f"{key}[{index}].{role_key} is {role!r}, expected one of {', '.join(roles)}")
-        if not isinstance(content, str):
-            raise DataError(f"{key}[{index}].{content_key} is {_kind(content)}, expected a string")
-        messages.append({"role": roles[role], "content": content})
-    return messages
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "missing or null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")
+        raise DataError(_nothing_left(reader.source, rejects))
+    return Rows(rows, rejects, reader.source, dict(reader.formats.most_common()))
 
 
 def _nothing_left(source: str, rejects: list[Reject]) -> str:

@@ -1,17 +1,18 @@
 """Batched greedy replies of a causal language model to chat prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moeft.errors import DataError
+from moeft.evaluation.turn_scores import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Prompt = str | Sequence[dict[str, str]]
+Prompt = str | Sequence[Mapping[str, Any]]
 """A user's request, or the messages that come before the reply."""
 
 
@@ -51,7 +52,7 @@ def generate_replies(
     replies = [""] * len(texts)
     # Prompts of like length share a batch, so that little is spent on padding.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    with _evaluating(model), _padding_left(tokenizer), torch.inference_mode():
+    with evaluating(model), _padding_left(tokenizer), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             for index, reply in zip(
@@ -79,18 +80,6 @@ def _generate(model: Any, tokenizer: Any, texts: list[str], max_new_tokens: int)
         use_cache=True,
     )
     return tokenizer.batch_decode(output_BS[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        # Not model.train(): modules that were in evaluation mode inside a training model stay as they were.
-        for module in training:
-            module.training = True
 
 
 @contextmanager

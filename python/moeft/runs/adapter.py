@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moeft.config.sft import Lora
+    from moeft.data.example import Example
 
 
 def adapted(
     model: PreTrainedModel,
     lora: Lora,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Example],
     metrics: dict[str, Any],
     show: Callable[[str], None],
 ) -> PeftModel:
@@ -53,7 +54,7 @@ def adapted(
 
 
 def _routed(
-    model: Any, lora: Lora, rows: Sequence[dict[str, Any]], metrics: dict[str, Any], show: Callable[[str], None]
+    model: Any, lora: Lora, rows: Sequence[Example], metrics: dict[str, Any], show: Callable[[str], None]
 ) -> dict[int, tuple[int, ...]]:
     """Layer -> experts that the rows are routed to, of the layers to adapt."""
     from moeft.integration.routing_statistics import RoutingStatistics, routing_statistics

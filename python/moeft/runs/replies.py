@@ -16,7 +16,7 @@ class HeldOutCalls:
     """The rows of ``evaluation.tool_calls``; the last message of each is the reference.
 
     Args:
-        path: JSON-lines file of chat rows.
+        path: File of chat rows.
         settings: How to generate.
 
     Raises:
@@ -24,7 +24,7 @@ class HeldOutCalls:
     """
 
     def __init__(self, path: Path, settings: Evaluation) -> None:
-        rows = read_rows(path).rows
+        rows = read_rows(path, turns="any").rows
         for row in rows:
             if [message["role"] for message in row.messages[-2:]] != ["user", "assistant"]:
                 raise DataError(f"{path} line {row.line}: a held-out call needs a user's turn and the reply to it")

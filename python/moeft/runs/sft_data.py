@@ -1,12 +1,13 @@
-"""The rows of a run: which files they come from, how they are encoded, and what became of them."""
+"""What a run reads, and what became of its rows."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moeft.config import SftRecipe
 from moeft.runs.context import RunContext
+from moeft.runs.training_rows import data_files
 
 if TYPE_CHECKING:
     from moeft.training.sft import SFTTrainer
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def input_files(recipe: SftRecipe) -> dict[str, Path]:
     """Files and folders that a run reads, by their place in the recipe; a second start compares them."""
-    files = {"model": recipe.model, **{f"train[{i}]": path for i, path in enumerate(recipe.data.train)}}
+    files = {"model": recipe.model, **data_files(recipe)}
     files |= {
         name: path
         for name, path in (("eval", recipe.data.eval), ("tool_calls", recipe.evaluation.tool_calls))
@@ -26,17 +27,9 @@ def input_files(recipe: SftRecipe) -> dict[str, Path]:
     return files | {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
 
 
-def training_rows(recipe: SftRecipe, tokenizer: Any, args: Any) -> Any:
-    """Rows of all training files, encoded, with the rejects of all."""
-    from moeft.data.chat import Encoded
-    from moeft.training.sft import encode_dataset
-
-    return Encoded.join(encode_dataset(path, tokenizer, args) for path in recipe.data.train)
-
-
 def record_rows(run: RunContext, trainer: SFTTrainer) -> None:
     """Count rows, tokens and packs into the figures and write ``rejects.jsonl``."""
-    from moeft.data.rows import write_rejects
+    from moeft.data.rejects import write_rejects
 
     counts: dict[str, float] = {
         "train_rows": len(trainer.train_rows.examples),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from moeft.errors import CheckpointError, MoeftError
 from moeft.runs.adapter import adapted
 from moeft.runs.context import RunContext
-from moeft.runs.sft_data import record_rows, training_rows
+from moeft.runs.sft_data import record_rows
+from moeft.runs.training_rows import heldout_rows, sft_arguments, training_rows
 
 if TYPE_CHECKING:
     from moeft.integration.audit import Audit
@@ -24,17 +25,10 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     from moeft.integration.audit import audit
     from moeft.integration.loading import load
     from moeft.integration.nf4_config import NF4Config
-    from moeft.training.sft import SFTConfig, SFTTrainer
+    from moeft.training.sft import SFTTrainer
 
     recipe = run.recipe
-    args = SFTConfig(
-        output_dir=str(run.folder.path / "checkpoints"),
-        train_on=recipe.data.train_on,
-        max_length=recipe.data.max_length,
-        on_too_long=recipe.data.on_too_long,
-        packing=recipe.data.packing,
-        **recipe.training,
-    )
+    args = sft_arguments(recipe, run.folder.path / "checkpoints")
     wanted = recipe.quantization
     config = None if wanted is None else NF4Config(**wanted.model_dump())
     model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
@@ -44,12 +38,13 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     found = audit(model, strict=bool(packed and packed.experts))
     run.show(str(found))
     run.metrics["bytes"] = _bytes_by_component(run, found)
-    rows = training_rows(recipe, tokenizer, args)
+    rows, composition = training_rows(recipe.data, tokenizer, args, run.show)
+    run.metrics["composition"] = composition.to_json()
     trainer = SFTTrainer(
         model=adapted(model, recipe.lora, rows.examples, run.metrics, run.show),
         args=args,
         train_dataset=rows,
-        eval_dataset=recipe.data.eval,
+        eval_dataset=heldout_rows(recipe.data, run.show),
         processing_class=tokenizer,
         events=run.folder,
         protection=recipe.protection,

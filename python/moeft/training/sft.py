@@ -47,8 +47,7 @@ class SFTTrainer(MoeTrainer):
     Args:
         model: The model.
         args: Settings.
-        train_dataset: JSON-lines file, rows as mappings, or encoded rows. Rows have ``messages``, ``conversations``
-            (ShareGPT) or ``prompt`` and ``completion``.
+        train_dataset: File of rows, rows as mappings, or encoded rows; in any format of :mod:`moeft.data.formats`.
         eval_dataset: Held-out rows in the same form.
         processing_class: A fast tokenizer with a chat template.
         **kwargs: As for :class:`moeft.training.trainer.MoeTrainer`.
