@@ -71,7 +71,7 @@ def test_recipe_protects_the_instruct_model(measured, tmp_path):
         "dtype": "float32",
         "quantization": {},
         "lora": {"rank": 2},
-        "data": {"train": str(measured / "rows.jsonl")},
+        "data": {"train": str(measured / "rows.jsonl"), "max_reject_share": 0.1},
         "protection": {
             "subspace": str(measured / "subspace.safetensors"),
             "layer_importance": str(measured / "fisher" / "layer_importance.json"),

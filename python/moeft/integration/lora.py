@@ -189,7 +189,7 @@ def load_adapter(
         config = LoraConfig.from_pretrained(str(path))
         config.inference_mode = not trainable
         model = LoraModel(model, config, adapter_name=name)  # from_pretrained would make PEFT's own class
-        model.load_adapter(path, name, is_trainable=trainable)
+        model.load_adapter(str(path), name, is_trainable=trainable)
     parts = (parameter.split(f".{name}.") for parameter, _ in model.named_parameters() if ".lora_" in parameter)
     names = {".".join(part) for part in parts if len(part) == 2}
     names ^= set(load_peft_weights(str(path), device="cpu"))
