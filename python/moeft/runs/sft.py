@@ -45,8 +45,12 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
     inputs = {"model": recipe.model, **{f"train[{i}]": path for i, path in enumerate(recipe.data.train)}}
     inputs |= {
         name: path
-        for name, path in (("eval", recipe.data.eval), ("tool_calls", recipe.evaluation.tool_calls))
-        if path is not None
+        for name, path in (
+            ("eval", recipe.data.eval),
+            ("tool_calls", recipe.evaluation.tool_calls),
+            ("chat_template", recipe.data.chat_template),
+        )
+        if isinstance(path, Path)
     }
     inputs |= {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
     seed = int(recipe.training.get("seed", 42))
@@ -141,6 +145,7 @@ class _Run:
         )
 
     def trainer(self) -> SFTTrainer:
+        from moeft.data import templates
         from moeft.integration.audit import audit
         from moeft.integration.loading import load
         from moeft.integration.nf4_config import NF4Config
@@ -153,6 +158,8 @@ class _Run:
             max_length=recipe.data.max_length,
             on_too_long=recipe.data.on_too_long,
             packing=recipe.data.packing,
+            reasoning=recipe.data.reasoning,
+            cache_dir=str(recipe.data.cache_dir or self.folder.path / "encoded"),
             **recipe.training,
         )
         wanted = recipe.quantization
@@ -160,11 +167,14 @@ class _Run:
         model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
         if tokenizer is None:
             raise CheckpointError(f"{recipe.model} holds no tokenizer; copy that of the base beside the weights")
+        origin = templates.apply(tokenizer, recipe.data.chat_template, model.config.model_type)
+        if origin is not None:
+            self.show(f"chat template: {origin}")
         packed = getattr(model.config, "quantization_config", None)
         found = audit(model, strict=bool(packed and packed.experts))
         self.show(str(found))
         self.metrics["bytes"] = self.bytes_by_component(found)
-        rows = self.training_rows(tokenizer, args)
+        rows = self.training_rows(tokenizer, args, model)
         trainer = SFTTrainer(
             model=adapted(model, recipe.lora, rows.examples, self.metrics, self.show),
             args=args,
@@ -201,12 +211,12 @@ class _Run:
             return {"after": found.bytes_by_component()}
         return {when: report.bytes_by_component(when) for when in ("before", "after")}
 
-    def training_rows(self, tokenizer: Any, args: Any) -> Any:
+    def training_rows(self, tokenizer: Any, args: Any, model: Any) -> Any:
         """Rows of all training files, encoded, with the rejects of all."""
         from moeft.data.chat import Encoded
         from moeft.training.sft import encode_dataset
 
-        return Encoded.join(encode_dataset(path, tokenizer, args) for path in self.recipe.data.train)
+        return Encoded.join(encode_dataset(path, tokenizer, args, model) for path in self.recipe.data.train)
 
     def count_rows(self, trainer: SFTTrainer) -> None:
         from moeft.data.rows import write_rejects
@@ -288,7 +298,7 @@ class _Run:
 
         base, adapter = self.base(wanted), self.folder.path / "adapter"
         rows = (trainer.eval_rows or trainer.train_rows).examples[:PROOF_ROWS]
-        proofs = prove(base, trainer.model, adapter, wanted.output, [row["input_ids"] for row in rows])
+        proofs = prove(base, trainer.model, adapter, wanted.output, [row["input_ids"].tolist() for row in rows])
         self.metrics["proofs"] = [proof.to_json() for proof in proofs]
         for proof in proofs:
             self.show(str(proof))
