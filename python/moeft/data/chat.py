@@ -21,7 +21,7 @@ from moeft.data.marks import Span
 from moeft.data.rendering import REFUSALS, Renderer
 from moeft.data.rows import Message, Reject, Row, Rows, write_rejects
 from moeft.data.tokens import as_written, fast_tokenizer, trained_tokens
-from moeft.data.turns import Reasoning, TrainOn, check_options
+from moeft.data.trained_turns import Reasoning, TrainOn, check_options
 from moeft.errors import DataError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class _Rendered:
 
 
 def encode(
-    rows: Rows | Iterable[Row],
+    rows: Rows | Iterable[Row | Reject],
     tokenizer: PreTrainedTokenizerFast,
     *,
     train_on: TrainOn = "assistant",
@@ -94,7 +94,7 @@ def encode(
     """Encode rows; those that cannot be trained on join the rejects of ``rows``.
 
     Args:
-        rows: From ``read_rows``; an iterator is read as it is encoded.
+        rows: From ``read_rows``, or any iterable, which is read as it is encoded; rejects in it stay rejects.
         tokenizer: A fast tokenizer; with a chat template, unless all rows are plain texts.
         train_on: Which turns are trained.
         reasoning: What becomes of the assistant's thoughts.
@@ -154,11 +154,16 @@ def encode_messages(
     return Examples.of([(ids, trained_tokens(encoding, spans, untrained))])[0]
 
 
-def _rendered(rows: Iterable[Row], render: Renderer, source: str, rejects: list[Reject]) -> Iterator[list[_Rendered]]:
+def _rendered(
+    rows: Iterable[Row | Reject], render: Renderer, source: str, rejects: list[Reject]
+) -> Iterator[list[_Rendered]]:
     """Rendered rows in chunks of :data:`CHUNK_CHARACTERS`; those that cannot be rendered go to the rejects."""
     chunk: list[_Rendered] = []
     characters = 0
     for row in rows:
+        if isinstance(row, Reject):
+            rejects.append(row)
+            continue
         try:
             chunk.append(_Rendered(row, *render(row)))
         except DataError as error:

@@ -14,7 +14,7 @@ from moeft.data.collate import PackingCollator, PaddingCollator
 from moeft.data.example import check_length_options
 from moeft.data.packing import Packed, pack
 from moeft.data.rows import Rows, read_rows
-from moeft.data.turns import check_options
+from moeft.data.trained_turns import check_options
 from moeft.data.vocabulary import check_ids, check_vocabulary
 from moeft.training.arguments import MoeConfig
 from moeft.training.document_isolation import check_document_isolation, wants_flat_batches
