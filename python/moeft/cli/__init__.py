@@ -12,6 +12,7 @@ import typer
 
 from moeft import __version__
 from moeft.cli.adapter import app as adapter
+from moeft.cli.data_show import show
 from moeft.cli.demo import demo
 from moeft.cli.layout import layout
 from moeft.cli.merge import merge
@@ -24,7 +25,11 @@ from moeft.errors import MoeftError
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for _command in (plan, quantize, sft, merge, layout, report, demo):
     app.command()(_command)
-app.add_typer(adapter)
+data = typer.Typer(name="data", no_args_is_help=True, help="Look at training rows.")
+data.callback()(lambda: None)  # A group of one command stays a group.
+data.command()(show)
+for _group in (adapter, data):
+    app.add_typer(_group)
 
 
 def _print_version(asked: bool) -> None:
