@@ -10,7 +10,7 @@ import pytest
 from moeft import __version__
 from moeft.provenance import RunFolder
 
-COMMANDS = ("plan", "quantize", "sft", "merge", "layout", "adapter", "report", "demo")
+COMMANDS = ("plan", "quantize", "sft", "merge", "layout", "adapter", "data", "report", "demo")
 SLOW_IMPORTS = ("torch", "transformers", "peft", "datasets", "matplotlib", "numpy", "pydantic")
 
 
