@@ -8,14 +8,27 @@ import pytest
 from transformers import AutoTokenizer
 
 import moeft.demo
+from moeft.cli import main
 from moeft.data.chat import encode
 from moeft.data.rows import read_rows
 from moeft.demo.ops_agent import generate
-from tests.test_cli import moeft as run
 
 BASE = Path(moeft.demo.__file__).parent / "base"
 LONG = {"messages": [{"role": "user", "content": "word " * 99}, {"role": "assistant", "content": "no"}]}
 SHORT = {"messages": [{"role": "user", "content": "[bold]Hi"}, {"role": "assistant", "content": "Hello 😀."}]}
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """The command line in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        return stop.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture
@@ -25,22 +38,22 @@ def rows(tmp_path):
     return file
 
 
-def test_show_prints_trained_tokens_in_brackets_and_rejects_with_reasons(rows, tmp_path):
+def test_show_prints_trained_tokens_in_brackets_and_rejects_with_reasons(run, rows, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"model": str(BASE), "output": "run", "data": {"train": str(rows), "max_length": 64}}))
-    done = run("data", "show", rows, "--recipe", recipe, "-n", 1)
-    assert done.returncode == 0, done.stderr
-    assert "<bos><|turn>user\n[bold]Hi<turn|>\n<|turn>model\n⟦Hello 😀.<turn|>⟧\n" in done.stdout
-    assert "line 1 is rejected: " in done.stdout
-    assert "max_length is 64" in done.stdout
-    assert "line 3 is rejected: " in done.stdout
-    assert "1 of 3 rows shown" in done.stdout
+    code, shown, _ = run("data", "show", rows, "--recipe", recipe, "-n", 1)
+    assert code == 0
+    assert "<bos><|turn>user\n[bold]Hi<turn|>\n<|turn>model\n⟦Hello 😀.<turn|>⟧\n" in shown
+    assert "line 1 is rejected: " in shown
+    assert "max_length is 64" in shown
+    assert "line 3 is rejected: " in shown
+    assert "1 of 3 rows shown" in shown
 
 
-def test_show_takes_a_template_by_name_and_a_mode(rows):
-    done = run("data", "show", rows, "--model", BASE, "--template", "chatml", "--train-on", "all")
-    assert "chat template: chatml, shipped with moeft; the tokenizer spells <|im_start|>, <|im_end|>" in done.stdout
-    assert "⟦<|im_start|>user\n[bold]Hi<|im_end|>\n<|im_start|>assistant\nHello 😀.<|im_end|>\n⟧" in done.stdout
+def test_show_takes_a_template_by_name_and_a_mode(run, rows):
+    _, shown, _ = run("data", "show", rows, "--model", BASE, "--template", "chatml", "--train-on", "all")
+    assert "chat template: chatml, shipped with moeft; the tokenizer spells <|im_start|>, <|im_end|>" in shown
+    assert "⟦<|im_start|>user\n[bold]Hi<|im_end|>\n<|im_start|>assistant\nHello 😀.<|im_end|>\n⟧" in shown
 
 
 @pytest.mark.parametrize(
@@ -52,10 +65,10 @@ def test_show_takes_a_template_by_name_and_a_mode(rows):
         (("--model", BASE.parent), "holds no tokenizer"),
     ],
 )
-def test_show_says_what_is_wrong(rows, arguments, reason):
-    done = run("data", "show", rows, *arguments)
-    assert done.returncode == 1
-    assert reason in done.stderr
+def test_show_says_what_is_wrong(run, rows, arguments, reason):
+    code, _, message = run("data", "show", rows, *arguments)
+    assert code == 1
+    assert reason in message
 
 
 def test_rows_of_the_demo_keep_their_tokens_and_labels():
