@@ -72,7 +72,7 @@ def trained_tokens(encoding: "Encoding", spans: Sequence[Span], untrained: Seque
 def _range(encoding: "Encoding", span: Span) -> slice:
     """Tokens from the first with a character in the span to the last.
 
-    The offsets of all tokens as Python objects would cost as much as the tokenising, so few are asked for.
+    The offsets of all tokens as Python objects would cost a fifth of the tokenising, so few are asked for.
     """
     # A normaliser may drop characters; these belong to no token.
     first = next((t for c in range(span.start, span.stop) if (t := encoding.char_to_token(c)) is not None), None)
