@@ -161,6 +161,7 @@ def test_tokenizer_without_template_gets_that_of_its_family_if_it_has_the_tokens
         assert tokenizer.chat_template == (name and templates.shipped(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [real_models.gemma3_270m, real_models.smollm2_135m])
 def test_real_tokenizers_train_the_reply_and_its_end(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder())
