@@ -61,9 +61,9 @@ def test_packs_depend_on_the_seed_alone():
 def test_positions_start_anew_and_no_example_predicts_the_next():
     first, second = examples([3, 4])
     (one,) = pack([first, second], 8).packs
-    assert one["input_ids"] == second["input_ids"] + first["input_ids"]
-    assert one["position_ids"] == [0, 1, 2, 3, 0, 1, 2]
-    assert one["labels"] == [-100, *second["labels"][1:], -100, *first["labels"][1:]]
+    assert one["input_ids"].tolist() == second["input_ids"] + first["input_ids"]
+    assert one["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert one["labels"].tolist() == [-100, *second["labels"][1:], -100, *first["labels"][1:]]
 
 
 def test_example_longer_than_a_pack_is_refused():
@@ -151,7 +151,7 @@ def test_packed_rows_give_the_loss_gradients_and_routing_of_rows_of_their_own(na
 
 
 def contains(one, row):
-    text = one["input_ids"]
+    text = one["input_ids"].tolist()
     return any(
         text[i : i + len(row["input_ids"])] == row["input_ids"] for i, p in enumerate(one["position_ids"]) if p == 0
     )

@@ -108,7 +108,8 @@ def test_evaluation_loss_is_the_mean_over_held_out_tokens(checkpoint, tmp_path):
     trainer = sft_trainer(model, tmp_path, eval_dataset=held_out, per_device_eval_batch_size=2)
     total, count, means = 0.0, 0, []
     for example in trainer.eval_rows.examples:
-        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])[1:]
+        ids = torch.from_numpy(example["input_ids"])[None].long()
+        labels = torch.from_numpy(example["labels"])[1:].long()
         with torch.no_grad():
             log_probs = model.eval()(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
         rows = (labels != -100).nonzero().squeeze(1)

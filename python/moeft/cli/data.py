@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
+from moeft.cli.data_show import show
+
 app = typer.Typer(name="data", no_args_is_help=True, help="Look into data sets before training.")
 
 
-@app.callback()
-def _data() -> None:
-    """Look into data sets before training."""
+app.command()(show)
 
 
 @app.command()

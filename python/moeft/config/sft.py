@@ -26,6 +26,9 @@ _SET_ELSEWHERE = {
     "max_length": "data.max_length",
     "on_too_long": "data.on_too_long",
     "packing": "data.packing",
+    "reasoning": "data.reasoning",
+    "chat_template": "data.chat_template",
+    "cache_dir": "data.cache_dir",
 }
 """Trainer arguments that another key of the recipe decides."""
 
@@ -129,8 +132,18 @@ class Data(Section):
         Field(min_length=1, description="File of rows, or a list of files and sources"),
     ]
     eval: Path | None = Field(default=None, description="File of held-out rows; null measures no held-out loss")
-    train_on: Literal["assistant", "last"] = Field(
-        default="assistant", description="Tokens in the loss: every assistant turn, or only the last one"
+    train_on: Literal["assistant", "last", "completion", "messages", "all"] = Field(
+        default="assistant",
+        description="Tokens in the loss: every assistant turn, the last one, those behind the user's last one, those "
+        "with `train: true`, or the whole row; a turn's own `train` decides for it, except with `all`",
+    )
+    reasoning: Literal["keep", "strip", "mask"] = Field(
+        default="keep", description="Train the assistant's thoughts, leave them out, or show them without training them"
+    )
+    chat_template: Literal["gemma3", "gemma4", "chatml", "llama3", "qwen3"] | Path | None = Field(
+        default=None,
+        description="One of these templates, or the path of a file; null takes the tokenizer's own, and that of the "
+        "model's family if it has none",
     )
     max_length: int = Field(default=4096, ge=1, description="Longest row, and slots of a pack, in tokens")
     on_too_long: Literal["reject", "truncate", "truncate_left", "split"] = Field(
@@ -138,6 +151,9 @@ class Data(Section):
     )
     packing: bool = Field(
         default=False, description="Put several rows into each of `max_length` tokens, held-out rows too"
+    )
+    cache_dir: Path | None = Field(
+        default=None, description="Folder of encoded rows, which runs may share; null takes one in the run folder"
     )
     format: FormatName | None = Field(default=None, description="Format of all rows; null tells each by its keys")
     turns: Turns = Field(

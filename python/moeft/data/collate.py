@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moeft.data.example import IGNORE_INDEX, Example
 from moeft.data.packing import Pack
@@ -45,7 +48,7 @@ class PaddingCollator:
         width = _width(examples, self.pad_to_multiple_of)
         return {
             "input_ids": _padded([example["input_ids"] for example in examples], width, self.pad_token_id),
-            "attention_mask": _padded([[1] * len(example["input_ids"]) for example in examples], width, 0),
+            "attention_mask": _padded([np.ones(len(example["input_ids"])) for example in examples], width, 0),
             "labels": _padded([example["labels"] for example in examples], width, IGNORE_INDEX),
         }
 
@@ -76,12 +79,13 @@ class PackingCollator:
             ``[1, total]`` if flattened. Padding has label -100 and position 0: each such token is alone.
         """
         if self.flatten:
-            flat: Pack = {"input_ids": [], "labels": [], "position_ids": []}
-            for pack in packs:
-                flat["input_ids"] += pack["input_ids"]
-                flat["labels"] += pack["labels"]
-                flat["position_ids"] += pack["position_ids"]
-            packs = [flat]
+            packs = [
+                {
+                    "input_ids": np.concatenate([pack["input_ids"] for pack in packs]),
+                    "labels": np.concatenate([pack["labels"] for pack in packs]),
+                    "position_ids": np.concatenate([pack["position_ids"] for pack in packs]),
+                }
+            ]
         width = _width(packs, 1)
         return {
             "input_ids": _padded([pack["input_ids"] for pack in packs], width, self.pad_token_id),
@@ -105,10 +109,10 @@ def _width(rows: Sequence[Example] | Sequence[Pack], multiple: int) -> int:
     return -(-longest // multiple) * multiple
 
 
-def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
+def _padded(rows: Sequence[NDArray[Any]], width: int, value: int) -> Tensor:
     import torch
 
-    padded = torch.full((len(rows), width), value)
+    padded = np.full((len(rows), width), value, np.int64)
     for index, row in enumerate(rows):
-        padded[index, : len(row)] = torch.tensor(row)
-    return padded
+        padded[index, : len(row)] = row
+    return torch.from_numpy(padded)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from moeft.data.chat import Encoded
-from moeft.data.example import num_trained
 from moeft.data.mixture import Share, interleave, rows_of_epoch
 from moeft.data.rows import Rows
 
@@ -90,17 +91,19 @@ def compose(
     sizes = [len(part.examples) for part in encoded]
     joined = Encoded.join(encoded)
     counts = sizes
+    owners = np.repeat(np.arange(len(sizes)), sizes)
     if any(source.is_mixed for source in sources):
         shares = [
             Share(source.label, size, source.weight, source.rows, source.epochs)
             for source, size in zip(sources, sizes, strict=True)
         ]
         counts = rows_of_epoch(shares)
-        order = interleave(sizes, counts, seed)
-        joined = Encoded([encoded[source].examples[row] for source, row in order], joined.rejects, joined.num_shortened)
-    else:
-        order = [(source, row) for source, size in enumerate(sizes) for row in range(size)]
-    tokens, trained = _tokens(encoded, order)
+        owners, rows = np.array(interleave(sizes, counts, seed)).T
+        joined = replace(joined, examples=joined.examples.take(np.cumsum([0, *sizes])[owners] + rows))
+    tokens, trained = (
+        np.bincount(owners, lengths, len(sizes)).astype(int).tolist()
+        for lengths in (joined.examples.lengths, joined.examples.trained_lengths)
+    )
     parts = [
         Part(source.label, dict(rows.formats), size, len(part.rejects), dict(rows.filtered), count, *figures)
         for source, rows, part, size, count, *figures in zip(
@@ -108,19 +111,6 @@ def compose(
         )
     ]
     return joined, Composition(parts)
-
-
-def _tokens(encoded: Sequence[Encoded], order: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Tokens and trained tokens that each source gives."""
-    sizes = [
-        [(len(example["input_ids"]), num_trained(example["labels"])) for example in part.examples] for part in encoded
-    ]
-    tokens, trained = [0] * len(encoded), [0] * len(encoded)
-    for source, row in order:
-        length, num = sizes[source][row]
-        tokens[source] += length
-        trained[source] += num
-    return tokens, trained
 
 
 def _share(part: float, whole: float) -> float:

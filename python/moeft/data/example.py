@@ -1,7 +1,12 @@
-"""An encoded row, and how one that is too long is made to fit."""
+"""An encoded row, many of them in flat arrays, and how a row that is too long is made to fit."""
 
-from collections.abc import Sequence
-from typing import Literal, TypedDict, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypedDict, get_args, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained, as in ``torch.nn.functional.cross_entropy``."""
@@ -11,10 +16,86 @@ OnTooLong = Literal["reject", "truncate", "truncate_left", "split"]
 
 
 class Example(TypedDict):
-    """One encoded row; both lists have one entry per token."""
+    """One encoded row; both arrays have one entry per token, int32."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Examples(Sequence[Example]):
+    """Encoded rows in flat arrays, in memory or mapped from files: 5 bytes per token. Rows are made when asked for."""
+
+    input_ids: NDArray[np.int32]
+    """``[T]``, the tokens of all rows one after the other."""
+    trained: NDArray[np.bool_]
+    """``[T]``, which of them have a label."""
+    offsets: NDArray[np.int64]
+    """``[N + 1]``, where each row starts, and T."""
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> "Examples":
+        """Join rows given as ids and trained tokens."""
+        rows = list(rows)
+        ids, trained = [ids for ids, _ in rows], [trained for _, trained in rows]
+        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        return cls(
+            np.concatenate(ids, dtype=np.int32) if ids else np.empty(0, np.int32),
+            np.concatenate(trained) if trained else np.empty(0, np.bool_),
+            offsets,
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence["Examples"]) -> "Examples":
+        """Several data sets as one, in their order; a single one is left where it lies."""
+        if len(parts) == 1:
+            return parts[0]
+        starts = np.cumsum([0, *(len(part.input_ids) for part in parts)])
+        return cls(
+            np.concatenate([part.input_ids for part in parts]),
+            np.concatenate([part.trained for part in parts]),
+            np.concatenate(
+                [[0], *(part.offsets[1:] + start for part, start in zip(parts, starts, strict=False))], dtype=np.int64
+            ),
+        )
+
+    def take(self, rows: NDArray[np.int64]) -> "Examples":
+        """Copy some rows, in this order; a row may come more than once."""
+        pieces = [slice(start, stop) for start, stop in zip(self.offsets[rows], self.offsets[rows + 1], strict=True)]
+        return Examples.of((np.asarray(self.input_ids[piece]), np.asarray(self.trained[piece])) for piece in pieces)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        start, stop = self.offsets[index], self.offsets[index + 1]
+        ids = np.asarray(self.input_ids[start:stop])
+        return {"input_ids": ids, "labels": np.where(self.trained[start:stop], ids, np.int32(IGNORE_INDEX))}
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """``[N]``, tokens of each row."""
+        return np.diff(self.offsets)
+
+    @property
+    def trained_lengths(self) -> NDArray[np.int64]:
+        """``[N]``, tokens of each row that carry a label."""
+        return np.add.reduceat(self.trained, self.offsets[:-1], dtype=np.int64) if len(self) else self.lengths
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Tokens of all rows that carry a label."""
+        return int(np.count_nonzero(self.trained))
 
 
 def check_length_options(max_length: int | None, on_too_long: str) -> None:
@@ -29,39 +110,29 @@ def check_length_options(max_length: int | None, on_too_long: str) -> None:
         raise ValueError(f"on_too_long is {on_too_long!r}, expected one of {', '.join(get_args(OnTooLong))}")
 
 
-def fit(example: Example, max_length: int | None, on_too_long: OnTooLong) -> tuple[list[Example], str]:
-    """Make an example fit.
+def fit(trained: NDArray[np.bool_], max_length: int | None, on_too_long: OnTooLong) -> tuple[list[slice], str]:
+    """Say which parts of an encoded row to keep.
 
     Args:
-        example: An encoded row.
+        trained: ``[S]``, which tokens of the row have a label.
         max_length: Most tokens, or None for no limit.
         on_too_long: What to do with more. A piece of a row that is split has lost what stood before it, and a piece
             without a trained token is left out.
 
     Returns:
-        Examples with a trained token each, and why there are none if so.
+        Pieces with a trained token each, and why there are none if so.
     """
-    length = len(example["input_ids"])
-    pieces = [example]
+    length = len(trained)
+    pieces = [slice(0, length)]
     if max_length is not None and length > max_length:
         if on_too_long == "reject":
             return [], f"{length} tokens, max_length is {max_length}"
         starts = {"truncate": [0], "truncate_left": [length - max_length], "split": range(0, length, max_length)}
-        pieces = [_piece(example, start, max_length) for start in starts[on_too_long]]
+        pieces = [slice(start, min(start + max_length, length)) for start in starts[on_too_long]]
     # The first label is never a target: the model predicts from the second token on.
-    trained = [piece for piece in pieces if num_trained(piece["labels"][1:])]
-    if trained:
-        return trained, ""
-    kept = min(length, max_length or length)
-    place = {"truncate_left": f"last {kept}", "split": f"pieces of {kept}"}.get(on_too_long, f"first {kept}")
+    kept = [piece for piece in pieces if trained[piece][1:].any()]
+    if kept:
+        return kept, ""
+    most = min(length, max_length or length)
+    place = {"truncate_left": f"last {most}", "split": f"pieces of {most}"}.get(on_too_long, f"first {most}")
     return [], f"no trained token among the {place} of {length}"
-
-
-def num_trained(labels: Sequence[int]) -> int:
-    """Labels that are not :data:`IGNORE_INDEX`."""
-    return sum(label != IGNORE_INDEX for label in labels)
-
-
-def _piece(example: Example, start: int, length: int) -> Example:
-    stop = start + length
-    return {"input_ids": example["input_ids"][start:stop], "labels": example["labels"][start:stop]}

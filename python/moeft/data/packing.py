@@ -10,31 +10,56 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, overload
 
-from moeft.data.example import IGNORE_INDEX, Example
+import numpy as np
+from numpy.typing import NDArray
+
+from moeft.data.example import IGNORE_INDEX, Example, Examples
 
 
 class Pack(TypedDict):
-    """Examples one after the other; the lists have one entry per token."""
+    """Examples one after the other; the arrays have one entry per token, int32."""
 
-    input_ids: list[int]
-    labels: list[int]
-    position_ids: list[int]
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
     """Starts at 0 in each example, which is how models tell them apart."""
+
+
+@dataclass(frozen=True)
+class Packs(Sequence[Pack]):
+    """Packs as lists of examples; a pack is put together when it is asked for."""
+
+    examples: Sequence[Example]
+    bins: list[list[int]]
+    """Indices of the examples in each pack."""
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    @overload
+    def __getitem__(self, index: int) -> Pack: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Pack]: ...
+    def __getitem__(self, index: int | slice) -> Pack | list[Pack]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return _concatenate([self.examples[i] for i in self.bins[index]])
 
 
 @dataclass(frozen=True)
 class Packed:
     """Packs in order, and how full they are."""
 
-    packs: list[Pack]
+    packs: Packs
+    num_tokens: int
     max_length: int
 
     @property
     def efficiency(self) -> float:
         """Share of slots that hold a token, of ``max_length`` slots per pack."""
-        return sum(len(pack["input_ids"]) for pack in self.packs) / (len(self.packs) * self.max_length)
+        return self.num_tokens / (len(self.packs) * self.max_length)
 
     def __str__(self) -> str:
         return f"{len(self.packs)} packs of {self.max_length} slots, {self.efficiency:.1%} full"
@@ -54,14 +79,14 @@ def pack(examples: Sequence[Example], max_length: int, seed: int = 0) -> Packed:
     Source:
         Fewer Truncations Improve Language Modeling, https://arxiv.org/abs/2404.10830
     """
-    lengths = [len(example["input_ids"]) for example in examples]
+    lengths = _lengths(examples)
     too_long = sum(length > max_length for length in lengths)
     if too_long or not lengths:
         raise ValueError(
             f"{too_long} of {len(lengths)} examples are longer than max_length {max_length}, the longest has "
             f"{max(lengths, default=0)} tokens; encode them with this max_length first, or raise it"
         )
-    return Packed([_concatenate([examples[i] for i in bin_]) for bin_ in _bins(lengths, max_length, seed)], max_length)
+    return Packed(Packs(examples, _bins(lengths, max_length, seed)), sum(lengths), max_length)
 
 
 def _bins(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
@@ -89,11 +114,19 @@ def _bins(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]
     return bins
 
 
+def _lengths(examples: Sequence[Example]) -> list[int]:
+    if isinstance(examples, Examples):
+        return examples.lengths.tolist()
+    return [len(example["input_ids"]) for example in examples]
+
+
 def _concatenate(examples: Sequence[Example]) -> Pack:
-    pack: Pack = {"input_ids": [], "labels": [], "position_ids": []}
-    for example in examples:
-        pack["input_ids"] += example["input_ids"]
-        # The token before an example's first is another example's last, which must not be trained to predict it.
-        pack["labels"] += [IGNORE_INDEX, *example["labels"][1:]]
-        pack["position_ids"] += range(len(example["input_ids"]))
-    return pack
+    labels = np.concatenate([example["labels"] for example in examples], dtype=np.int32)
+    starts = np.cumsum([0, *(len(example["labels"]) for example in examples[:-1])])
+    # The token before an example's first is another example's last, which must not be trained to predict it.
+    labels[starts] = IGNORE_INDEX
+    return {
+        "input_ids": np.concatenate([example["input_ids"] for example in examples], dtype=np.int32),
+        "labels": labels,
+        "position_ids": np.concatenate([np.arange(len(e["input_ids"]), dtype=np.int32) for e in examples]),
+    }

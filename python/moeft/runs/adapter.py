@@ -60,7 +60,7 @@ def _routed(
     from moeft.integration.routing_statistics import RoutingStatistics, routing_statistics
 
     if "routing" not in metrics:
-        found = routing_statistics(model, (row["input_ids"] for row in rows), lora.routing.rows)
+        found = routing_statistics(model, (row["input_ids"].tolist() for row in rows), lora.routing.rows)
         by_layer = {str(layer): list(counts) for layer, counts in found.counts.items()}  # as JSON gives it back
         metrics["routing"] = {"rows": found.rows, "tokens": found.tokens, "counts": by_layer}
     kept = metrics["routing"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,10 +117,11 @@ def _encode(settings: FisherSettings, tokenizer: Any) -> Encoded:
     )
 
 
-def _draw(examples: list[Any], settings: FisherSettings) -> list[Any]:
+def _draw(examples: Sequence[Any], settings: FisherSettings) -> list[Any]:
     """Rows at random, since files are often sorted by topic, in the order of the file."""
     count = min(settings.rows, len(examples))
-    return [examples[i] for i in sorted(random.Random(settings.seed).sample(range(len(examples)), count))]
+    chosen = sorted(random.Random(settings.seed).sample(range(len(examples)), count))
+    return [{key: values.tolist() for key, values in examples[i].items()} for i in chosen]
 
 
 def _picture(layers: dict[int, float], path: Path, show: Callable[[str], None]) -> None:

@@ -48,7 +48,7 @@ def prove_merge(run: RunContext, trainer: SFTTrainer, held_out: HeldOut, wanted:
 
     base, adapter = _base(run, wanted), run.folder.path / "adapter"
     rows = (trainer.eval_rows or trainer.train_rows).examples[:PROOF_ROWS]
-    proofs = prove(base, trainer.model, adapter, wanted.output, [row["input_ids"] for row in rows])
+    proofs = prove(base, trainer.model, adapter, wanted.output, [row["input_ids"].tolist() for row in rows])
     run.metrics["proofs"] = [proof.to_json() for proof in proofs]
     for proof in proofs:
         run.show(str(proof))

@@ -18,8 +18,12 @@ def input_files(recipe: SftRecipe) -> dict[str, Path]:
     files = {"model": recipe.model, **data_files(recipe)}
     files |= {
         name: path
-        for name, path in (("eval", recipe.data.eval), ("tool_calls", recipe.evaluation.tool_calls))
-        if path is not None
+        for name, path in (
+            ("eval", recipe.data.eval),
+            ("tool_calls", recipe.evaluation.tool_calls),
+            ("chat_template", recipe.data.chat_template),
+        )
+        if isinstance(path, Path)
     }
     if recipe.protection is not None:
         wanted = {"subspace": recipe.protection.subspace, "layer_importance": recipe.protection.layer_importance}

@@ -22,6 +22,7 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     Raises:
         MoeftError: If the model, its tokenizer, the adapter or the data cannot be used.
     """
+    from moeft.data import templates
     from moeft.integration.audit import audit
     from moeft.integration.loading import load
     from moeft.integration.nf4_config import NF4Config
@@ -34,11 +35,14 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
     if tokenizer is None:
         raise CheckpointError(f"{recipe.model} holds no tokenizer; copy that of the base beside the weights")
+    origin = templates.apply(tokenizer, recipe.data.chat_template, model.config.model_type)
+    if origin is not None:
+        run.show(f"chat template: {origin}")
     packed = getattr(model.config, "quantization_config", None)
     found = audit(model, strict=bool(packed and packed.experts))
     run.show(str(found))
     run.metrics["bytes"] = _bytes_by_component(run, found)
-    rows, composition = training_rows(recipe.data, tokenizer, args, run.show)
+    rows, composition = training_rows(recipe.data, tokenizer, args, run.show, model)
     run.metrics["composition"] = composition.to_json()
     trainer = SFTTrainer(
         model=adapted(model, recipe.lora, rows.examples, run.metrics, run.show),

@@ -44,11 +44,15 @@ def sft_arguments(recipe: SftRecipe, output_dir: Path) -> SFTConfig:
         max_length=recipe.data.max_length,
         on_too_long=recipe.data.on_too_long,
         packing=recipe.data.packing,
+        reasoning=recipe.data.reasoning,
+        cache_dir=str(recipe.data.cache_dir or recipe.output / "encoded"),
         **recipe.training,
     )
 
 
-def training_rows(data: Data, tokenizer: Any, args: SFTConfig, show: Show) -> tuple[Encoded, Composition]:
+def training_rows(
+    data: Data, tokenizer: Any, args: SFTConfig, show: Show, model: Any = None
+) -> tuple[Encoded, Composition]:
     """Rows of all sources as one training set, with the rejects of all.
 
     Args:
@@ -56,6 +60,7 @@ def training_rows(data: Data, tokenizer: Any, args: SFTConfig, show: Show) -> tu
         tokenizer: Of the model.
         args: Of the trainer; the seed decides the order of a mixture.
         show: Where to print what each source holds, and the composition.
+        model: To train, whose embeddings must have room for all ids; None leaves that unchecked.
     """
     from moeft.data.composition import compose
     from moeft.data.sources import read_sources
@@ -66,7 +71,7 @@ def training_rows(data: Data, tokenizer: Any, args: SFTConfig, show: Show) -> tu
     for source, rows in zip(data.train, read, strict=True):
         own = copy.copy(args)
         own.train_on = source.train_on or args.train_on
-        encoded.append(encode_dataset(rows, tokenizer, own))
+        encoded.append(encode_dataset(rows, tokenizer, own, model))
     seed = args.seed if args.data_seed is None else args.data_seed
     mixed, composition = compose(data.train, read, encoded, seed)
     show(str(composition))
@@ -100,10 +105,15 @@ def check_recipe(recipe: SftRecipe, show: Show) -> list[Reject]:
     """
     from transformers import AutoTokenizer
 
+    from moeft.data import templates
     from moeft.data.rejects import summary
+    from moeft.runs.preview import model_type
 
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    mixed, _ = training_rows(recipe.data, tokenizer, sft_arguments(recipe, recipe.output), show)
+    templates.apply(tokenizer, recipe.data.chat_template, model_type(recipe.model))
+    args = sft_arguments(recipe, recipe.output)
+    args.cache_dir = None  # a look leaves nothing behind
+    mixed, _ = training_rows(recipe.data, tokenizer, args, show)
     heldout = heldout_rows(recipe.data, show)
     rejects = mixed.rejects + (heldout.rejects if heldout else [])
     for line in summary(rejects):

@@ -135,7 +135,7 @@ def _rows_in(dataset: Any, batch: Batch, places: Sequence[int]) -> tuple[int, ..
     found: dict[int, tuple[int, int]] = {}
     try:
         for number in range(len(dataset)):
-            row = list(dataset[number]["input_ids"])
+            row = [int(token) for token in dataset[number]["input_ids"]]
             for place, of_batch in ids.items():
                 if len(row) > found.get(place, (0, 0))[0] and _is_padded(row, of_batch):
                     found[place] = len(row), number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,8 +70,12 @@ def _keeps_apart(base: Any) -> bool:
 
 def _batch(model: Any) -> dict[str, Tensor]:
     # Ids that any vocabulary has; which ones does not matter.
-    ids = [1 + index % 2 for index in range(2 * EXAMPLE_TOKENS)]
-    pack: Pack = {"input_ids": ids, "labels": ids, "position_ids": [*range(EXAMPLE_TOKENS)] * 2}
+    ids = np.arange(2 * EXAMPLE_TOKENS, dtype=np.int32) % 2 + 1
+    pack: Pack = {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": np.tile(np.arange(EXAMPLE_TOKENS, dtype=np.int32), 2),
+    }
     batch = PackingCollator(0, wants_flat_batches(model))([pack])
     device = model.get_input_embeddings().weight.device
     return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moeft.data import cache, templates
 from moeft.data.chat import Encoded, encode
 from moeft.data.collate import PackingCollator, PaddingCollator
 from moeft.data.example import check_length_options
 from moeft.data.packing import Packed, pack
 from moeft.data.rows import Rows, read_rows
+from moeft.data.trained_turns import check_options
+from moeft.data.vocabulary import check_ids, check_vocabulary
 from moeft.training.arguments import MoeConfig
 from moeft.training.document_isolation import check_document_isolation, wants_flat_batches
 from moeft.training.trainer import MoeTrainer
 
+logger = logging.getLogger(__name__)
 Dataset = str | Path | Iterable[Mapping[str, Any]] | Rows | Encoded
 
 
@@ -24,7 +29,21 @@ class SFTConfig(MoeConfig):
     """``TrainingArguments`` and how chat rows become examples."""
 
     train_on: str = field(
-        default="assistant", metadata={"help": 'Tokens in the loss: every "assistant" turn, or only the "last" one.'}
+        default="assistant",
+        metadata={
+            "help": 'Tokens in the loss: every "assistant" turn, the "last" one, the "completion" (turns behind the '
+            'user\'s last one), "messages" with `train: true`, or "all". A turn\'s own `train` decides for it, except '
+            'with "all".'
+        },
+    )
+    reasoning: str = field(
+        default="keep", metadata={"help": '"keep" thoughts, "strip" them, or "mask" them: shown and not trained.'}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Name of a template in moeft.data.templates, or a path; None: the tokenizer's."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder to keep encoded rows in for the next start; None for none."}
     )
     max_length: int | None = field(
         default=4096, metadata={"help": "Longest example, and slots of a pack, in tokens; None for no limit."}
@@ -35,6 +54,7 @@ class SFTConfig(MoeConfig):
     packing: bool = field(default=False, metadata={"help": "Put several examples into each row of max_length tokens."})
 
     def __post_init__(self) -> None:
+        check_options(self.train_on, self.reasoning)
         check_length_options(self.max_length, self.on_too_long)
         if self.packing and self.max_length is None:
             raise ValueError("packing needs a max_length, the slots of a pack; it is None")
@@ -73,11 +93,14 @@ class SFTTrainer(MoeTrainer):
         eval_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
-        self.train_rows = encode_dataset(train_dataset, processing_class, args)
-        self.eval_rows = None if eval_dataset is None else encode_dataset(eval_dataset, processing_class, args)
+        origin = templates.apply(processing_class, args.chat_template, model.config.model_type)
+        if origin is not None:
+            logger.info("chat template: %s", origin)
+        self.train_rows = encode_dataset(train_dataset, processing_class, args, model)
+        self.eval_rows = None if eval_dataset is None else encode_dataset(eval_dataset, processing_class, args, model)
         self.train_packs: Packed | None = None
-        train: list[Any] = self.train_rows.examples
-        held_out: list[Any] | None = None if self.eval_rows is None else self.eval_rows.examples
+        train: Sequence[Any] = self.train_rows.examples
+        held_out: Sequence[Any] | None = None if self.eval_rows is None else self.eval_rows.examples
         collator: Any = PaddingCollator(padding_id(processing_class))
         if args.packing:
             check_document_isolation(model)
@@ -103,15 +126,37 @@ def padding_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def encode_dataset(dataset: Dataset, tokenizer: Any, args: SFTConfig) -> Encoded:
-    """Turn rows in any accepted form into token ids and labels."""
-    if isinstance(dataset, Encoded):
-        return dataset
-    rows = dataset if isinstance(dataset, Rows) else read_rows(dataset)
-    return encode(
-        rows,
-        tokenizer,
-        train_on=args.train_on,  # type: ignore[arg-type]  # checked by encode
-        max_length=args.max_length,
-        on_too_long=args.on_too_long,  # type: ignore[arg-type]
-    )
+def encode_dataset(dataset: Dataset, tokenizer: Any, args: SFTConfig, model: Any = None) -> Encoded:
+    """Turn rows in any accepted form into token ids and labels; from ``args.cache_dir``, if they are there.
+
+    Raises:
+        DataError: If no row can be used, or the model has no embedding for a token.
+    """
+    if model is None:
+        return dataset if isinstance(dataset, Encoded) else _encode(dataset, tokenizer, args)
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(tokenizer, num_embeddings)
+    encoded = encode_dataset(dataset, tokenizer, args)
+    check_ids(encoded.examples, num_embeddings)
+    return encoded
+
+
+def _encode(dataset: str | Path | Iterable[Mapping[str, Any]] | Rows, tokenizer: Any, args: SFTConfig) -> Encoded:
+    options: dict[str, Any] = {
+        "train_on": args.train_on,
+        "reasoning": args.reasoning,
+        "max_length": args.max_length,
+        "on_too_long": args.on_too_long,
+    }
+
+    def build() -> Encoded:
+        return encode(dataset if isinstance(dataset, Rows) else read_rows(dataset), tokenizer, **options)
+
+    if args.cache_dir is None:
+        return build()
+    if isinstance(dataset, str | Path):
+        content = cache.file_key(dataset)
+    else:
+        dataset = dataset if isinstance(dataset, Rows) else read_rows(dataset)
+        content = cache.rows_key(dataset.rows)
+    return cache.cached(args.cache_dir, cache.cache_key(content, tokenizer, options), build)

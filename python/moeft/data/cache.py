@@ -1,0 +1,128 @@
+"""Encoded rows on disk, so that a second start does not tokenise again.
+
+A folder ``<key>`` holds ``input_ids.npy``, ``trained.npy`` and ``offsets.npy``, which are mapped into memory, and
+``cache.json`` with the rejects and a checksum of each file. The key is a hash of the rows or of their file, of the
+tokenizer with its template, and of the options. A folder is written under another name and renamed when it is whole,
+so that of two processes one wins and neither sees half of it. One that is damaged is written anew.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moeft.data.chat import Encoded
+from moeft.data.example import Examples
+from moeft.data.rows import Reject, Row
+from moeft.data.tokens import fast_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+VERSION = 1
+"""To be raised whenever rows come out otherwise than before."""
+
+ARRAYS = ("input_ids", "trained", "offsets")
+logger = logging.getLogger(__name__)
+
+
+def file_key(path: str | Path) -> str:
+    """Hash of a file's bytes and of its path, which rejects name."""
+    with open(path, "rb") as file:
+        return _hash(str(path).encode(), hashlib.file_digest(file, _new_hash).digest())
+
+
+def rows_key(rows: Iterable[Row]) -> str:
+    """Hash of everything in rows."""
+    digest = _new_hash()
+    for row in rows:
+        digest.update(json.dumps(dataclasses.astuple(row), sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def cache_key(content: str, tokenizer: "PreTrainedTokenizerFast", options: dict[str, Any]) -> str:
+    """Name of the folder for rows with the hash ``content``, encoded in this way."""
+    base: Any = tokenizer
+    settings = json.dumps([VERSION, content, base.chat_template, base.special_tokens_map, options], default=str)
+    return _hash(settings.encode(), fast_tokenizer(tokenizer).to_str().encode())
+
+
+def cached(folder: str | Path, key: str, build: Callable[[], Encoded]) -> Encoded:
+    """Encoded rows from the cache, or built and put there.
+
+    Args:
+        folder: Of all cached data sets; made if absent.
+        key: From :func:`cache_key`.
+        build: Encodes the rows. What it raises is passed on, and nothing is written.
+    """
+    place = Path(folder) / key
+    if place.is_dir():
+        found = _read(place)
+        if found is not None:
+            return found
+        logger.warning("%s is damaged; its rows are encoded anew", place)
+        shutil.rmtree(place, ignore_errors=True)
+    built = build()
+    _write(built, place)
+    return _read(place) or built
+
+
+def _write(encoded: Encoded, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{place.name}.partial-", dir=place.parent))
+    try:
+        sums = {}
+        for name in ARRAYS:
+            np.save(partial / f"{name}.npy", getattr(encoded.examples, name))
+            sums[name] = _checksum(partial / f"{name}.npy")
+        record = {
+            "sums": sums,
+            "num_shortened": encoded.num_shortened,
+            "rejects": [dataclasses.astuple(reject) for reject in encoded.rejects],
+        }
+        with open(partial / "cache.json", "w", encoding="utf-8") as file:
+            json.dump(record, file)
+            file.flush()
+            os.fsync(file.fileno())
+        # It fails if another process was first, whose rows are the same.
+        with contextlib.suppress(OSError):
+            partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read(place: Path) -> Encoded | None:
+    """What a folder holds; None if it is not whole."""
+    try:
+        record = json.loads((place / "cache.json").read_text("utf-8"))
+        if any(_checksum(place / f"{name}.npy") != record["sums"][name] for name in ARRAYS):
+            return None
+        examples = Examples(*(np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS))
+        return Encoded(examples, [Reject(*reject) for reject in record["rejects"]], record["num_shortened"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, _new_hash).hexdigest()
+
+
+def _new_hash() -> Any:
+    return hashlib.blake2b(digest_size=16)
+
+
+def _hash(*parts: bytes) -> str:
+    digest = _new_hash()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

@@ -1,0 +1,111 @@
+"""Encoded rows on disk: found again, made anew when anything differs or is damaged, shared by processes."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import moeft.demo
+from moeft.data.cache import ARRAYS, cache_key, cached, file_key, rows_key
+from moeft.data.chat import Encoded, encode
+from moeft.data.rows import Reject, Row
+from moeft.errors import DataError
+
+BASE = Path(moeft.demo.__file__).parent / "base"
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+ROWS = [Row(MESSAGES, 1), Row(MESSAGES[:1], 2), Row([*MESSAGES, *MESSAGES], 3)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@pytest.fixture
+def build(tokenizer):
+    return lambda: encode(ROWS, tokenizer)
+
+
+def never() -> Encoded:
+    raise AssertionError("built although the cache holds the rows")
+
+
+def same(left, right):
+    arrays = all(np.array_equal(getattr(left.examples, name), getattr(right.examples, name)) for name in ARRAYS)
+    return arrays and left.rejects == right.rejects and left.num_shortened == right.num_shortened
+
+
+def test_second_start_finds_rows_and_rejects_in_mapped_files(tmp_path, build):
+    first = cached(tmp_path, "key", build)
+    again = cached(tmp_path, "key", never)
+    assert same(first, build())
+    assert same(again, first)
+    assert isinstance(again.examples.input_ids, np.memmap)
+    assert again.rejects == [Reject(2, "no turn is trained with train_on: assistant", "rows")]
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("name", ["input_ids.npy", "offsets.npy", "cache.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_cache_is_built_anew_with_a_line_in_the_log(tmp_path, build, name, damage, caplog):
+    expected = cached(tmp_path, "key", build)
+    expected = Encoded(
+        type(expected.examples)(*(np.array(getattr(expected.examples, n)) for n in ARRAYS)), expected.rejects
+    )
+    file = tmp_path / "key" / name
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        content[-1] ^= 255
+        file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    with caplog.at_level(logging.WARNING):
+        assert same(cached(tmp_path, "key", build), expected)
+    assert "is damaged; its rows are encoded anew" in caplog.text
+    assert same(cached(tmp_path, "key", never), expected)
+
+
+def test_of_two_processes_one_writes_and_both_read(tmp_path, build):
+    # The other process finishes while this one still builds.
+    found = cached(tmp_path, "key", lambda: cached(tmp_path, "key", build))
+    assert same(found, build())
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_failure_leaves_nothing_behind(tmp_path, tokenizer):
+    with pytest.raises(DataError):
+        cached(tmp_path / "cache", "key", lambda: encode(ROWS[1:2], tokenizer))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_key_depends_on_rows_tokenizer_template_and_options(tmp_path, tokenizer):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("one")
+    other = AutoTokenizer.from_pretrained(BASE)
+    keys = [cache_key(file_key(file), tokenizer, {"max_length": 8})]
+    assert cache_key(file_key(file), other, {"max_length": 8}) == keys[0]
+    keys.append(cache_key(file_key(file), tokenizer, {"max_length": 9}))
+    other.chat_template += " "
+    keys.append(cache_key(file_key(file), other, {"max_length": 8}))
+    other = AutoTokenizer.from_pretrained(BASE)
+    other.add_tokens(["<new>"])
+    keys.append(cache_key(file_key(file), other, {"max_length": 8}))
+    file.write_text("two")
+    keys.append(cache_key(file_key(file), tokenizer, {"max_length": 8}))
+    assert len(set(keys)) == len(keys)
+
+
+def test_rows_in_memory_are_told_apart_by_everything_in_them():
+    tools = [{"type": "function"}]
+    trained = [MESSAGES[0], {**MESSAGES[1], "train": False}]
+    variants = [
+        [Row(MESSAGES, 1)],
+        [Row(MESSAGES, 2)],
+        [Row(MESSAGES, 1, tools)],
+        [Row(trained, 1)],
+        [Row([], 1, text="hi")],
+    ]
+    assert len({rows_key(rows) for rows in variants}) == len(variants)
+    assert rows_key(ROWS) == rows_key(list(ROWS))
