@@ -13,6 +13,7 @@ import typer
 from moeft import __version__
 from moeft.cli.adapter import app as adapter
 from moeft.cli.demo import demo
+from moeft.cli.export import app as export
 from moeft.cli.layout import layout
 from moeft.cli.merge import merge
 from moeft.cli.plan import plan
@@ -25,6 +26,7 @@ app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pret
 for _command in (plan, quantize, sft, merge, layout, report, demo):
     app.command()(_command)
 app.add_typer(adapter)
+app.add_typer(export)
 
 
 def _print_version(asked: bool) -> None:
