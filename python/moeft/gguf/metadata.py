@@ -77,6 +77,9 @@ def _llama(config: TextConfig) -> Keys:
 def _olmoe(config: TextConfig) -> Keys:
     if config.get("clip_qkv", default=None) is not None:
         raise UnsupportedModelError("clip_qkv is set, which llama.cpp's olmoe does not know")
+    heads = config.get("num_attention_heads")
+    if config.get("num_key_value_heads", default=heads) != heads:
+        raise UnsupportedModelError("heads share keys and values, which llama.cpp's olmoe does not know")
     if config.get("norm_topk_prob", default=False):
         raise UnsupportedModelError("norm_topk_prob is set, which llama.cpp's olmoe does not know")
     return {**_experts(config), **_linear_scaling(config)}

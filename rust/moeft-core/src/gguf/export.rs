@@ -98,14 +98,23 @@ pub fn write(
     let export = Export::new(source, out, model, options)?;
     shards::check_outputs(&export.shards)?;
     progress.start(export.shards.iter().flat_map(|shard| &shard.tensors).map(|tensor| tensor.bytes).sum());
-    let mut first = 0;
-    for shard in &export.shards {
-        let specs = &model.tensors[first..first + shard.tensors.len()];
-        super::writer::write(source, shard, specs, progress)?;
-        first += specs.len();
+    let written = write_shards(source, &export.shards, &model.tensors, progress);
+    if written.is_err() {
+        shards::discard(&export.shards);
     }
+    written?;
     shards::publish(&export.shards)?;
     Ok(export.report(started.elapsed().as_secs_f64()))
+}
+
+fn write_shards(source: &Checkpoint, shards: &[Shard], specs: &[Spec], progress: &mut dyn Progress) -> Result<()> {
+    let mut specs = specs;
+    for shard in shards {
+        let (own, rest) = specs.split_at(shard.tensors.len());
+        super::writer::write(source, shard, own, progress)?;
+        specs = rest;
+    }
+    Ok(())
 }
 
 /// Everything that is known before a weight is read.

@@ -100,6 +100,14 @@ pub(super) fn check_outputs(shards: &[Shard]) -> Result<()> {
     Ok(())
 }
 
+/// Removes what was written of files that will not be finished.
+pub(super) fn discard(shards: &[Shard]) {
+    for shard in shards {
+        // The error that matters came before; a leftover only costs space, and the next run removes it.
+        let _ = fs::remove_file(shard.partial());
+    }
+}
+
 /// Gives all files their names; they are on the disk already.
 pub(super) fn publish(shards: &[Shard]) -> Result<()> {
     for shard in shards {

@@ -11,7 +11,7 @@ pub(super) fn quantize(values: &[f32], bytes: &mut [u8]) {
         let mut magnitude = [0.0f32; 8];
         for part in values.as_chunks::<8>().0 {
             for n in 0..8 {
-                magnitude[n] = magnitude[n].max(part[n].abs());
+                magnitude[n] = if part[n].abs() > magnitude[n] { part[n].abs() } else { magnitude[n] };
             }
         }
         let scale = magnitude.into_iter().fold(0.0, f32::max) / 127.0;
@@ -30,10 +30,12 @@ pub(super) fn quantize(values: &[f32], bytes: &mut [u8]) {
 /// The nearest integer of a value in -127..=127, ties away from zero, as the bits of an i8.
 #[inline(always)]
 fn round_half_away(value: f32) -> u8 {
-    let whole = value as i32;
-    // Exact, as both have the exponent of the value at most.
-    let fraction = value - whole as f32;
-    (whole + i32::from(fraction >= 0.5) - i32::from(fraction <= -0.5)) as u8
+    // The sum has the integer in its low bits, ties to even; what is left is exact, and tells the ties that went inwards.
+    let sum = value + 12_582_912.0;
+    let left = value - (sum - 12_582_912.0);
+    let up = (left == 0.5) & (value > 0.0);
+    let down = (left == -0.5) & (value < 0.0);
+    (sum.to_bits() as u8).wrapping_add(u8::from(up)).wrapping_sub(u8::from(down))
 }
 
 pub(super) fn dequantize(bytes: &[u8], values: &mut [f32]) {
@@ -41,6 +43,21 @@ pub(super) fn dequantize(bytes: &[u8], values: &mut [f32]) {
         let scale = half_value(bytes);
         for (value, &level) in values.iter_mut().zip(&bytes[2..]) {
             *value = f32::from(level as i8) * scale;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::round_half_away;
+
+    #[test]
+    fn every_half_and_its_neighbours_round_as_the_standard_library_does() {
+        for half in -254..=254 {
+            let value = half as f32 / 2.0;
+            for value in [value.next_down(), value, value.next_up()] {
+                assert_eq!(round_half_away(value), value.round() as i8 as u8, "{value}");
+            }
         }
     }
 }
