@@ -37,6 +37,7 @@ LIGHT = {
     "planning",
     "adapters",
     "families",
+    "gguf",
     "config",
     "errors",
     "provenance",

@@ -46,7 +46,7 @@ _HOMES = {
     "load_adapter": "moeft.integration.lora",
     "routing_statistics": "moeft.integration.routing_statistics",
 }
-_SUBPACKAGES = ("adapters", "checkpoint", "importance", "kernels", "merging", "planning")
+_SUBPACKAGES = ("adapters", "checkpoint", "gguf", "importance", "kernels", "merging", "planning")
 
 
 def __getattr__(name: str) -> Any:

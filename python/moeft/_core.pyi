@@ -22,6 +22,7 @@ __version__: str
 _Array = NDArray[Any] | Buffer
 _WeightDtype = Literal["float32", "bfloat16", "float16"]
 _Codebook = Literal["nf4", "fp4"]
+_GgmlType = Literal["f32", "f16", "bf16", "q4_0", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"]
 
 _Path = str | PathLike[str]
 
@@ -140,6 +141,43 @@ def load_statistics(offsets: _Array) -> tuple[float, float, float]:
     Returns:
         Entropy of the shares in nats; the same divided by ``ln E``; standard deviation of the counts over their mean.
     """
+
+def gguf_quantize(
+    values: _Array, kind: _GgmlType, row_len: int, importance: _Array | None, blocks: _Array, threads: int
+) -> None:
+    """Quantise rows of float32 to GGUF blocks, byte-identical to ggml on x86-64.
+
+    Args:
+        values: float32, finite, whole rows.
+        kind: Type of the blocks.
+        row_len: Values per row, whole blocks.
+        importance: float32, ``row_len`` weights of the columns' errors (llama.cpp's imatrix), or None.
+        blocks: Output, uint8.
+        threads: Most threads to use.
+    """
+
+def gguf_dequantize(blocks: _Array, kind: _GgmlType, values: _Array) -> None:
+    """Restore float32 ``values`` from GGUF blocks."""
+
+def gguf_plan(source: _Path, out: _Path, model: str, options: str) -> str:
+    """Return the report of a GGUF file as JSON without writing it; arguments as in ``gguf_write``."""
+
+def gguf_write(
+    source: _Path, out: _Path, model: str, options: str, threads: int, progress: _Progress | None = None
+) -> str:
+    """Write a checkpoint as GGUF; return the report as JSON.
+
+    Args:
+        source: Folder of the checkpoint.
+        out: File to write.
+        model: JSON of metadata, tensors and sizes; ``moeft_core::gguf::export::Model``.
+        options: JSON of the types; ``moeft_core::gguf::export::Options``.
+        threads: Most threads to use.
+        progress: Called with (done, total, what).
+    """
+
+def gguf_header(path: _Path) -> str:
+    """Return the header of a GGUF file as JSON."""
 
 def grouped_linear(
     x: _Array, dtype: _WeightDtype, offsets: _Array, stack: Any, transpose: bool, out: _Array, threads: int

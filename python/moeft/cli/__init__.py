@@ -14,6 +14,7 @@ from moeft import __version__
 from moeft.cli.adapter import app as adapter
 from moeft.cli.data import app as data
 from moeft.cli.demo import demo
+from moeft.cli.export import app as export
 from moeft.cli.fisher import fisher
 from moeft.cli.layout import layout
 from moeft.cli.merge import merge
@@ -29,6 +30,7 @@ for _command in (plan, quantize, sft, fisher, subspace, merge, layout, report, d
     app.command()(_command)
 app.add_typer(adapter)
 app.add_typer(data)
+app.add_typer(export)
 
 
 def _print_version(asked: bool) -> None:

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::adapter::AdapterError;
 use crate::checkpoint::CheckpointError;
+use crate::gguf::GgufError;
 use crate::merge::RecipeError;
 
 /// Result of this crate.
@@ -39,6 +40,9 @@ pub enum Error {
     /// An adapter does not fit its base, or its layout cannot be told.
     #[error(transparent)]
     Adapter(#[from] AdapterError),
+    /// A GGUF file is damaged, or a model cannot become one.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// A recipe cannot be used.
     #[error(transparent)]
     Recipe(#[from] RecipeError),

@@ -12,6 +12,7 @@ pub mod experts;
 pub mod families;
 mod float;
 pub mod gemm;
+pub mod gguf;
 pub mod isa;
 pub mod layout;
 pub mod merge;

@@ -11,6 +11,7 @@ const PLACES: &[(&str, &str)] = &[
     ("moeft-core/src/gemm/mod.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-core/src/gemm/scalar.rs", "vectors at the addresses that a tile gives"),
     ("moeft-core/src/gemm/vector.rs", "tiles of raw pointers: bounds checks would take a third of the time"),
+    ("moeft-core/src/gguf/quants/kernel.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-core/src/merge/lora.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-core/src/nf4/kernel.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-core/src/optim/block.rs", "calls of functions compiled for AVX2 and AVX-512"),

@@ -22,7 +22,7 @@ impl<T> IntoPyResult<T> for moeft_core::Result<T> {
             Error::Checkpoint(CheckpointError::NoSpace { path, .. }) => {
                 PyOSError::new_err((libc::ENOSPC, error.to_string(), path.display().to_string()))
             }
-            Error::Checkpoint(_) => domain_error("CheckpointError", &error),
+            Error::Checkpoint(_) | Error::Gguf(_) => domain_error("CheckpointError", &error),
             Error::Adapter(_) => domain_error("AdapterError", &error),
             Error::Recipe(_) => domain_error("RecipeError", &error),
             Error::UnknownModelType { .. } => domain_error("UnsupportedModelError", &error),

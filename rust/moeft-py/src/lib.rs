@@ -6,6 +6,7 @@ mod checkpoint;
 mod error;
 mod experts;
 mod floats;
+mod gguf;
 mod grouped_linear;
 mod isa;
 mod merge;
@@ -29,6 +30,8 @@ mod _core {
     use super::checkpoint::{convert_layout, fingerprint, quantize_checkpoint, stamp_metadata, tensors};
     #[pymodule_export]
     use super::experts::{experts_backward, experts_forward};
+    #[pymodule_export]
+    use super::gguf::{gguf_dequantize, gguf_header, gguf_plan, gguf_quantize, gguf_write};
     #[pymodule_export]
     use super::grouped_linear::grouped_linear;
     #[pymodule_export]

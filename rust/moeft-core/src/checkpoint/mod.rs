@@ -12,12 +12,14 @@ mod reader;
 pub mod stage;
 mod writer;
 
+pub(crate) use disk::{free_bytes, sync_folder};
 pub use dtype::Dtype;
 pub use error::CheckpointError;
 pub use fingerprint::fingerprint;
 pub use header::{Header, TensorInfo};
 pub use metadata::stamp;
 pub use reader::{Checkpoint, Shard, Tensor, INDEX, SINGLE};
+pub(crate) use writer::start_writeback;
 pub use writer::{checksum, ShardWriter, TensorSpec, CHUNK_BYTES};
 
 impl From<&TensorInfo> for TensorSpec {

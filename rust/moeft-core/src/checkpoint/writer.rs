@@ -180,11 +180,11 @@ fn combine(header: &[u8], digests: impl IntoIterator<Item = u128>) -> String {
 
 /// Asks the kernel to write what is dirty without waiting for it. A hint: the fsync at the end reports errors.
 #[cfg(target_os = "linux")]
-fn start_writeback(file: &File) {
+pub(crate) fn start_writeback(file: &File) {
     use std::os::fd::AsRawFd;
     // SAFETY: the descriptor is open for the whole call; the call takes no pointers.
     unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 #[cfg(not(target_os = "linux"))]
-fn start_writeback(_file: &File) {}
+pub(crate) fn start_writeback(_file: &File) {}

@@ -10,6 +10,7 @@ use moeft_core::checkpoint::folder::Config;
 use moeft_core::checkpoint::stage::Stage;
 use moeft_core::checkpoint::{checksum, Checkpoint, CheckpointError, Dtype, Header, TensorSpec};
 use moeft_core::families::Family;
+use moeft_core::gguf;
 use moeft_core::layout::{self, Direction};
 use moeft_core::merge::{self, Recipe};
 use moeft_core::names::DiskNames;
@@ -25,7 +26,7 @@ pub struct Parser {
     pub valid: fn() -> Vec<u8>,
 }
 
-pub const ALL: [Parser; 8] = [
+pub const ALL: [Parser; 9] = [
     Parser { name: "header", parse: header, valid: || json_bytes(header_json("weights")) },
     Parser { name: "weights", parse: weights, valid: || json_bytes(header_json("weights")) },
     Parser { name: "config", parse: config, valid: || CONFIG.into() },
@@ -34,6 +35,7 @@ pub const ALL: [Parser; 8] = [
     Parser { name: "adapter_keys", parse: adapter_keys, valid: || ADAPTER_KEYS.into() },
     Parser { name: "recipe", parse: recipe, valid: || RECIPE.into() },
     Parser { name: "journal", parse: journal, valid: valid_journal },
+    Parser { name: "gguf", parse: gguf, valid: valid_gguf },
 ];
 
 const CONFIG: &[u8] = br#"{"model_type": "gemma4_text", "text_config": {"num_experts": 2}, "hidden_size": 3,
@@ -244,4 +246,37 @@ fn folder(name: &str) -> PathBuf {
         _ => fs::create_dir_all(&folder).unwrap(),
     }
     folder
+}
+
+/// A GGUF file.
+pub fn gguf(bytes: &[u8]) -> bool {
+    gguf::Header::parse(Path::new("x"), bytes, bytes.len() as u64).is_ok()
+}
+
+/// Two keys and two tensors, written out so that no code of ours helps.
+fn valid_gguf() -> Vec<u8> {
+    let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+    let count = |bytes: &mut Vec<u8>, count: u64| bytes.extend(count.to_le_bytes());
+    let text = |bytes: &mut Vec<u8>, text: &str| {
+        bytes.extend((text.len() as u64).to_le_bytes());
+        bytes.extend(text.as_bytes());
+    };
+    count(&mut bytes, 2);
+    count(&mut bytes, 2);
+    text(&mut bytes, "general.alignment");
+    bytes.extend([4u32, 32].map(u32::to_le_bytes).concat());
+    text(&mut bytes, "tokens");
+    bytes.extend([9u32, 8].map(u32::to_le_bytes).concat());
+    count(&mut bytes, 2);
+    text(&mut bytes, "a");
+    text(&mut bytes, "<b>");
+    for (name, kind, offset) in [("norm", 0u32, 0u64), ("weight", 8, 128)] {
+        text(&mut bytes, name);
+        bytes.extend(1u32.to_le_bytes());
+        count(&mut bytes, 32);
+        bytes.extend(kind.to_le_bytes());
+        count(&mut bytes, offset);
+    }
+    bytes.resize(bytes.len().next_multiple_of(32) + 128 + 34, 0);
+    bytes
 }

@@ -1,0 +1,19 @@
+//! GGUF, the model files of llama.cpp: block formats, header, type plans and a streaming writer.
+
+mod encode;
+mod error;
+pub mod export;
+mod header;
+pub mod plan;
+pub mod quants;
+mod shards;
+mod source;
+mod types;
+mod value;
+mod writer;
+
+pub use error::GgufError;
+pub use header::{Header, TensorInfo};
+pub use source::{Piece, Spec};
+pub use types::GgmlType;
+pub use value::{Array, Value};
