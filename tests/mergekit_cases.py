@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 CASES: dict[str, dict[str, Any]] = {
     "linear": {
         "merge_method": "linear",
-        "models": [{"model": "a", "parameters": {"weight": 0.3}}, {"model": "b", "parameters": {"weight": 0.9}}],
+        "models": [{"model": "a", "parameters": {"weight": 0.31}}, {"model": "b", "parameters": {"weight": 0.85}}],
     },
     "linear_sum": {
         "merge_method": "linear",
@@ -103,7 +103,10 @@ RANDOM = ("dare_linear", "della_linear")
 
 
 def save_models(folder: Path) -> None:
-    """Save ``base`` and its fine-tunes ``a``, ``b`` and ``c``, far enough apart that slerp follows the arc."""
+    """Save ``base`` and its fine-tunes ``a``, ``b`` and ``c``, far enough apart that slerp follows the arc.
+
+    In float32: differences of bf16 weights have many equal magnitudes, and mergekit does not say which of them it keeps.
+    """
     config = LlamaConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -114,7 +117,7 @@ def save_models(folder: Path) -> None:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder / "base")
     base = load_file(folder / "base" / "model.safetensors")
     for seed, name in enumerate(("a", "b", "c"), 1):
@@ -122,11 +125,9 @@ def save_models(folder: Path) -> None:
         shared = torch.Generator().manual_seed(9)
         model.save_pretrained(folder / name)
         tuned = {
-            key: (
-                value.float()
-                + 0.02 * torch.randn(value.shape, generator=generator)
-                + 0.015 * torch.randn(value.shape, generator=shared)
-            ).bfloat16()
+            key: value
+            + 0.02 * torch.randn(value.shape, generator=generator)
+            + 0.015 * torch.randn(value.shape, generator=shared)
             for key, value in base.items()
         }
         save_file(tuned, folder / name / "model.safetensors", {"format": "pt"})

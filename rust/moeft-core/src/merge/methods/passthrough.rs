@@ -14,9 +14,9 @@ pub(super) const SPEC: Spec = Spec {
     models: [1, 1],
     adapters_only: false,
     importance: false,
-    common: &["scale"],
-    per_model: &[],
-    kernel: |settings| Ok(Box::new(Passthrough { scale: settings.number("scale", Some(1.0), ANY)? as f32 })),
+    common: &[],
+    per_model: &["scale"],
+    kernel: |settings| Ok(Box::new(Passthrough { scale: settings.numbers("scale", Some(1.0), ANY)?[0] as f32 })),
 };
 
 struct Passthrough {
