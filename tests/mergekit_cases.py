@@ -105,7 +105,7 @@ RANDOM = ("dare_linear", "della_linear")
 def save_models(folder: Path) -> None:
     """Save ``base`` and its fine-tunes ``a``, ``b`` and ``c``, far enough apart that slerp follows the arc.
 
-    In float32: differences of bf16 weights have many equal magnitudes, and mergekit does not say which of them it keeps.
+    In float32: differences of bf16 weights have many equal magnitudes, and mergekit keeps any of them.
     """
     config = LlamaConfig(
         hidden_size=16,

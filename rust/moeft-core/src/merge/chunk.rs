@@ -1,14 +1,13 @@
 //! What a thread does with one chunk of a tensor: read, decode, compute, encode.
 
 use super::factors::{Factors, Sides};
+use super::floats::{all_finite, decode, encode, first_non_finite, subtract};
 use super::kernel::{Block, Gathered, Kernel, Reads};
 use super::measure::{extremes, products};
 use super::plan::{Job, Merge, Plan, Values};
-use super::simd::vectorised;
 use super::sources::Source;
 use crate::adapter::AdapterError;
-use crate::checkpoint::{unravel, Checkpoint, CheckpointError, Dtype, Tensor, CHUNK_BYTES};
-use crate::float;
+use crate::checkpoint::{unravel, Checkpoint, CheckpointError, Tensor, CHUNK_BYTES};
 use crate::Result;
 
 /// The memory of one chunk under way.
@@ -225,40 +224,4 @@ fn non_finite(tensor: Tensor<'_>, start: u64, values: &[f32]) -> crate::Error {
         advice: "the checkpoint is broken; download or train it again",
     }
     .into()
-}
-
-vectorised! {
-    /// [`crate::float::decode`], vectorised.
-    fn decode(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
-        float::decode(dtype, bytes, values);
-    }
-}
-
-vectorised! {
-    /// [`crate::float::encode`], vectorised.
-    fn encode(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
-        float::encode(dtype, values, bytes);
-    }
-}
-
-vectorised! {
-    /// [`crate::float::first_non_finite`], vectorised.
-    fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<(usize, f32)> {
-        float::first_non_finite(dtype, bytes)
-    }
-}
-
-vectorised! {
-    fn all_finite(values: &[f32]) -> bool {
-        values.iter().fold(true, |finite, value| finite & value.is_finite())
-    }
-}
-
-vectorised! {
-    /// `values -= base`.
-    fn subtract(values: &mut [f32], base: &[f32]) {
-        for (value, base) in values.iter_mut().zip(base) {
-            *value -= base;
-        }
-    }
 }

@@ -4,11 +4,14 @@
 //! method is a kernel on blocks of float32: a file in `methods/` and an arm of [`Method`].
 
 mod adapters;
+mod assignment;
 mod chunk;
 mod engine;
 mod factors;
 mod files;
+mod floats;
 mod grid;
+mod group;
 mod importance;
 mod kernel;
 mod keys;
