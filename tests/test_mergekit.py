@@ -60,6 +60,7 @@ def test_method_equals_the_stored_result_of_mergekit(models, tmp_path, case):
     check_equal(merged(models, case, tmp_path / "out"), theirs)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # mergekit's own
 @pytest.mark.parametrize("case", ["slerp", "ties"])
 def test_method_equals_mergekit_itself(models, tmp_path, case):
     pytest.importorskip("mergekit", reason="pip install mergekit==0.1.5")

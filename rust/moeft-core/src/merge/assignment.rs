@@ -45,11 +45,8 @@ impl<'a> Assignment<'a> {
             return Ok(Job { name, out, action: Action::Copy });
         }
         let layer = self.names.layer_number(&name);
-        let depth = match layer {
-            Some(layer) => layer as f64 / self.layers.saturating_sub(1).max(1) as f64,
-            // Outside of the layers: what comes before them counts as the first, what comes after as the last.
-            None => f64::from(!name.contains("embed")),
-        };
+        // What lies outside of the layers takes the first value of a ramp, as mergekit has it.
+        let depth = layer.map_or(0.0, |layer| layer as f64 / self.layers.saturating_sub(1).max(1) as f64);
         let (mut fisher, mut fisher_range) = (None, None);
         if let Some((checkpoint, finder)) = &mut self.fisher {
             fisher = finder.source(tensor)?;

@@ -81,7 +81,7 @@ pub struct Merge {
     pub fisher_range: Option<[f32; 2]>,
     /// Number of its layer.
     pub layer: Option<u64>,
-    /// 0 in the first layer, 1 in the last.
+    /// 0 in the first layer and outside of the layers, 1 in the last.
     pub depth: f64,
     /// Experts of a stack; 1 for any other tensor.
     pub experts: u64,
