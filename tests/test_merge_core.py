@@ -342,7 +342,7 @@ def test_recipe_may_be_yaml_with_relative_paths(tmp_path, qwen):
     models = f"- adapter: {adapter.name}\n  parameters: {{weight: 1.0}}"
     text = f"merge_method: lora\nbase_model: {base.name}\nmodels:\n{models}\n"
     _core.merge_checkpoint(text, str(base.parent), str(tmp_path / "yaml"))
-    merge(base, adapter, tmp_path / "json")
+    merge(base, adapter, tmp_path / "json", models=[{"adapter": str(adapter), "parameters": {"weight": 1.0}}])
     assert contents(tmp_path / "yaml") == contents(tmp_path / "json")
     with pytest.raises(RecipeError, match="neither YAML nor JSON"):
         _core.merge_checkpoint("a: [", ".", str(tmp_path / "x"))

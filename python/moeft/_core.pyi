@@ -374,29 +374,64 @@ def quantize_checkpoint(source: _Path, out: _Path, options: str, progress: _Prog
         OSError: If a file cannot be read or written, or the disk is too small.
     """
 
-def merge_checkpoint(recipe: str, folder: _Path, out: _Path, progress: _Progress | None = None) -> str:
-    """Merge LoRA adapters into a checkpoint, in bounded memory, in the layout of the base.
+def merge_checkpoint(
+    recipe: str,
+    folder: _Path,
+    out: _Path,
+    progress: _Progress | None = None,
+    max_shard_bytes: int | None = None,
+    threads: int | None = None,
+) -> str:
+    """Merge models and LoRA adapters, in bounded memory, in the layout of the base.
 
     Writes to ``OUT.partial`` and renames it when everything is on the disk; the same call after an interruption goes
-    on where it was.
+    on where it was. The bytes do not depend on ``threads``.
 
     Args:
         recipe: YAML or JSON text.
         folder: Where relative paths in the recipe start.
         out: Folder to write; must not exist or be empty.
         progress: As in ``quantize_checkpoint``.
+        max_shard_bytes: Cut the output into files of at most this size; None keeps the files of the base.
+        threads: Threads that read and compute; None takes all cores.
 
     Returns:
-        JSON report: ``out``, ``tensors_merged``, ``tensors_copied``, ``bytes``, ``shards_resumed``, ``seconds``,
-        ``merged`` (``max_delta`` and ``max_weight`` by tensor), ``base_fingerprint``, ``base_check`` (``verified`` or
-        ``unverified``).
+        JSON report: ``out``, ``method``, ``tensors_merged``, ``tensors_copied``, ``bytes``, ``shards_resumed``,
+        ``seconds``, ``merged`` (by tensor: ``branch`` where the values decide it, ``max_delta``, ``max_weight``,
+        ``norm_ratio``, ``cosine``), ``base_fingerprint``, ``base_check`` (``verified`` or ``unverified``).
 
     Raises:
         RecipeError: If the recipe has an unknown key or a value that cannot be used.
         AdapterError: If an adapter does not fit the base, or cannot be merged.
-        CheckpointError: If the base is damaged or packed, or ``out`` is not empty.
+        CheckpointError: If a checkpoint is damaged or packed, does not fit the base, or ``out`` is not empty.
         UnsupportedModelError: If no family file knows the ``model_type``.
         OSError: If a file cannot be read or written, or the disk is too small.
+    """
+
+def plan_merge(recipe: str, folder: _Path, max_shard_bytes: int | None = None) -> str:
+    """Open and check all inputs of a merge and say what it would do.
+
+    Args:
+        recipe: YAML or JSON text.
+        folder: Where relative paths in the recipe start.
+        max_shard_bytes: As in ``merge_checkpoint``.
+
+    Returns:
+        JSON: ``method``, ``tensors`` (``name``, ``file``, ``action``, ``inputs``, ``read_bytes``, ``written_bytes``),
+        ``files`` (pairs of name and bytes), ``read_bytes``, ``written_bytes``, ``memory_bytes``.
+
+    Raises:
+        MoeftError, OSError: As ``merge_checkpoint`` before it writes.
+    """
+
+def merge_command(words: list[str]) -> int:
+    """Run the ``moeft-merge`` command as ``moeft merge``; it prints to the process's own streams.
+
+    Args:
+        words: What follows the name of the command.
+
+    Returns:
+        Exit code: 0 done, 1 inputs that cannot be merged, 2 wrong usage or recipe, 3 files or disk, 130 interrupted.
     """
 
 def convert_layout(

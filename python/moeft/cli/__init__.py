@@ -17,7 +17,7 @@ from moeft.cli.demo import demo
 from moeft.cli.export import app as export
 from moeft.cli.fisher import fisher
 from moeft.cli.layout import layout
-from moeft.cli.merge import merge
+from moeft.cli.merge import FORWARD, merge
 from moeft.cli.plan import plan
 from moeft.cli.quantize import quantize
 from moeft.cli.report import report
@@ -26,8 +26,9 @@ from moeft.cli.subspace import subspace
 from moeft.errors import MoeftError
 
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (plan, quantize, sft, fisher, subspace, merge, layout, report, demo):
+for _command in (plan, quantize, sft, fisher, subspace, layout, report, demo):
     app.command()(_command)
+app.command(context_settings=FORWARD)(merge)
 app.add_typer(adapter)
 app.add_typer(data)
 app.add_typer(export)
@@ -52,7 +53,7 @@ def _about(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 error, 2 wrong usage, 130 interrupted.
+    """Run the command line and exit: 0 done, 1 error, 2 wrong usage, 130 interrupted; `moeft merge` has more.
 
     Args:
         arguments: Words after ``moeft``; those of the process if None.

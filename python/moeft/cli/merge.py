@@ -1,16 +1,13 @@
-"""``moeft merge``: merge models or adapters from a recipe."""
-
-from pathlib import Path
-from typing import Annotated
+"""``moeft merge``: the ``moeft-merge`` command, with its own parser."""
 
 import typer
 
+# Every word goes to the parser of the Rust command, --help included.
+FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
-def merge(
-    recipe: Annotated[Path, typer.Argument(help="Merge recipe, YAML.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
-) -> None:
-    """Merge models or adapters into a full checkpoint."""
-    from moeft.merging import merge as merge_models
 
-    print(merge_models(recipe, out, progress=True))
+def merge(context: typer.Context) -> None:
+    """Merge models and adapters into a full checkpoint, in bounded memory."""
+    from moeft import _core
+
+    raise typer.Exit(_core.merge_command(context.args))

@@ -63,6 +63,40 @@ impl<'a> DiskNames<'a> {
         self.find(&format!("{module}.weight"))
     }
 
+    /// The tensor that has in this checkpoint the part that `name` has in another one of the same family.
+    pub fn counterpart(&self, other: &DiskNames<'_>, name: &str) -> Option<Tensor<'a>> {
+        self.checkpoint.get(name).or_else(|| self.find(&other.in_memory(name)))
+    }
+
+    /// A name on disk as it is in memory, but for the prefix of a multimodal model.
+    fn in_memory(&self, name: &str) -> String {
+        match self.split_layer(name) {
+            Some((layer, below)) => format!("{layer}{}", self.below_in_memory(below)),
+            None => name.to_string(),
+        }
+    }
+
+    /// Whether a tensor is a stack of experts.
+    pub fn is_stack(&self, tensor: Tensor<'_>) -> bool {
+        let Some(experts) = &self.family.modules.experts else { return false };
+        let below = self.split_layer(&tensor.info.name).map(|(_, below)| self.below_in_memory(below));
+        let parameter = below.as_deref().and_then(|below| below.strip_prefix(experts.as_str())?.strip_prefix('.'));
+        tensor.info.shape.len() == 3 && Stack::ALL.iter().any(|stack| parameter == Some(stack.parameter()))
+    }
+
+    /// The number of a tensor's decoder layer.
+    pub fn layer_number(&self, name: &str) -> Option<u64> {
+        let (layer, _) = self.split_layer(name)?;
+        layer.strip_suffix('.')?.rsplit('.').next()?.parse().ok()
+    }
+
+    /// What the names of the text model start with in a multimodal checkpoint; `None` in any other.
+    pub fn text_prefix(&self) -> Option<&'a str> {
+        let prefixes = [&self.family.disk.multimodal_prefix, &self.family.multimodal_prefix];
+        let has = |prefix: &&str| self.checkpoint.tensors().any(|tensor| tensor.info.name.starts_with(prefix));
+        prefixes.into_iter().flatten().map(String::as_str).find(has)
+    }
+
     /// A stack of the experts module given by its path in memory; `None` if the checkpoint has none there.
     ///
     /// # Errors

@@ -6,10 +6,10 @@ use std::fs;
 use std::path::Path;
 
 use common::{files, load, save_adapter, save_base, values, StopAt, EXPERTS, HIDDEN, INNER, RANK};
-use moeft_core::merge::{merge, Recipe};
+use moeft_core::merge::{merge, Options, Recipe};
 use moeft_core::nf4;
 use moeft_core::progress::{Progress, Silent};
-use moeft_core::quantize::{quantize, Options};
+use moeft_core::quantize::{self, quantize};
 use moeft_core::{Error, Result};
 
 const LAYERS: usize = 3;
@@ -46,13 +46,16 @@ fn check_every_stop(folder: &Path, work: impl Fn(&Path, &mut dyn Progress) -> Re
 #[test]
 fn a_merge_goes_on_after_every_stop() {
     let folder = prepared(0.1);
-    check_every_stop(folder.path(), |out, progress| Ok(merge(recipe(folder.path()), out, progress)?.shards_resumed));
+    check_every_stop(folder.path(), |out, progress| {
+        Ok(merge(recipe(folder.path()), out, Options::default(), progress)?.shards_resumed)
+    });
 }
 
 #[test]
 fn a_quantisation_goes_on_after_every_stop() {
     let folder = prepared(0.1);
-    let options = Options { attention: true, double_quant: true, max_shard_bytes: 700, ..Options::default() };
+    let options =
+        quantize::Options { attention: true, double_quant: true, max_shard_bytes: 700, ..quantize::Options::default() };
     check_every_stop(folder.path(), |out, progress| {
         Ok(quantize(&folder.path().join("base"), out, &options, progress)?.shards_resumed)
     });
@@ -63,10 +66,16 @@ fn a_stop_while_finished_files_are_checked_loses_nothing() {
     let folder = prepared(0.1);
     let out = folder.path().join("out");
     let mut count = StopAt::new(usize::MAX);
-    merge(recipe(folder.path()), &folder.path().join("expected"), &mut count).unwrap();
-    assert!(merge(recipe(folder.path()), &out, &mut StopAt::new(count.calls - 1)).is_err());
-    assert!(matches!(merge(recipe(folder.path()), &out, &mut StopAt::new(0)), Err(Error::Interrupted)));
-    assert_eq!(merge(recipe(folder.path()), &out, &mut Silent).unwrap().shards_resumed, LAYERS as u64 - 1);
+    merge(recipe(folder.path()), &folder.path().join("expected"), Options::default(), &mut count).unwrap();
+    assert!(merge(recipe(folder.path()), &out, Options::default(), &mut StopAt::new(count.calls - 1)).is_err());
+    assert!(matches!(
+        merge(recipe(folder.path()), &out, Options::default(), &mut StopAt::new(0)),
+        Err(Error::Interrupted)
+    ));
+    assert_eq!(
+        merge(recipe(folder.path()), &out, Options::default(), &mut Silent).unwrap().shards_resumed,
+        LAYERS as u64 - 1
+    );
     assert_eq!(files(&out), files(&folder.path().join("expected")));
 }
 
@@ -74,7 +83,7 @@ fn a_stop_while_finished_files_are_checked_loses_nothing() {
 fn a_zero_adapter_is_the_identity() {
     let folder = prepared(0.0);
     let out = folder.path().join("out");
-    let report = merge(recipe(folder.path()), &out, &mut Silent).unwrap();
+    let report = merge(recipe(folder.path()), &out, Options::default(), &mut Silent).unwrap();
     assert_eq!((report.tensors_merged, report.tensors_copied), (3 * LAYERS as u64, LAYERS as u64));
     let (before, after) = (files(&folder.path().join("base")), files(&out));
     for (name, bytes) in before.iter().filter(|(name, _)| *name != "model.safetensors.index.json") {
@@ -88,7 +97,7 @@ fn a_zero_adapter_is_the_identity() {
 fn factors_of_experts_are_laid_out_as_peft_does() {
     let folder = prepared(0.1);
     let out = folder.path().join("out");
-    merge(recipe(folder.path()), &out, &mut Silent).unwrap();
+    merge(recipe(folder.path()), &out, Options::default(), &mut Silent).unwrap();
     let after = load(&out);
     let (name, seed) = ("model.layers.1.experts.gate_up_proj", 1);
     let base = values(EXPERTS * 2 * INNER * HIDDEN, 10 + seed);
@@ -111,7 +120,7 @@ fn streaming_equals_quantising_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let base = save_base(&folder.path().join("base"), 1);
     let out = folder.path().join("out");
-    quantize(&base, &out, &Options::default(), &mut Silent).unwrap();
+    quantize(&base, &out, &quantize::Options::default(), &mut Silent).unwrap();
     let (after, len) = (load(&out), 2 * INNER * HIDDEN);
     let layout = nf4::Layout { groups: EXPERTS, group_len: len, block_size: 64 };
     let (mut packed, mut absmax) = (vec![0; layout.packed_len()], vec![0.0; layout.absmax_len()]);
@@ -140,7 +149,7 @@ fn a_disk_that_is_too_small_is_refused_before_the_first_byte() {
     file.set_len(8 + header.len() as u64 + 64 + bytes).expect("a temporary folder that takes sparse files of 8 TiB");
     fs::write(base.join("config.json"), r#"{"model_type": "gemma4_text", "num_experts": 1}"#).unwrap();
     let out = folder.path().join("out");
-    let error = quantize(&base, &out, &Options::default(), &mut StopAt::new(0)).unwrap_err();
+    let error = quantize(&base, &out, &quantize::Options::default(), &mut StopAt::new(0)).unwrap_err();
     assert!(error.to_string().contains("more bytes but its disk has"), "{error}; is there a disk of 8 TiB?");
     assert!(!out.exists());
 }

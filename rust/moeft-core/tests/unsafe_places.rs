@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 
 /// Other places below `rust/`, and what they need it for. Clippy asks each block for its reason.
 const PLACES: &[(&str, &str)] = &[
-    ("moeft-core/src/checkpoint/disk.rs", "statvfs"),
+    ("moeft-core/src/checkpoint/disk.rs", "statvfs, copy_file_range"),
     ("moeft-core/src/checkpoint/writer.rs", "sync_file_range"),
     ("moeft-core/src/gemm/few.rs", "vectors at computed places"),
     ("moeft-core/src/gemm/mod.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-core/src/gemm/scalar.rs", "vectors at the addresses that a tile gives"),
     ("moeft-core/src/gemm/vector.rs", "tiles of raw pointers: bounds checks would take a third of the time"),
     ("moeft-core/src/gguf/quants/kernel.rs", "calls of functions compiled for AVX2 and AVX-512"),
-    ("moeft-core/src/merge/lora.rs", "calls of functions compiled for AVX2 and AVX-512"),
+    ("moeft-core/src/merge/simd.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-core/src/nf4/kernel.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-core/src/optim/block.rs", "calls of functions compiled for AVX2 and AVX-512"),
     ("moeft-core/src/rms_norm.rs", "calls of functions compiled for AVX2 and AVX-512"),

@@ -50,3 +50,31 @@ fn exit_codes_tell_what_was_wrong() {
     fs::remove_file(folder.path().join("base/model-00002-of-00002.safetensors")).unwrap();
     check(&["recipe.yaml", "--out", "out"], 1, "is named in the index but does not exist");
 }
+
+#[test]
+fn a_dry_run_names_every_tensor_and_writes_nothing() {
+    let folder = prepared();
+    let done = run(folder.path(), &["recipe.yaml", "--dry-run", "--max-shard-size", "1KB"]);
+    assert!(done.status.success(), "{done:?}");
+    let text = String::from_utf8(done.stdout).unwrap();
+    assert!(text.contains("merge  model.layers.0.experts.gate_up_proj (model-00001-of-"), "{text}");
+    assert!(text.contains("copy   model.layers.1.input_layernorm.weight"), "{text}");
+    assert!(text.contains("lora: 8 tensors in "), "{text}");
+    let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 3, "{names:?}");
+}
+
+#[test]
+fn help_completions_and_manual_need_no_recipe() {
+    let folder = tempfile::tempdir().unwrap();
+    for (arguments, part) in [
+        (&["--help"][..], "merge_method: fisher_damped"),
+        (&["--man"], ".TH moeft"),
+        (&["--completions", "bash"], "complete -F"),
+        (&["--version"], env!("CARGO_PKG_VERSION")),
+    ] {
+        let done = run(folder.path(), arguments);
+        assert!(done.status.success(), "{done:?}");
+        assert!(String::from_utf8(done.stdout).unwrap().contains(part), "{arguments:?}");
+    }
+}

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::disk::copy_range;
 use super::header::{Header, TensorInfo, LENGTH_BYTES};
 use super::writer::CHUNK_BYTES;
 use super::CheckpointError;
@@ -56,6 +57,11 @@ impl Shard {
     /// [`Error::Io`].
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         self.file.read_exact_at(buffer, offset).map_err(Error::io("read", &self.path))
+    }
+
+    /// Lets the system copy bytes to another file; returns how many it did.
+    pub(crate) fn copy_to(&self, target: &File, offset: u64, target_offset: u64, bytes: u64) -> u64 {
+        copy_range(&self.file, offset, target, target_offset, bytes)
     }
 
     /// Length and time of last change, to notice that an input is not the one of an earlier run.

@@ -1,6 +1,6 @@
 //! Builds an output folder beside its final name: locked, journalled, resumable, published by one rename.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -41,6 +41,8 @@ pub fn plan_hash<'a>(plan: &impl Serialize, inputs: impl IntoIterator<Item = &'a
 pub struct Written<R> {
     /// The part of the report of each file, in order.
     pub reports: Vec<R>,
+    /// Checksum of each file, by name.
+    pub checksums: BTreeMap<String, String>,
     /// Files that an earlier run had finished.
     pub resumed: u64,
 }
@@ -108,10 +110,12 @@ impl Stage {
     ) -> Result<Written<R>> {
         self.reserve(&files)?;
         progress.start(files.iter().flat_map(|(_, header)| &header.tensors).map(|tensor| tensor.bytes).sum());
-        let mut written = Written { reports: Vec::with_capacity(files.len()), resumed: 0 };
+        let reports = Vec::with_capacity(files.len());
+        let mut written = Written { reports, checksums: BTreeMap::new(), resumed: 0 };
         for (name, header) in files {
-            if self.finished.contains_key(&name) {
+            if let Some(entry) = self.finished.get(&name) {
                 written.reports.push(self.verify(&name, progress)?);
+                written.checksums.insert(name, entry.checksum.clone());
                 written.resumed += 1;
                 continue;
             }
@@ -124,6 +128,7 @@ impl Stage {
             };
             self.journal.add(&entry)?;
             written.reports.push(report);
+            written.checksums.insert(entry.shard, entry.checksum);
         }
         Ok(written)
     }

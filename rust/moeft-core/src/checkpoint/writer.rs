@@ -113,10 +113,24 @@ impl ShardWriter {
     /// # Panics
     /// If the file has no such tensor or it is full: our own mistake.
     pub fn append(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.append_from(name, bytes, None)
+    }
+
+    /// As [`Self::append`], for bytes that were read at a place of a file: the system copies them from there where it can,
+    /// which a file system that shares blocks does without writing.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    pub fn append_from(&mut self, name: &str, bytes: &[u8], source: Option<(&Shard, u64)>) -> Result<()> {
         let slot = self.slots[name];
         let (tensor, (filled, hash)) = (&self.header.tensors[slot], &mut self.filled[slot]);
         assert!(*filled + bytes.len() as u64 <= tensor.bytes, "{name} is longer than announced");
-        self.file.write_all_at(bytes, tensor.offset + *filled).map_err(Error::io("write", &self.path))?;
+        let copied = match source {
+            Some((source, start)) => source.copy_to(&self.file, start, tensor.offset + *filled, bytes.len() as u64),
+            None => 0,
+        };
+        let place = tensor.offset + *filled + copied;
+        self.file.write_all_at(&bytes[copied as usize..], place).map_err(Error::io("write", &self.path))?;
         hash.update(bytes);
         *filled += bytes.len() as u64;
         self.dirty_bytes += bytes.len() as u64;

@@ -11,7 +11,7 @@
 
 mod arrangement;
 mod engine;
-mod experts;
+pub(crate) mod experts;
 mod gather;
 mod plan;
 

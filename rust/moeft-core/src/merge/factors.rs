@@ -1,90 +1,177 @@
-//! Reads the factors of one tensor at a time, laid out for the merge.
+//! Reads LoRA factors and turns them into the delta of some rows of a tensor, in bounded memory.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 
-use super::plan::{Delta, Patch};
+use super::adapters::{Delta, Patch};
+use super::low_rank::add_product;
 use crate::adapter::{Adapter, Pair};
 use crate::checkpoint::{Tensor, CHUNK_BYTES};
 use crate::float::decode;
 use crate::Result;
 
-/// Decoded B factors kept for the next tensors: the experts of a layer on disk share two of them. 96 MiB.
-const CACHE_VALUES: usize = 24 << 20;
+/// Decoded B factors kept for the tensors at hand: the experts of a layer on disk share two of them. 48 MiB; what does
+/// not fit is read from the adapter where it is needed.
+pub(super) const CACHE_VALUES: usize = 12 << 20;
 
-/// B of a pair, `[experts, out, rank]`: the rows of one expert lie together.
-#[derive(Debug)]
-struct Decoded {
-    delta: Delta,
-    values: Vec<f32>,
-}
-
-/// The most recently used B factors, newest first.
+/// B factors of experts, decoded, `[experts, out, rank]`: the rows of one expert lie together.
 #[derive(Debug, Default)]
 pub struct Factors {
-    recent: VecDeque<Decoded>,
+    decoded: BTreeMap<Delta, Vec<f32>>,
 }
 
 impl Factors {
-    /// Decodes every B that `patch` needs; others stay while they fit.
+    /// Decodes the B factors that `patches` need, as long as there is room, and drops the others.
     ///
     /// # Errors
     /// [`crate::Error::Io`].
-    pub fn load(&mut self, adapters: &[Adapter], patch: &Patch) -> Result<()> {
-        for &delta in &patch.deltas {
-            let entry = match self.recent.iter().position(|entry| entry.delta == delta) {
-                Some(place) => self.recent.remove(place).expect("just found"),
-                None => {
-                    let adapter = &adapters[delta.adapter];
-                    let pair = &adapter.pairs[delta.pair];
-                    let tensor = adapter.tensor(&pair.b);
-                    self.make_room(tensor.info.shape.iter().product::<u64>() as usize, &patch.deltas);
-                    let values = read_b(&tensor, pair.rank as usize, patch.factor_experts as usize)?;
-                    Decoded { delta, values }
-                }
-            };
-            self.recent.push_front(entry);
+    pub fn load<'p>(&mut self, adapters: &[Adapter], patches: impl Iterator<Item = &'p Patch>) -> Result<()> {
+        let stacks = patches.filter(|patch| patch.factor_experts > 1);
+        let needed: BTreeMap<Delta, u64> =
+            stacks.flat_map(|patch| patch.deltas.iter().map(|&delta| (delta, patch.factor_experts))).collect();
+        self.decoded.retain(|delta, _| needed.contains_key(delta));
+        let mut held: usize = self.decoded.values().map(Vec::len).sum();
+        for (delta, experts) in needed {
+            let adapter = &adapters[delta.adapter];
+            let pair = &adapter.pairs[delta.pair];
+            let tensor = adapter.tensor(&pair.b);
+            let count = tensor.info.shape.iter().product::<u64>() as usize;
+            if !self.decoded.contains_key(&delta) && held + count <= CACHE_VALUES {
+                held += count;
+                self.decoded.insert(delta, read_b(&tensor, pair.rank as usize, experts as usize)?);
+            }
         }
         Ok(())
     }
 
-    /// Drops the oldest factors that are not in `needed` until `values` more fit.
-    fn make_room(&mut self, values: usize, needed: &[Delta]) {
-        while values + self.recent.iter().map(|entry| entry.values.len()).sum::<usize>() > CACHE_VALUES {
-            match self.recent.iter().rposition(|entry| !needed.contains(&entry.delta)) {
-                Some(place) => drop(self.recent.remove(place)),
-                None => return,
-            }
+    /// Rows of B of one expert, `[rows, rank]`.
+    fn rows(
+        &self,
+        adapter: &Adapter,
+        delta: Delta,
+        [expert, experts]: [u64; 2],
+        [first, rows]: [u64; 2],
+        into: &mut Vec<f32>,
+    ) -> Result<()> {
+        let pair = &adapter.pairs[delta.pair];
+        let (rank, cols) = (pair.rank as usize, (pair.rank * experts) as usize);
+        let (first, rows) = (first as usize, rows as usize);
+        into.clear();
+        if let Some(decoded) = self.decoded.get(&delta) {
+            let count = decoded.len() / experts as usize;
+            into.extend_from_slice(&decoded[expert as usize * count + first * rank..][..rows * rank]);
+            return Ok(());
         }
+        let tensor = adapter.tensor(&pair.b);
+        for start in (first..first + rows).step_by(rows_at_once(cols)) {
+            let count = rows_at_once(cols).min(first + rows - start);
+            let line = read(&tensor, start * cols, count * cols)?;
+            into.extend(line.iter().skip(expert as usize).step_by(experts as usize));
+        }
+        Ok(())
+    }
+}
+
+/// The factors of the matrix that a thread is at, kept from block to block.
+#[derive(Debug, Default)]
+pub struct Sides {
+    /// Tensor and matrix.
+    at: Option<(u64, u64)>,
+    /// Per delta: A `[rank, in]`, and for a transposed matrix the transpose of B `[rank, out]`.
+    a: Vec<Vec<f32>>,
+    right: Vec<Vec<f32>>,
+    left: Vec<f32>,
+}
+
+impl Sides {
+    /// Writes what a patch adds to rows `first..` of its tensor, counted through all its matrices, to `out`.
+    ///
+    /// # Arguments
+    /// * `tensor`: a number for the tensor, so that factors are kept while it is the same.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    pub fn delta(
+        &mut self,
+        factors: &Factors,
+        adapters: &[Adapter],
+        patch: &Patch,
+        tensor: u64,
+        first: u64,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let cols = patch.cols as usize;
+        let (mut row, end) = (first, first + (out.len() / cols.max(1)) as u64);
+        let mut rest = out;
+        while row < end {
+            let (matrix, inside) = (row / patch.rows, row % patch.rows);
+            let rows = (patch.rows - inside).min(end - row);
+            let (part, later) = rest.split_at_mut(rows as usize * cols);
+            self.enter(factors, adapters, patch, (tensor, matrix))?;
+            for (index, &delta) in patch.deltas.iter().enumerate() {
+                let adapter = &adapters[delta.adapter];
+                let pair = &adapter.pairs[delta.pair];
+                let rank = pair.rank as usize;
+                if patch.transposed {
+                    let a = &self.a[index];
+                    let column = |row: u64| (0..rank).map(move |j| a[j * patch.rows as usize + row as usize]);
+                    self.left.clear();
+                    self.left.extend((inside..inside + rows).flat_map(column));
+                } else {
+                    let experts = [patch.first_expert + matrix, patch.factor_experts];
+                    let rows = [patch.first_row + inside, rows];
+                    factors.rows(adapter, delta, experts, rows, &mut self.left)?;
+                }
+                let right = if patch.transposed { &self.right[index] } else { &self.a[index] };
+                add_product(right, &self.left, rank, pair.scaling, cols, index == 0, part);
+            }
+            row += rows;
+            rest = later;
+        }
+        Ok(())
     }
 
-    /// B of one expert, `[out, rank]`.
-    ///
-    /// # Panics
-    /// If it was not loaded: our own mistake.
-    pub fn b(&self, delta: Delta, expert: u64, experts: u64) -> &[f32] {
-        let entry = self.recent.iter().find(|entry| entry.delta == delta).expect("factors are loaded before use");
-        let count = entry.values.len() / experts as usize;
-        &entry.values[expert as usize * count..][..count]
+    /// Reads the factors of a matrix, unless they are there.
+    fn enter(&mut self, factors: &Factors, adapters: &[Adapter], patch: &Patch, at: (u64, u64)) -> Result<()> {
+        if self.at == Some(at) {
+            return Ok(());
+        }
+        self.at = None;
+        let expert = patch.first_expert + at.1;
+        self.a.resize(patch.deltas.len(), Vec::new());
+        self.right.resize(patch.deltas.len(), Vec::new());
+        for (index, &delta) in patch.deltas.iter().enumerate() {
+            let adapter = &adapters[delta.adapter];
+            let pair = &adapter.pairs[delta.pair];
+            let inputs = if patch.transposed { patch.rows } else { patch.cols };
+            self.a[index] = read_a(adapter, pair, expert, inputs)?;
+            if patch.transposed {
+                let experts = [expert, patch.factor_experts];
+                factors.rows(adapter, delta, experts, [patch.first_row, patch.cols], &mut self.left)?;
+                self.right[index] = transpose(&self.left, pair.rank as usize);
+            }
+        }
+        self.at = Some(at);
+        Ok(())
     }
 }
 
 /// A of one expert, `[rank, inputs]`.
-///
-/// # Errors
-/// [`crate::Error::Io`].
-pub fn read_a(adapter: &Adapter, pair: &Pair, expert: u64, inputs: u64, values: &mut Vec<f32>) -> Result<()> {
-    let tensor = adapter.tensor(&pair.a);
+fn read_a(adapter: &Adapter, pair: &Pair, expert: u64, inputs: u64) -> Result<Vec<f32>> {
     let count = pair.rank * inputs;
-    let size = u64::from(tensor.info.dtype.bits()) / 8;
-    let mut bytes = vec![0; (count * size) as usize];
-    tensor.read_at(&mut bytes, expert * count * size)?;
-    values.resize(count as usize, 0.0);
-    decode(tensor.info.dtype, &bytes, values);
-    Ok(())
+    read(&adapter.tensor(&pair.a), (expert * count) as usize, count as usize)
+}
+
+/// Values of a tensor from element `start` on.
+fn read(tensor: &Tensor<'_>, start: usize, count: usize) -> Result<Vec<f32>> {
+    let size = tensor.info.dtype.bits() as usize / 8;
+    let (mut bytes, mut values) = (vec![0; count * size], vec![0.0; count]);
+    tensor.read_at(&mut bytes, (start * size) as u64)?;
+    decode(tensor.info.dtype, &bytes, &mut values);
+    Ok(values)
 }
 
 /// A matrix of rows of `cols` values, the other way round.
-pub fn transpose(matrix: &[f32], cols: usize) -> Vec<f32> {
+fn transpose(matrix: &[f32], cols: usize) -> Vec<f32> {
     let mut out = vec![0.0; matrix.len()];
     let rows = matrix.len() / cols.max(1);
     for (row, values) in matrix.chunks_exact(cols.max(1)).enumerate() {
@@ -95,18 +182,16 @@ pub fn transpose(matrix: &[f32], cols: usize) -> Vec<f32> {
     out
 }
 
+fn rows_at_once(cols: usize) -> usize {
+    (CHUNK_BYTES / 4 / cols.max(1)).max(1)
+}
+
 /// B from `[out, rank * experts]` with the expert fastest to `[experts, out, rank]`, a few rows at a time.
 fn read_b(tensor: &Tensor<'_>, rank: usize, experts: usize) -> Result<Vec<f32>> {
     let (out, cols) = (tensor.info.shape[0] as usize, rank * experts);
-    let size = tensor.info.dtype.bits() as usize / 8;
-    let rows = (CHUNK_BYTES / (cols * size)).max(1);
     let mut values = vec![0.0; out * cols];
-    let (mut bytes, mut decoded) = (vec![0; rows * cols * size], vec![0.0; rows * cols]);
-    for first in (0..out).step_by(rows) {
-        let count = rows.min(out - first);
-        let (bytes, decoded) = (&mut bytes[..count * cols * size], &mut decoded[..count * cols]);
-        tensor.read_at(bytes, (first * cols * size) as u64)?;
-        decode(tensor.info.dtype, bytes, decoded);
+    for first in (0..out).step_by(rows_at_once(cols)) {
+        let decoded = read(tensor, first * cols, rows_at_once(cols).min(out - first) * cols)?;
         for (row, line) in (first..).zip(decoded.chunks_exact(cols)) {
             for (j, experts_of_j) in line.chunks_exact(experts).enumerate() {
                 for (expert, &value) in experts_of_j.iter().enumerate() {

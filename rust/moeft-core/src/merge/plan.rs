@@ -1,222 +1,263 @@
-//! Which tensor of the base gets which deltas.
+//! A resolved merge: inputs open, every tensor of the output assigned its inputs.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::recipe::{Recipe, Rounding};
-use crate::adapter::{Adapter, AdapterError, Pair, Target};
+use super::adapters::{patches, Patch};
+use super::assignment::Assignment;
+use super::grid::Grid;
+use super::importance::LayerImportance;
+use super::kernel::{Kernel, Settings};
+use super::methods::Inputs;
+use super::recipe::{ModelSource, Parameters, Recipe, Rounding};
+use super::sources::{Finder, Source};
+use crate::adapter::Adapter;
 use crate::checkpoint::folder::Config;
-use crate::checkpoint::{Checkpoint, CheckpointError, Tensor};
+use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, Tensor};
 use crate::families::Family;
-use crate::names::{DiskNames, Stack, StackOnDisk};
+use crate::names::DiskNames;
 use crate::Result;
 
-/// One adapter's pair of factors that acts on a tensor.
+/// An input that is a whole checkpoint.
+#[derive(Debug)]
+pub struct Opened {
+    /// Its tensors.
+    pub checkpoint: Checkpoint,
+    /// Its configuration.
+    pub config: Config,
+}
+
+/// What a model of the recipe is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Delta {
-    /// Index into [`Recipe::models`].
-    pub adapter: usize,
-    /// Index into [`Adapter::pairs`].
-    pub pair: usize,
+#[serde(rename_all = "snake_case")]
+pub enum Member {
+    /// Index among the checkpoints; 0 is the base.
+    Checkpoint(usize),
+    /// Index among the adapters.
+    Adapter(usize),
 }
 
-/// What happens to one tensor on disk, seen as `experts` matrices of `[rows, cols]`.
+/// What a model has for one tensor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Patch {
-    /// First expert of the factors that the tensor holds.
-    pub first_expert: u64,
-    /// Number of matrices in the tensor.
-    pub experts: u64,
-    /// First row of the factors' B that the tensor holds: up is below gate.
-    pub first_row: u64,
-    /// Rows of one matrix.
-    pub rows: u64,
-    /// Columns of one matrix.
-    pub cols: u64,
-    /// Whether a matrix is `[in, out]`: the transpose of the delta is added.
-    pub transposed: bool,
-    /// Experts that the factors were made for; 1 for a Linear.
-    pub factor_experts: u64,
-    /// What is added, in the order of the recipe.
-    pub deltas: Vec<Delta>,
-    /// How often the result is rounded.
-    pub rounding: Rounding,
+#[serde(rename_all = "snake_case")]
+pub enum Values {
+    /// The weights of the base.
+    Base,
+    /// Weights in the checkpoint of this index.
+    Weights(usize, Source),
+    /// What an adapter adds.
+    Patch(Patch),
 }
 
-/// A resolved merge: inputs open, every key of every adapter assigned.
+/// One model's part in a tensor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Input {
+    /// Index in the recipe.
+    pub entry: usize,
+    /// What it has.
+    pub values: Values,
+}
+
+/// How a tensor of the output comes about.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// As in the base, in the type of the output.
+    Copy,
+    /// Computed.
+    Merge(Merge),
+}
+
+/// The inputs of a tensor that is computed.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Merge {
+    /// Models, in the order of the recipe; those that leave the tensor alone are not here.
+    pub inputs: Vec<Input>,
+    /// Fisher information.
+    pub fisher: Option<Source>,
+    /// Its smallest and largest value, if the file states them.
+    pub fisher_range: Option<[f32; 2]>,
+    /// Number of its layer.
+    pub layer: Option<u64>,
+    /// 0 in the first layer and outside of the layers, 1 in the last.
+    pub depth: f64,
+    /// Experts of a stack; 1 for any other tensor.
+    pub experts: u64,
+    /// How it is cut.
+    pub grid: Grid,
+}
+
+/// One tensor of the output.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Job {
+    /// Name, as in the base.
+    pub name: String,
+    /// Type of the output.
+    pub out: Dtype,
+    /// How it comes about.
+    pub action: Action,
+}
+
+/// A resolved merge.
 #[derive(Debug)]
 pub struct Plan {
     /// The recipe.
     pub recipe: Recipe,
-    /// The base.
-    pub base: Checkpoint,
-    /// Its configuration.
-    pub config: Config,
-    /// The adapters, in the order of the recipe.
+    /// Whole checkpoints; the first is the base, or stands for it.
+    pub checkpoints: Vec<Opened>,
+    /// Adapters, in the order of the recipe.
     pub adapters: Vec<Adapter>,
-    /// By name on disk; tensors that are not here are copied.
-    pub patches: BTreeMap<String, Patch>,
+    /// The models of the recipe.
+    pub members: Vec<Member>,
+    /// Fisher information.
+    pub fisher: Option<Checkpoint>,
+    /// Importance of the layers.
+    pub importance: Option<LayerImportance>,
+    /// Every tensor of the output, in the order of the base's files.
+    pub jobs: Vec<Job>,
 }
 
 impl Plan {
-    /// Opens base and adapters and assigns every factor.
+    /// Opens all inputs and assigns every tensor and every factor.
     ///
     /// # Errors
-    /// [`CheckpointError`], [`AdapterError`], [`crate::Error::UnknownModelType`].
+    /// [`CheckpointError`], [`crate::adapter::AdapterError`], [`super::RecipeError`], [`crate::Error::UnknownModelType`].
     pub fn resolve(recipe: Recipe) -> Result<Self> {
-        let base = Checkpoint::open(&recipe.base_model)?;
-        let config = Config::read(&recipe.base_model)?;
-        if let Some(method) = config.quant_method() {
-            let (path, advice) = (recipe.base_model, "merge into the 16-bit base that it was made from");
-            return Err(CheckpointError::AlreadyQuantized { path, method, advice }.into());
-        }
-        let family = Family::of_checkpoint(config.model_type(&recipe.base_model)?, &base)?;
-        let adapters =
-            recipe.models.iter().map(|model| Adapter::open(&model.adapter, &family)).collect::<Result<Vec<_>>>()?;
-        let names = DiskNames::new(&base, &family, &config);
-        let mut patches = BTreeMap::new();
-        for (adapter_index, adapter) in adapters.iter().enumerate() {
-            for (pair_index, pair) in adapter.pairs.iter().enumerate() {
-                let delta = Delta { adapter: adapter_index, pair: pair_index };
-                assign(&mut patches, &names, adapter, pair, delta, recipe.rounding)?;
-            }
-        }
-        Ok(Self { recipe, base, config, adapters, patches })
-    }
-}
-
-fn assign(
-    patches: &mut BTreeMap<String, Patch>,
-    names: &DiskNames<'_>,
-    adapter: &Adapter,
-    pair: &Pair,
-    delta: Delta,
-    rounding: Rounding,
-) -> Result<()> {
-    let no_target =
-        |name: String| AdapterError::NoTarget { path: adapter.path.clone(), module: pair.module.clone(), name };
-    let mut add = |tensor: Tensor<'_>, patch: Patch| {
-        patches.entry(tensor.info.name.clone()).or_insert(patch).deltas.push(delta);
-    };
-    match pair.target {
-        Target::Linear | Target::Parameter => {
-            let rounding = if pair.target == Target::Linear { Rounding::Single } else { rounding };
-            let name = format!("{}.weight", pair.module);
-            let tensor = names.weight(&pair.module).ok_or_else(|| no_target(name))?;
-            let [rows, cols] = shape(&tensor, "[out, in]")?;
-            check_factors(adapter, pair, &tensor, [1, rows, cols])?;
-            add(
-                tensor,
-                Patch {
-                    first_expert: 0,
-                    experts: 1,
-                    first_row: 0,
-                    rows,
-                    cols,
-                    transposed: false,
-                    factor_experts: 1,
-                    deltas: vec![],
-                    rounding,
-                },
-            );
-        }
-        Target::Experts(stack) => {
-            let name = format!("{}.{}", pair.module, stack.parameter());
-            match names.stack(&pair.module, stack)?.ok_or_else(|| no_target(name))? {
-                StackOnDisk::Fused(tensor) => {
-                    let transposed = names.family.layout.transposed;
-                    let axes = if transposed { "[experts, in, out]" } else { "[experts, out, in]" };
-                    let [experts, rows, cols] = shape(&tensor, axes)?;
-                    let [outputs, inputs] = if transposed { [cols, rows] } else { [rows, cols] };
-                    check_factors(adapter, pair, &tensor, [experts, outputs, inputs])?;
-                    add(
-                        tensor,
-                        Patch {
-                            first_expert: 0,
-                            experts,
-                            first_row: 0,
-                            rows,
-                            cols,
-                            transposed,
-                            factor_experts: experts,
-                            deltas: vec![],
-                            rounding,
-                        },
-                    );
+        let spec = recipe.merge_method.spec();
+        let layout = recipe.base_model.as_ref().or_else(|| recipe.checkpoints().next());
+        let layout = layout.expect("the recipe was checked for a base or a model").clone();
+        let mut opened: Vec<(PathBuf, Opened)> = vec![open(&layout, spec.adapters_only)?];
+        let mut members = Vec::with_capacity(recipe.models.len());
+        let mut adapter_paths = Vec::new();
+        for model in &recipe.models {
+            members.push(match &model.source {
+                ModelSource::Adapter(path) => {
+                    adapter_paths.push(path);
+                    Member::Adapter(adapter_paths.len() - 1)
                 }
-                StackOnDisk::PerExpert(tensors) => {
-                    let experts = tensors.len() as u64;
-                    for (expert, parts) in (0..).zip(tensors) {
-                        let [rows, cols] = shape(&parts[0], "[out, in]")?;
-                        let total = if stack == Stack::GateUp { 2 * rows } else { rows };
-                        check_factors(adapter, pair, &parts[0], [experts, total, cols])?;
-                        for (part, tensor) in (0..).zip(parts) {
-                            let found: [u64; 2] = shape(&tensor, "[out, in]")?;
-                            if found != [rows, cols] {
-                                return Err(unexpected(&tensor, &format!("[{rows}, {cols}] as the gate")).into());
-                            }
-                            add(
-                                tensor,
-                                Patch {
-                                    first_expert: expert,
-                                    experts: 1,
-                                    first_row: part * rows,
-                                    rows,
-                                    cols,
-                                    transposed: false,
-                                    factor_experts: experts,
-                                    deltas: vec![],
-                                    rounding,
-                                },
-                            );
+                ModelSource::Model(path) => {
+                    let place = real(path);
+                    let known = opened.iter().position(|(known, _)| *known == place);
+                    Member::Checkpoint(match known {
+                        Some(index) => index,
+                        None => {
+                            opened.push(open(path, false)?);
+                            opened.len() - 1
                         }
-                    }
+                    })
                 }
-            }
+            });
+        }
+        let checkpoints: Vec<Opened> = opened.into_iter().map(|(_, opened)| opened).collect();
+        let fisher = recipe.fisher.as_deref().map(Checkpoint::open).transpose()?;
+        let Opened { checkpoint: base, config } = &checkpoints[0];
+        let family = Family::of_checkpoint(config.model_type(&layout)?, base)?;
+        let adapters = adapter_paths.iter().map(|path| Adapter::open(path, &family)).collect::<Result<Vec<_>>>()?;
+        let names = DiskNames::new(base, &family, config);
+        let layers = base.tensors().filter_map(|tensor| names.layer_number(&tensor.info.name)).max();
+        let layers = layers.map_or(0, |last| last.saturating_add(1));
+        let importance = recipe.layer_importance.as_deref();
+        let importance = importance.map(|path| LayerImportance::read(path, layers)).transpose()?;
+        let patches = (0..adapters.len()).map(|adapter| patches(&names, &adapters, adapter, recipe.rounding));
+        let patches = patches.collect::<Result<Vec<_>>>()?;
+        let finders = checkpoints.iter().map(|other| Finder::new(&names, &other.checkpoint, &family, &other.config));
+        let mut assignment = Assignment {
+            recipe: &recipe,
+            names: &names,
+            members: &members,
+            patches,
+            finders: finders.collect(),
+            used: vec![BTreeSet::new(); checkpoints.len()],
+            fisher: fisher.as_ref().map(|fisher| (fisher, Finder::new(&names, fisher, &family, config))),
+            layers,
+        };
+        let tensors =
+            base.shards.iter().flat_map(|shard| shard.header.tensors.iter().map(move |info| Tensor { shard, info }));
+        let jobs = tensors.map(|tensor| assignment.job(tensor)).collect::<Result<Vec<_>>>()?;
+        assignment.check_leftovers(&checkpoints)?;
+        let plan = Self { recipe, checkpoints, adapters, members, fisher, importance, jobs };
+        // Every parameter of every tensor is looked at once, before anything is written.
+        plan.jobs.iter().try_for_each(|job| plan.kernel(job).map(drop))?;
+        Ok(plan)
+    }
+
+    /// The base: names and layout of the output are its own.
+    pub fn base(&self) -> &Checkpoint {
+        &self.checkpoints[0].checkpoint
+    }
+
+    /// The tensor of the base that a job is named for.
+    pub fn tensor(&self, job: &Job) -> Tensor<'_> {
+        self.base().get(&job.name).expect("jobs are tensors of the base")
+    }
+
+    /// What the kernels get from each model.
+    pub fn of_deltas(&self) -> bool {
+        match self.recipe.merge_method.spec().inputs {
+            Inputs::Weights => false,
+            Inputs::Deltas => true,
+            Inputs::DeltasFromBase => self.recipe.base_model.is_some(),
         }
     }
-    Ok(())
-}
 
-/// The shape of a weight with N axes.
-fn shape<const N: usize>(tensor: &Tensor<'_>, expected: &str) -> Result<[u64; N]> {
-    let shape = <[u64; N]>::try_from(tensor.info.shape.as_slice()).ok().filter(|_| tensor.info.dtype.is_weight());
-    shape.ok_or_else(|| unexpected(tensor, &format!("{expected} of F32, BF16 or F16")).into())
-}
-
-fn unexpected(tensor: &Tensor<'_>, expected: &str) -> CheckpointError {
-    CheckpointError::UnexpectedTensor {
-        name: tensor.info.name.clone(),
-        actual: format!("{} {:?}", tensor.info.dtype, tensor.info.shape),
-        expected: expected.to_string(),
-        advice: "merge into the 16-bit base model",
-    }
-}
-
-/// Checks both factors against a weight that maps `inputs` to `outputs`.
-fn check_factors(
-    adapter: &Adapter,
-    pair: &Pair,
-    tensor: &Tensor<'_>,
-    [experts, outputs, inputs]: [u64; 3],
-) -> Result<()> {
-    let rank = pair.rank;
-    let factor_rows = experts.saturating_mul(rank);
-    for (key, expected) in [(&pair.a, [factor_rows, inputs]), (&pair.b, [outputs, factor_rows])] {
-        let actual = &adapter.tensor(key).info.shape;
-        if *actual != expected {
-            return Err(AdapterError::Shape {
-                path: adapter.path.clone(),
-                key: key.clone(),
-                actual: actual.clone(),
-                expected: expected.to_vec(),
-                tensor: tensor.info.name.clone(),
-                shape: tensor.info.shape.clone(),
-                rank,
+    /// The arithmetic of a job; `None` for a copy.
+    ///
+    /// # Errors
+    /// [`super::RecipeError`] for a parameter that cannot be used.
+    pub fn kernel(&self, job: &Job) -> Result<Option<Box<dyn Kernel>>> {
+        let Action::Merge(merge) = &job.action else { return Ok(None) };
+        let tensor = self.tensor(job);
+        let spec = self.recipe.merge_method.spec();
+        let models = || merge.inputs.iter().map(|input| &self.recipe.models[input.entry].parameters);
+        let delta_dtype = merge.inputs.iter().find_map(|input| match &input.values {
+            Values::Patch(patch) if patch.rounding == Rounding::Peft => Some(tensor.info.dtype),
+            _ => None,
+        });
+        let mut settings = Settings {
+            name: &job.name,
+            block: merge.grid.block,
+            experts: merge.experts,
+            shape: &tensor.info.shape,
+            dtype: tensor.info.dtype,
+            depth: merge.depth,
+            seed: self.recipe.seed,
+            common: &self.recipe.parameters,
+            models: models().collect(),
+            entries: merge.inputs.iter().map(|input| input.entry).collect(),
+            total_weight: 0.0,
+            delta_dtype,
+            layer_importance: self.importance.as_ref().map_or(0.0, |importance| importance.of(merge.layer)),
+            fisher_range: merge.fisher_range,
+            of_deltas: self.of_deltas(),
+            has_fisher: merge.fisher.is_some(),
+        };
+        if spec.per_model.contains(&"weight") {
+            let all: Vec<&Parameters> = self.recipe.models.iter().map(|model| &model.parameters).collect();
+            let any = f64::NEG_INFINITY..=f64::INFINITY;
+            for own in all {
+                settings.total_weight += settings.number_of(own, "weight", Some(1.0), any.clone())?;
             }
-            .into());
         }
+        Ok(Some((spec.kernel)(&settings)?))
     }
-    Ok(())
+}
+
+/// Opens a checkpoint that is to be merged; a packed one is refused.
+fn open(path: &Path, into: bool) -> Result<(PathBuf, Opened)> {
+    let checkpoint = Checkpoint::open(path)?;
+    let config = Config::read(path)?;
+    if let Some(method) = config.quant_method() {
+        let advice = match into {
+            true => "merge into the 16-bit base that it was made from",
+            false => "merge the 16-bit checkpoint that it was made from",
+        };
+        return Err(CheckpointError::AlreadyQuantized { path: path.into(), method, advice }.into());
+    }
+    Ok((real(path), Opened { checkpoint, config }))
+}
+
+fn real(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_path_buf())
 }

@@ -1,36 +1,16 @@
 //! The merge recipe: the one parser, for YAML and JSON.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::keys::{check_keys, one_of, RecipeError};
+use super::methods::{BaseModel, Inputs, Method};
+use super::setting::Setting;
 use crate::checkpoint::Dtype;
 use crate::Result;
-
-/// A recipe has an unknown key, a missing key, or a value that cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-#[allow(missing_docs)] // The message of each variant says what it is.
-pub enum RecipeError {
-    #[error("the recipe is neither YAML nor JSON: {cause}")]
-    Syntax { cause: String },
-    #[error("unknown key {key:?} in {place} of the recipe{}; known are: {known}", nearest.as_ref().map(|name| format!(", did you mean {name:?}?")).unwrap_or_default())]
-    UnknownKey { key: String, place: String, nearest: Option<String>, known: String },
-    #[error("{key} is {value}, expected {expected}")]
-    Value { key: String, value: String, expected: String },
-}
-
-/// How weights are combined.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Method {
-    /// Adds the scaled deltas of LoRA adapters to the base.
-    Lora,
-}
-
-/// Names of [`Method`] in a recipe.
-const METHODS: &[(&str, Method)] = &[("lora", Method::Lora)];
 
 /// How often a merged weight is rounded that was adapted through `target_parameters`; others are rounded once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -42,65 +22,89 @@ pub enum Rounding {
     Peft,
 }
 
-/// One adapter of a recipe.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct WeightedAdapter {
-    /// Its folder.
-    #[serde(serialize_with = "crate::path_text::serialize")]
-    pub adapter: PathBuf,
-    /// Its factor.
-    pub weight: f64,
+/// Parameters by name.
+pub type Parameters = BTreeMap<String, Setting>;
+
+/// One model of a recipe.
+#[derive(Debug, Clone, Serialize)]
+pub struct WeightedModel {
+    /// What it is.
+    pub source: ModelSource,
+    /// Its own parameters; what is missing is looked up in those of the recipe.
+    pub parameters: Parameters,
+}
+
+/// Where a model of a recipe lies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelSource {
+    /// Folder of a whole checkpoint.
+    Model(#[serde(serialize_with = "crate::path_text::serialize")] PathBuf),
+    /// Folder of a LoRA adapter of the base.
+    Adapter(#[serde(serialize_with = "crate::path_text::serialize")] PathBuf),
 }
 
 /// A recipe with every default filled in and every path resolved.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Recipe {
     /// How weights are combined.
     pub merge_method: Method,
-    /// Folder of the base checkpoint.
-    #[serde(serialize_with = "crate::path_text::serialize")]
-    pub base_model: PathBuf,
-    /// What is merged into it.
-    pub models: Vec<WeightedAdapter>,
-    /// Factor of the whole sum of deltas.
-    pub scale: f64,
+    /// Folder of the base checkpoint. Without one, the first model gives names and layout.
+    #[serde(serialize_with = "crate::path_text::serialize_option")]
+    pub base_model: Option<PathBuf>,
+    /// What is merged.
+    pub models: Vec<WeightedModel>,
+    /// Parameters of the method, and defaults of those of models.
+    pub parameters: Parameters,
     /// Type of the output; `None` keeps the type of each tensor.
     pub out_dtype: Option<Dtype>,
     /// How often expert weights are rounded.
     pub rounding: Rounding,
+    /// Seed of the methods that drop weights at random.
+    pub seed: u64,
+    /// Diagonal Fisher information, a safetensors file or folder with the names and shapes of the weights.
+    pub fisher: Option<PathBuf>,
+    /// Importance of layers, JSON.
+    pub layer_importance: Option<PathBuf>,
 }
 
 /// Keys by place, for the check that names the nearest one.
-const TOP: &[&str] = &["merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "rounding"];
-const MODEL: &[&str] = &["adapter", "parameters"];
+const TOP: &[&str] = &[
+    "merge_method",
+    "base_model",
+    "models",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "rounding",
+    "seed",
+    "fisher",
+    "layer_importance",
+];
+const MODEL: &[&str] = &["model", "adapter", "parameters"];
 
 #[derive(Deserialize)]
 struct Text {
     merge_method: String,
-    base_model: PathBuf,
+    base_model: Option<PathBuf>,
     models: Vec<ModelText>,
     #[serde(default)]
-    parameters: Parameters,
+    parameters: BTreeMap<String, Value>,
     dtype: Option<String>,
     out_dtype: Option<String>,
     rounding: Option<String>,
+    #[serde(default)]
+    seed: u64,
+    fisher: Option<PathBuf>,
+    layer_importance: Option<PathBuf>,
 }
 
 #[derive(Deserialize)]
 struct ModelText {
-    adapter: PathBuf,
+    model: Option<PathBuf>,
+    adapter: Option<PathBuf>,
     #[serde(default)]
-    parameters: ModelParameters,
-}
-
-#[derive(Deserialize, Default)]
-struct Parameters {
-    scale: Option<f64>,
-}
-
-#[derive(Deserialize, Default)]
-struct ModelParameters {
-    weight: Option<f64>,
+    parameters: BTreeMap<String, Value>,
 }
 
 impl Recipe {
@@ -113,7 +117,7 @@ impl Recipe {
     /// use moeft_core::merge::Recipe;
     /// let text = "merge_method: lora\nbase_model: base\nmodels: [{adapter: tuned}]\n";
     /// let recipe = Recipe::parse(text, "/data".as_ref())?;
-    /// assert_eq!(recipe.base_model.to_str(), Some("/data/base"));
+    /// assert_eq!(recipe.base_model.unwrap().to_str(), Some("/data/base"));
     /// let error = Recipe::parse(&text.replace("models", "model"), "/data".as_ref()).unwrap_err();
     /// assert!(error.to_string().contains("did you mean \"models\""));
     /// # Ok::<(), moeft_core::Error>(())
@@ -121,49 +125,106 @@ impl Recipe {
     pub fn parse(text: &str, folder: &Path) -> Result<Self> {
         let tree = parse_tree(text)?;
         check_keys(&tree, "the top level", TOP)?;
-        if let Some(parameters) = tree.get("parameters") {
-            check_keys(parameters, "parameters", &["scale"])?;
-        }
         for (index, model) in tree.get("models").and_then(Value::as_array).into_iter().flatten().enumerate() {
             check_keys(model, &format!("models[{index}]"), MODEL)?;
-            if let Some(parameters) = model.get("parameters") {
-                check_keys(parameters, &format!("models[{index}].parameters"), &["weight"])?;
-            }
         }
         let text: Text =
             serde_json::from_value(tree).map_err(|error| RecipeError::Syntax { cause: error.to_string() })?;
-        Ok(resolve(text, folder)?)
+        let mut recipe = resolve(text, folder)?;
+        recipe.take_out_base();
+        check_models(&recipe)?;
+        Ok(recipe)
+    }
+
+    /// Where the base is part of the formula, it is no model beside it: recipes of other tools list it among them.
+    fn take_out_base(&mut self) {
+        let spec = self.merge_method.spec();
+        if self.base_model.is_none() && spec.base == BaseModel::First {
+            let first = self.checkpoints().next().cloned();
+            self.base_model = first;
+        }
+        let is_part = spec.base != BaseModel::Layout || spec.inputs == Inputs::DeltasFromBase;
+        if let Some(base) = self.base_model.clone().filter(|_| is_part) {
+            self.models.retain(|model| model.source != ModelSource::Model(base.clone()));
+        }
+    }
+
+    /// Weight checkpoints in the order of the recipe.
+    pub(super) fn checkpoints(&self) -> impl Iterator<Item = &PathBuf> {
+        self.models.iter().filter_map(|model| match &model.source {
+            ModelSource::Model(path) => Some(path),
+            ModelSource::Adapter(_) => None,
+        })
     }
 }
 
 fn resolve(text: Text, folder: &Path) -> Result<Recipe, RecipeError> {
     one_of("dtype", text.dtype.as_deref().unwrap_or("float32"), &[("float32", ())])?;
-    let finite = |key: String, value: f64| {
-        let expected = "a finite number".to_string();
-        if value.is_finite() {
-            Ok(value)
-        } else {
-            Err(RecipeError::Value { key, value: value.to_string(), expected })
-        }
+    let merge_method = Method::parse(&text.merge_method)?;
+    let known = merge_method.spec().parameters();
+    let model = |(index, model): (usize, ModelText)| {
+        let place = format!("models[{index}]");
+        let source = match (model.model, model.adapter) {
+            (Some(path), None) => ModelSource::Model(folder.join(path)),
+            (None, Some(path)) => ModelSource::Adapter(folder.join(path)),
+            _ => return Err(RecipeError::value(place, "without one of model and adapter", "one of them, a folder")),
+        };
+        let allowed: Vec<&str> = merge_method.spec().per_model.to_vec();
+        let parameters = parameters(model.parameters, &format!("{place}.parameters"), &allowed)?;
+        Ok(WeightedModel { source, parameters })
     };
-    let adapter = |(index, model): (usize, ModelText)| {
-        let weight = finite(format!("models[{index}].parameters.weight"), model.parameters.weight.unwrap_or(1.0))?;
-        Ok(WeightedAdapter { adapter: folder.join(model.adapter), weight })
-    };
-    if text.models.is_empty() {
-        let (key, value, expected) = ("models".into(), "empty".into(), "at least one {adapter: folder}".into());
-        return Err(RecipeError::Value { key, value, expected });
-    }
     let dtypes = [("bfloat16", Dtype::BF16), ("float16", Dtype::F16), ("float32", Dtype::F32)];
     let roundings = [("single", Rounding::Single), ("peft", Rounding::Peft)];
     Ok(Recipe {
-        merge_method: one_of("merge_method", &text.merge_method, METHODS)?,
-        base_model: folder.join(text.base_model),
-        models: text.models.into_iter().enumerate().map(adapter).collect::<Result<_, RecipeError>>()?,
-        scale: finite("parameters.scale".into(), text.parameters.scale.unwrap_or(1.0))?,
+        merge_method,
+        base_model: text.base_model.map(|path| folder.join(path)),
+        models: text.models.into_iter().enumerate().map(model).collect::<Result<_, RecipeError>>()?,
+        parameters: parameters(text.parameters, "parameters", &known)?,
         out_dtype: text.out_dtype.map(|name| one_of("out_dtype", &name, &dtypes)).transpose()?,
         rounding: one_of("rounding", text.rounding.as_deref().unwrap_or("single"), &roundings)?,
+        seed: text.seed,
+        fisher: text.fisher.map(|path| folder.join(path)),
+        layer_importance: text.layer_importance.map(|path| folder.join(path)),
     })
+}
+
+/// Checks the number and the kind of models against the method.
+fn check_models(recipe: &Recipe) -> Result<(), RecipeError> {
+    let spec = recipe.merge_method.spec();
+    let (found, [least, most]) = (recipe.models.len(), spec.models);
+    if !(least..=most).contains(&found) {
+        let value = if found == 0 { "empty".to_string() } else { format!("{found} entries") };
+        let expected = match (least, most) {
+            (1, usize::MAX) => "at least one {model: folder} or {adapter: folder}".to_string(),
+            (least, usize::MAX) => format!("at least {least} for {}, beside the base", spec.name),
+            (_, most) => format!("{most} for {}, beside the base", spec.name),
+        };
+        return Err(RecipeError::value("models", value, expected));
+    }
+    let has_layout = recipe.base_model.is_some() || recipe.checkpoints().next().is_some();
+    let needs_base = spec.base == BaseModel::Required || !has_layout;
+    if recipe.base_model.is_none() && needs_base {
+        return Err(RecipeError::value("base_model", "missing", "the folder of the checkpoint that is merged into"));
+    }
+    if spec.adapters_only && recipe.checkpoints().next().is_some() {
+        let expected = format!("{{adapter: folder}} for {}; task_arithmetic takes models and adapters", spec.name);
+        return Err(RecipeError::value("models", "a whole model", expected));
+    }
+    let files = [("fisher", &recipe.fisher), ("layer_importance", &recipe.layer_importance)];
+    match files.into_iter().find(|(_, file)| file.is_some() && !spec.importance) {
+        Some((key, _)) => Err(RecipeError::value(key, "set", format!("merge_method fisher_damped, not {}", spec.name))),
+        None => Ok(()),
+    }
+}
+
+/// Parameters of one place. `lambda`, as other tools call it, is `scale`.
+fn parameters(found: BTreeMap<String, Value>, place: &str, known: &[&str]) -> Result<Parameters, RecipeError> {
+    let rename = |key: String| if key == "lambda" { "scale".to_string() } else { key };
+    let found: serde_json::Map<_, _> = found.into_iter().map(|(key, value)| (rename(key), value)).collect();
+    let tree = Value::Object(found);
+    check_keys(&tree, place, known)?;
+    let object = tree.as_object().into_iter().flatten();
+    object.map(|(key, value)| Ok((key.clone(), Setting::parse(&format!("{place}.{key}"), value)?))).collect()
 }
 
 fn parse_tree(text: &str) -> Result<Value, RecipeError> {
@@ -174,34 +235,4 @@ fn parse_tree(text: &str) -> Result<Value, RecipeError> {
         serde_saphyr::from_str(text).map_err(|error| error.to_string())
     };
     parsed.map_err(|cause| RecipeError::Syntax { cause })
-}
-
-fn check_keys(tree: &Value, place: &str, known: &[&str]) -> Result<(), RecipeError> {
-    let Some(object) = tree.as_object() else {
-        let (key, value, expected) = (place.to_string(), tree.to_string(), format!("keys: {}", known.join(", ")));
-        return Err(RecipeError::Value { key, value, expected });
-    };
-    match object.keys().find(|key| !known.contains(&key.as_str())) {
-        None => Ok(()),
-        Some(key) => {
-            let nearest = nearest(key, known.iter().copied());
-            let (key, place, known) = (key.clone(), place.to_string(), known.join(", "));
-            Err(RecipeError::UnknownKey { key, place, nearest, known })
-        }
-    }
-}
-
-fn one_of<T: Copy>(key: &str, value: &str, known: &[(&str, T)]) -> Result<T, RecipeError> {
-    known.iter().find(|(name, _)| *name == value).map(|&(_, meaning)| meaning).ok_or_else(|| RecipeError::Value {
-        key: key.to_string(),
-        value: format!("{value:?}"),
-        expected: known.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" or "),
-    })
-}
-
-/// The known name that is closest to `name`, if any is close.
-fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
-    let scored = known.map(|candidate| (strsim::jaro_winkler(name, candidate), candidate));
-    let (score, best) = scored.max_by(|left, right| left.0.total_cmp(&right.0))?;
-    (score > 0.75).then(|| best.to_string())
 }

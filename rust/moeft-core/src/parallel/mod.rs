@@ -4,12 +4,14 @@
 //! (`torch.set_num_threads`), and threads do not survive `fork`, so a forked process needs new ones.
 
 mod ordered;
+mod pipeline;
 
 use std::cell::Cell;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 
 pub use ordered::ordered;
+pub use pipeline::pipeline;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 thread_local! {

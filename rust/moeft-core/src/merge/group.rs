@@ -1,0 +1,108 @@
+//! Runs the passes of some tensors, then writes them.
+
+use std::collections::BTreeMap;
+
+use super::chunk::{copy, Slot, Work};
+use super::factors::Factors;
+use super::kernel::{Gathered, Kernel};
+use super::plan::{Action, Job, Plan};
+use super::report::TensorReport;
+use crate::checkpoint::{ShardWriter, CHUNK_BYTES};
+use crate::parallel::{pipeline, threads};
+use crate::progress::Progress;
+use crate::Result;
+
+/// A chunk of a tensor: the place of the tensor in its group, and the number of the chunk.
+type Item = (usize, usize);
+
+/// Writes the tensors of a group and adds what became of them to `reports`.
+///
+/// # Errors
+/// [`crate::Error`] of the first chunk, in order, that failed.
+pub fn write_group(
+    plan: &Plan,
+    jobs: &[(u64, &Job)],
+    factors: &Factors,
+    slots: &mut Vec<Slot>,
+    writer: &mut ShardWriter,
+    progress: &mut dyn Progress,
+    reports: &mut BTreeMap<String, TensorReport>,
+) -> Result<()> {
+    let mut kernels = jobs.iter().map(|(_, job)| plan.kernel(job)).collect::<Result<Vec<_>>>()?;
+    let work = |place: usize| {
+        let (number, job) = jobs[place];
+        match &job.action {
+            Action::Merge(merge) => Some(Work { plan, factors, number, job, merge }),
+            Action::Copy => None,
+        }
+    };
+    while gather(&mut kernels, &work, slots, &mut |place| progress.advance(0, &jobs[place].1.name))? {}
+
+    let chunks = |place: usize| match work(place) {
+        Some(work) => work.merge.grid.chunks(),
+        None => plan.tensor(jobs[place].1).info.bytes.div_ceil(CHUNK_BYTES as u64) as usize,
+    };
+    let items: Vec<Item> =
+        (0..jobs.len()).flat_map(|place| (0..chunks(place)).map(move |chunk| (place, chunk))).collect();
+    let mut found = vec![Gathered::default(); jobs.len()];
+    let fill = |item: usize, slot: &mut Slot| {
+        let (place, chunk) = items[item];
+        match (work(place), &kernels[place]) {
+            (Some(work), Some(kernel)) => work.combine(kernel.as_ref(), chunk, slot),
+            _ => copy(plan.tensor(jobs[place].1), jobs[place].1, (chunk * CHUNK_BYTES) as u64, slot),
+        }
+    };
+    let commit = |item: usize, slot: &mut Slot| {
+        let (place, chunk) = items[item];
+        let (job, tensor) = (jobs[place].1, plan.tensor(jobs[place].1));
+        let is_copy = kernels[place].is_none() && job.out == tensor.info.dtype;
+        let source = is_copy.then(|| (tensor.shard, tensor.info.offset + (chunk * CHUNK_BYTES) as u64));
+        writer.append_from(&job.name, &slot.output, source)?;
+        if kernels[place].is_some() {
+            found[place].add(&slot.gathered);
+        }
+        progress.advance(slot.output.len() as u64, &job.name)
+    };
+    pipeline(threads(), slots, items.len(), fill, commit)?;
+    for (place, kernel) in kernels.iter().enumerate() {
+        if let Some(kernel) = kernel {
+            let report = TensorReport::new(kernel.branch(), &found[place]);
+            reports.insert(jobs[place].1.name.clone(), report);
+        }
+    }
+    Ok(())
+}
+
+/// Runs the next pass over the tensors whose kernels ask for one; false if none does.
+fn gather<'w>(
+    kernels: &mut [Option<Box<dyn Kernel>>],
+    work: &(impl Fn(usize) -> Option<Work<'w>> + Sync),
+    slots: &mut Vec<Slot>,
+    advance: &mut dyn FnMut(usize) -> Result<()>,
+) -> Result<bool> {
+    let asks = |place: usize| Some((work(place)?, kernels[place].as_deref()?.pass()?));
+    let places: Vec<usize> = (0..kernels.len()).filter(|&place| asks(place).is_some()).collect();
+    let chunks = |&place: &usize| {
+        (0..asks(place).map_or(0, |(work, _)| work.merge.grid.chunks())).map(move |chunk| (place, chunk))
+    };
+    let items: Vec<Item> = places.iter().flat_map(chunks).collect();
+    if items.is_empty() {
+        return Ok(false);
+    }
+    let mut all: BTreeMap<usize, Gathered> = places.iter().map(|&place| (place, Gathered::default())).collect();
+    let look = |item: usize, slot: &mut Slot| {
+        let (place, chunk) = items[item];
+        let (work, reads) = asks(place).expect("it asked");
+        work.gather(kernels[place].as_deref().expect("it asked"), reads, chunk, slot)
+    };
+    let commit = |item: usize, slot: &mut Slot| {
+        let place = items[item].0;
+        all.get_mut(&place).expect("one for each place").add(&slot.gathered);
+        advance(place)
+    };
+    pipeline(threads(), slots, items.len(), look, commit)?;
+    for (place, gathered) in all {
+        kernels[place].as_deref_mut().expect("it asked").learn(gathered);
+    }
+    Ok(true)
+}

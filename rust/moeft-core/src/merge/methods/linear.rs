@@ -1,0 +1,54 @@
+//! Weighted average: `W' = sum_i weight_i * W_i`, divided by `sum_i weight_i` unless `normalize: false`.
+//!
+//! Computed in float64 and rounded once, so equal inputs come out unchanged. Source: Wortsman et al., model soups,
+//! <https://arxiv.org/abs/2203.05482>.
+
+use super::{divisor, BaseModel, Inputs, Spec, ANY};
+use crate::merge::kernel::{Block, Kernel};
+use crate::merge::simd::vectorised;
+
+pub(super) const SPEC: Spec = Spec {
+    name: "linear",
+    summary: "weighted average of weights",
+    inputs: Inputs::Weights,
+    base: BaseModel::Layout,
+    models: [1, usize::MAX],
+    adapters_only: false,
+    importance: false,
+    common: &["normalize"],
+    per_model: &["weight"],
+    kernel: |settings| {
+        let by = if settings.flag("normalize", true)? { divisor(settings)? } else { 1.0 };
+        let weights = settings.numbers("weight", Some(1.0), ANY)?;
+        Ok(Box::new(Linear { weights: weights.into_iter().map(|weight| weight / by).collect() }))
+    },
+};
+
+struct Linear {
+    weights: Vec<f64>,
+}
+
+impl Kernel for Linear {
+    fn combine(&self, block: &mut Block, out: &mut [f32]) {
+        weighted_average(&block.inputs, &self.weights, out);
+    }
+}
+
+vectorised! {
+    /// `out = sum_i weights[i] * inputs[i]`, summed in float64, in the order of i.
+    pub(super) fn weighted_average(inputs: &[Vec<f32>], weights: &[f64], out: &mut [f32]) {
+        let mut sums = [0.0f64; 256];
+        for (start, out) in (0..).step_by(256).zip(out.chunks_mut(256)) {
+            let sums = &mut sums[..out.len()];
+            sums.fill(0.0);
+            for (input, &weight) in inputs.iter().zip(weights) {
+                for (sum, &value) in sums.iter_mut().zip(&input[start..]) {
+                    *sum += f64::from(value) * weight;
+                }
+            }
+            for (out, &sum) in out.iter_mut().zip(&*sums) {
+                *out = sum as f32;
+            }
+        }
+    }
+}
