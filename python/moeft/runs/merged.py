@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from moeft.config.sft import Merge
 from moeft.runs.context import RunContext
@@ -22,19 +23,24 @@ def is_merged(run: RunContext, wanted: Merge) -> bool:
     )
 
 
+def check_mergeable(run: RunContext, trainer: SFTTrainer, wanted: Merge) -> None:
+    """Refuse before training what the merge would refuse after it, such as a layout that only transformers can read.
+
+    Raises:
+        AdapterError, CheckpointError: If the adapter as it is now does not fit the 16-bit base.
+    """
+    from moeft.merging import plan
+
+    with TemporaryDirectory(dir=run.folder.path, prefix="mergeable-") as folder:
+        trainer.model.save_pretrained(folder, selected_adapters=["default"])
+        plan(_recipe(run, wanted, Path(folder)))
+
+
 def merge_adapters(run: RunContext, wanted: Merge) -> None:
     """Merge the run's adapter, and those it is stacked on, into the 16-bit base."""
     from moeft.merging import merge
 
-    report = merge(
-        {
-            "merge_method": "lora",
-            "base_model": _base(run, wanted),
-            "models": [{"adapter": path} for path in (*run.recipe.lora.stack_on, run.folder.path / "adapter")],
-            "out_dtype": wanted.out_dtype,
-        },
-        wanted.output,
-    )
+    report = merge(_recipe(run, wanted, run.folder.path / "adapter"), wanted.output)
     run.show(str(report))
 
 
@@ -54,6 +60,15 @@ def prove_merge(run: RunContext, trainer: SFTTrainer, held_out: HeldOut, wanted:
         run.show(str(proof))
     held_out.sample_checkpoints(base, wanted.output)
     require(proofs)
+
+
+def _recipe(run: RunContext, wanted: Merge, adapter: Path) -> dict[str, Any]:
+    return {
+        "merge_method": "lora",
+        "base_model": _base(run, wanted),
+        "models": [{"adapter": path} for path in (*run.recipe.lora.stack_on, adapter)],
+        "out_dtype": wanted.out_dtype,
+    }
 
 
 def _base(run: RunContext, wanted: Merge) -> Path:

@@ -11,7 +11,7 @@ from moeft.provenance import RunFolder
 from moeft.runs import preflight
 from moeft.runs.context import RunContext
 from moeft.runs.held_out import HeldOut
-from moeft.runs.merged import is_merged, merge_adapters, prove_merge
+from moeft.runs.merged import check_mergeable, is_merged, merge_adapters, prove_merge
 from moeft.runs.sft_data import input_files
 from moeft.runs.sft_trainer import make_trainer
 
@@ -44,6 +44,9 @@ def _execute(run: RunContext) -> None:
     held_out = HeldOut(run)
     with run.stage("load"):
         trainer = make_trainer(run)
+        wanted = run.recipe.merge
+        if wanted is not None and not is_merged(run, wanted):
+            check_mergeable(run, trainer, wanted)
     if not held_out.is_measured("before"):
         with run.stage("measure before"):
             held_out.measure(trainer, "before")
@@ -53,7 +56,6 @@ def _execute(run: RunContext) -> None:
         trainer.model.save_pretrained(str(run.folder.path / "adapter"), selected_adapters=["default"])
     with run.stage("measure after"):
         held_out.measure(trainer, "after")
-    wanted = run.recipe.merge
     if wanted is None:
         return
     if not is_merged(run, wanted):

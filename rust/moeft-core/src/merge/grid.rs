@@ -56,7 +56,7 @@ mod tests {
         for shape in [&[7][..], &[3, 5], &[8, 768, 2048], &[262_144, 2816], &[10, 300_000], &[1 << 20], &[2, 3, 5, 7]] {
             let grid = Grid::new(shape);
             assert_eq!(grid.chunk % grid.block, 0);
-            assert!(shape.len() < 2 || grid.block % shape[shape.len() - 1] == 0);
+            assert!(shape.len() < 2 || grid.block.is_multiple_of(shape[shape.len() - 1]));
             let covered: u64 = (0..grid.chunks()).map(|index| grid.chunk(index).1).sum();
             assert_eq!(covered, grid.elements);
         }
