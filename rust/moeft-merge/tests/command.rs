@@ -57,7 +57,7 @@ fn a_dry_run_names_every_tensor_and_writes_nothing() {
     let done = run(folder.path(), &["recipe.yaml", "--dry-run", "--max-shard-size", "1KB"]);
     assert!(done.status.success(), "{done:?}");
     let text = String::from_utf8(done.stdout).unwrap();
-    assert!(text.contains("merge  model.layers.0.experts.gate_up_proj (model-00001-of-"), "{text}");
+    assert!(text.contains("merge  model.layers.0.experts.gate_up_proj (model-00002-of-"), "{text}");
     assert!(text.contains("copy   model.layers.1.input_layernorm.weight"), "{text}");
     assert!(text.contains("lora: 8 tensors in "), "{text}");
     let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
