@@ -11,11 +11,11 @@ def show(
     model: Annotated[
         Path | None, typer.Option("--model", help="Folder with tokenizer and config.json; default the recipe's.")
     ] = None,
-    rows: Annotated[int, typer.Option("-n", min=1, help="Rows to show.")] = 5,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Rows to show.")] = 5,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="Recipe of `moeft sft`, for its data section.")
     ] = None,
-    template: Annotated[str | None, typer.Option("--template", help="Chat template, by name or path.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Chat template, by name or path.")] = None,
     train_on: Annotated[
         str | None, typer.Option("--train-on", help="assistant, last, completion, messages or all.")
     ] = None,
@@ -33,7 +33,7 @@ def show(
     folder = model or (loaded.model if loaded else None)
     if folder is None:
         raise RecipeError("no tokenizer is named; give --model or --recipe")
-    options: dict[str, Any] = {"chat_template": template, "train_on": train_on}
+    options: dict[str, Any] = {"chat_template": chat_template, "train_on": train_on}
     console = Console(soft_wrap=True, highlight=False)
     has_colour = console.color_system is not None
     for item in preview(file, folder, rows, None if loaded is None else loaded.data, **options):
