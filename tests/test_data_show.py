@@ -68,7 +68,6 @@ def test_show_takes_a_template_by_name_and_a_mode(run, rows):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((), "no tokenizer is named; give --model or --recipe"),
         (("--model", BASE, "--chat-template", "gemma5"), "gemma5 is no file and no name of a chat template"),
         (("--model", BASE, "--train-on", "first"), "train_on is 'first', expected one of assistant, last"),
         (("--model", BASE.parent), "holds no tokenizer"),
@@ -78,6 +77,12 @@ def test_show_says_what_is_wrong(run, rows, arguments, reason):
     code, _, message = run("data", "show", rows, *arguments)
     assert code == 1
     assert reason in message
+
+
+def test_show_without_a_tokenizer_is_wrong_usage(run, rows):
+    code, _, message = run("data", "show", rows)
+    assert code == 2
+    assert "give --model or --recipe" in message
 
 
 def test_rows_of_the_demo_keep_their_tokens_and_labels():

@@ -26,13 +26,12 @@ def show(
 
     from moeft.config import SftRecipe
     from moeft.data.preview import Preview
-    from moeft.errors import RecipeError
     from moeft.runs.preview import preview
 
     loaded = None if recipe is None else SftRecipe.load(recipe)
     folder = model or (loaded.model if loaded else None)
     if folder is None:
-        raise RecipeError("no tokenizer is named; give --model or --recipe")
+        raise typer.BadParameter("no tokenizer is named; give --model or --recipe")
     options: dict[str, Any] = {"chat_template": chat_template, "train_on": train_on}
     console = Console(soft_wrap=True, highlight=False)
     has_colour = console.color_system is not None

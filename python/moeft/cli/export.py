@@ -34,7 +34,7 @@ def gguf(
     if kind is None:
         raise ValueError(f"--type is {type!r}, expected one of {', '.join(library.FILE_TYPES)}")
     overrides = dict(_override(text) for text in tensor_type or ())
-    size = 0 if max_shard_size is None else parse_bytes(max_shard_size)
+    size = None if max_shard_size is None else parse_bytes(max_shard_size)
     if dry_run:
         print(library.plan(model, out, type=kind, tensor_types=overrides, max_shard_bytes=size))
     else:
