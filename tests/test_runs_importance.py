@@ -67,6 +67,17 @@ def test_fisher_leaves_a_finished_run_with_weights_layers_and_a_picture(measured
     }
 
 
+def test_fisher_of_a_base_without_template_takes_that_of_its_family(checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "it", tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(tmp_path / "base")
+    lines = []
+    run(FisherSettings(tmp_path / "base", checkpoints / "rows.jsonl", 1), tmp_path / "run", 1 << 20, show=lines.append)
+    assert lines[0] == "chat template: qwen3, shipped with moeft"
+
+
 def test_merge_is_damped_by_the_files_of_fisher(measured, tmp_path):
     files = {key: measured / "fisher" / name for key, name in (("fisher", FISHER_FILE), ("layer_importance", LAYERS))}
     models = {"base_model": measured / "it", "models": [{"model": str(measured / "pt")}]}
