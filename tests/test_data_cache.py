@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 import moeft.demo
 from moeft.data.cache import ARRAYS, cache_key, cached, file_key, rows_key
 from moeft.data.chat import Encoded, encode
-from moeft.data.rows import Reject, Row
+from moeft.data.rows import Reject, Row, Rows
 from moeft.errors import DataError
+from moeft.training.sft import SFTConfig, encode_dataset
 
 BASE = Path(moeft.demo.__file__).parent / "base"
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -97,7 +99,15 @@ def test_key_depends_on_rows_tokenizer_template_and_options(tmp_path, tokenizer)
     assert len(set(keys)) == len(keys)
 
 
-def test_rows_in_memory_are_told_apart_by_everything_in_them():
+def test_saved_folder_of_rows_is_cached_as_a_file_is(tmp_path, tokenizer):
+    Dataset.from_list([{"messages": MESSAGES}]).save_to_disk(tmp_path / "rows")
+    settings = SFTConfig(output_dir=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"), use_cpu=True)
+    first, again = (encode_dataset(tmp_path / "rows", tokenizer, settings) for _ in range(2))
+    assert same(first, again)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_rows_in_memory_are_told_apart_by_everything_in_them_and_by_what_was_rejected():
     tools = [{"type": "function"}]
     trained = [MESSAGES[0], {**MESSAGES[1], "train": False}]
     variants = [
@@ -107,5 +117,7 @@ def test_rows_in_memory_are_told_apart_by_everything_in_them():
         [Row(trained, 1)],
         [Row([], 1, text="hi")],
     ]
-    assert len({rows_key(rows) for rows in variants}) == len(variants)
-    assert rows_key(ROWS) == rows_key(list(ROWS))
+    data_sets = [Rows(rows, [], "a") for rows in variants]
+    data_sets += [Rows(variants[0], [], "b"), Rows(variants[0], [Reject(2, "no messages", "a")], "a")]
+    assert len({rows_key(rows) for rows in data_sets}) == len(data_sets)
+    assert rows_key(Rows(ROWS, [], "a")) == rows_key(Rows(list(ROWS), [], "a"))

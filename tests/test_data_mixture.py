@@ -152,7 +152,7 @@ def test_duplicates_across_sources_are_found(tmp_path):
         ("{path: a, epochs: 0}", "data.train[0].epochs: found 0, expected greater than 0"),
         ("{path: a, wieght: 1}", "data.train[0].wieght: unknown key; did you mean data.train[0].weight?"),
         ("{path: a, filters: {contamination: {}}}", "data.train[0].filters.contamination.files: missing; it"),
-        ("{path: a, train_on: lst}", "expected train_on of a to be one of assistant, last"),
+        ("{path: a, train_on: lst}", "data.train[0].train_on: found 'lst', expected 'assistant'"),
         ("{path: a, format: openai}", "data.train[0].format: found 'openai', expected 'messages'"),
     ],
 )  # fmt: skip

@@ -50,8 +50,17 @@ def test_show_prints_trained_tokens_in_brackets_and_rejects_with_reasons(run, ro
     assert "1 of 3 rows shown" in shown
 
 
+def test_show_reads_rows_in_the_order_of_turns_that_the_recipe_accepts(run, tmp_path):
+    rows, recipe = tmp_path / "rows.jsonl", tmp_path / "recipe.yaml"
+    rows.write_text(json.dumps({"messages": [*SHORT["messages"], {"role": "user", "content": "Bye"}]}), "utf-8")
+    data = {"train": str(rows), "turns": "trim"}
+    recipe.write_text(json.dumps({"model": str(BASE), "output": "run", "data": data}))
+    assert run("data", "show", rows, "--model", BASE)[0] == 1
+    assert "⟦Hello 😀.<turn|>⟧\n" in run("data", "show", rows, "--recipe", recipe)[1]
+
+
 def test_show_takes_a_template_by_name_and_a_mode(run, rows):
-    _, shown, _ = run("data", "show", rows, "--model", BASE, "--template", "chatml", "--train-on", "all")
+    _, shown, _ = run("data", "show", rows, "--model", BASE, "--chat-template", "chatml", "--train-on", "all")
     assert "chat template: chatml, shipped with moeft; the tokenizer spells <|im_start|>, <|im_end|>" in shown
     assert "⟦<|im_start|>user\n[bold]Hi<|im_end|>\n<|im_start|>assistant\nHello 😀.<|im_end|>\n⟧" in shown
 
@@ -59,8 +68,7 @@ def test_show_takes_a_template_by_name_and_a_mode(run, rows):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((), "no tokenizer is named; give --model or --recipe"),
-        (("--model", BASE, "--template", "gemma5"), "gemma5 is no file and no name of a chat template"),
+        (("--model", BASE, "--chat-template", "gemma5"), "gemma5 is no file and no name of a chat template"),
         (("--model", BASE, "--train-on", "first"), "train_on is 'first', expected one of assistant, last"),
         (("--model", BASE.parent), "holds no tokenizer"),
     ],
@@ -69,6 +77,12 @@ def test_show_says_what_is_wrong(run, rows, arguments, reason):
     code, _, message = run("data", "show", rows, *arguments)
     assert code == 1
     assert reason in message
+
+
+def test_show_without_a_tokenizer_is_wrong_usage(run, rows):
+    code, _, message = run("data", "show", rows)
+    assert code == 2
+    assert "give --model or --recipe" in message
 
 
 def test_rows_of_the_demo_keep_their_tokens_and_labels():

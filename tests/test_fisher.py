@@ -16,6 +16,7 @@ from moeft.errors import CheckpointError, DataError
 from moeft.importance import likelihood
 from moeft.importance.groups import groups_within
 from moeft.integration.fused_loss import PlainHead
+from tests.interruption import KilledError, kill_at
 from tests.tiny_models import save_tiny_model, token_ids
 from tests.tiny_training import load
 
@@ -162,18 +163,6 @@ def test_sampled_labels_follow_the_models_distribution():
     assert bool(((share - expected).abs() < 4 * (expected * (1 - expected) / rows_drawn).sqrt()).all())
     places[::2] = -100
     assert bool((likelihood._sample(hidden.expand(rows_drawn, 3), head, places, seed=1)[::2] == -100).all())
-
-
-class KilledError(Exception):
-    pass
-
-
-def kill_at(step):
-    def progress(done, total, what):
-        if done == step:
-            raise KilledError
-
-    return progress
 
 
 def test_interrupted_fisher_goes_on_and_mends_a_damaged_unit(base, tmp_path):

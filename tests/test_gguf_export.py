@@ -183,8 +183,11 @@ def test_the_command_plans_and_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "q8_0" in printed
     assert "bits per weight" in printed
     assert not (tmp_path / "m.gguf").exists()
+    with pytest.raises(SystemExit, match="1"):
+        main([*words, "--max-shard-size", "4 apples"])
+    assert "'4 apples' is not a size in bytes" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
-        main(words)
+        main([*words, "--max-shard-size", "1GB"])
     kinds = {t["name"]: t["type"] for t in gguf.read_header(tmp_path / "m.gguf")["tensors"]}
     assert kinds["blk.0.ffn_gate_up_exps.weight"] == "q8_0"
     assert kinds["blk.0.attn_q.weight"] == "q4_k"

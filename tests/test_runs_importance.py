@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 from moeft.cli import main
 from moeft.config import SftRecipe
 from moeft.errors import RunFolderError
+from moeft.merging import merge
 from moeft.provenance import RunFolder
 from moeft.runs.fisher import FisherSettings, run
 from moeft.runs.sft import run as run_sft
 from tests.tiny_models import save_tiny_model
 from tests.tiny_training import sums, tiny_tokenizer
+
+FISHER_FILE, LAYERS = "fisher.safetensors", "layer_importance.json"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,35 @@ def test_fisher_leaves_a_finished_run_with_weights_layers_and_a_picture(measured
     assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
         name: (t.shape, torch.bfloat16) for name, t in on_disk.items() if "_proj" in name
     }
+
+
+def test_fisher_of_a_base_without_template_takes_that_of_its_family(checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "it", tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(tmp_path / "base")
+    lines = []
+    run(FisherSettings(tmp_path / "base", checkpoints / "rows.jsonl", 1), tmp_path / "run", 1 << 20, show=lines.append)
+    assert lines[0] == "chat template: qwen3, shipped with moeft"
+
+
+def test_merge_is_damped_by_the_files_of_fisher(measured, tmp_path):
+    files = {key: measured / "fisher" / name for key, name in (("fisher", FISHER_FILE), ("layer_importance", LAYERS))}
+    models = {"base_model": measured / "it", "models": [{"model": str(measured / "pt")}]}
+    recipe = {key: str(value) if key != "models" else value for key, value in (models | files).items()}
+    merge(recipe | {"merge_method": "fisher_damped", "out_dtype": "float32"}, tmp_path / "out", progress=False)
+    merged, base, tuned = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "out", measured / "it", measured / "pt")
+    )
+    layers = json.loads(files["layer_importance"].read_text())["layers"]
+    low, high = min(layers.values()), max(layers.values())
+    for name, value in load_file(files["fisher"]).items():
+        f = value.float()
+        f = (f - f.min()) / (f.max() - f.min()) if f.max() > f.min() else torch.zeros_like(f)
+        kept = (1 - f) * (high - layers[name.split(".")[2]]) / (high - low)
+        expected = base[name].float() + kept * (tuned[name].float() - base[name].float())
+        torch.testing.assert_close(merged[name], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_recipe_protects_the_instruct_model(measured, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -327,7 +328,9 @@ def test_merge_that_cannot_work_is_refused_before_training(base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_run_scores_calls_keeps_samples_and_proves(base, tmp_path):
+def test_run_scores_calls_keeps_samples_and_proves_without_a_template_of_the_base(base, tmp_path):
+    base = shutil.copytree(base, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
     ask = {"role": "user", "content": "restart mail"}
     calls = [{"messages": [ask, {"role": "assistant", "content": '[TOOL: restart service="mail"]'}]}] * 6
     evaluation = {"tool_calls": str(write_rows(tmp_path / "calls.jsonl", calls)), "max_new_tokens": 4}

@@ -14,6 +14,7 @@ from moeft import importance
 from moeft.errors import CheckpointError
 from moeft.importance import svd
 from moeft.importance.disk import Disk
+from tests.interruption import KilledError, kill_at
 from tests.tiny_models import save_tiny_model
 from tests.tiny_training import load
 
@@ -86,18 +87,6 @@ def test_directions_beyond_the_rank_of_a_matrix_are_zero():
     assert found.residual < 1e-3
     nothing = svd.truncated_svd(torch.zeros(4, 5), 2, torch.Generator())
     assert (float(nothing.u.abs().sum()), nothing.residual) == (0, 0)
-
-
-class KilledError(Exception):
-    pass
-
-
-def kill_at(matrix):
-    def progress(done, total, what):
-        if done == matrix:
-            raise KilledError
-
-    return progress
 
 
 def test_interrupted_subspace_goes_on_with_the_same_bits(pairs, tmp_path, monkeypatch):

@@ -11,11 +11,11 @@ def show(
     model: Annotated[
         Path | None, typer.Option("--model", help="Folder with tokenizer and config.json; default the recipe's.")
     ] = None,
-    rows: Annotated[int, typer.Option("-n", min=1, help="Rows to show.")] = 5,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Rows to show.")] = 5,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="Recipe of `moeft sft`, for its data section.")
     ] = None,
-    template: Annotated[str | None, typer.Option("--template", help="Chat template, by name or path.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Chat template, by name or path.")] = None,
     train_on: Annotated[
         str | None, typer.Option("--train-on", help="assistant, last, completion, messages or all.")
     ] = None,
@@ -26,14 +26,13 @@ def show(
 
     from moeft.config import SftRecipe
     from moeft.data.preview import Preview
-    from moeft.errors import RecipeError
     from moeft.runs.preview import preview
 
     loaded = None if recipe is None else SftRecipe.load(recipe)
     folder = model or (loaded.model if loaded else None)
     if folder is None:
-        raise RecipeError("no tokenizer is named; give --model or --recipe")
-    options: dict[str, Any] = {"chat_template": template, "train_on": train_on}
+        raise typer.BadParameter("no tokenizer is named; give --model or --recipe")
+    options: dict[str, Any] = {"chat_template": chat_template, "train_on": train_on}
     console = Console(soft_wrap=True, highlight=False)
     has_colour = console.color_system is not None
     for item in preview(file, folder, rows, None if loaded is None else loaded.data, **options):

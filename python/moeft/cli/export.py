@@ -23,17 +23,18 @@ def gguf(
     tensor_type: Annotated[
         list[str] | None, typer.Option(help="PATTERN=TYPE, such as 'ffn_down_exps=q6_k'; may be repeated.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Split into files of at most this, such as 4G.")] = "0",
+    max_shard_size: Annotated[str | None, typer.Option(help="Split into files of at most this, such as 4GB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print types and sizes, write nothing.")] = False,
 ) -> None:
     """Stream a checkpoint to GGUF, the file of llama.cpp, in bounded memory."""
     from moeft import gguf as library
+    from moeft.planning.sizes import parse_bytes
 
     kind = next((known for known in library.FILE_TYPES if known == type.lower()), None)
     if kind is None:
         raise ValueError(f"--type is {type!r}, expected one of {', '.join(library.FILE_TYPES)}")
     overrides = dict(_override(text) for text in tensor_type or ())
-    size = _bytes(max_shard_size)
+    size = None if max_shard_size is None else parse_bytes(max_shard_size)
     if dry_run:
         print(library.plan(model, out, type=kind, tensor_types=overrides, max_shard_bytes=size))
     else:
@@ -45,10 +46,3 @@ def _override(text: str) -> tuple[str, str]:
     if not equals or not pattern:
         raise ValueError(f"--tensor-type is {text!r}, expected PATTERN=TYPE such as 'ffn_down_exps=q6_k'")
     return pattern, kind
-
-
-def _bytes(text: str) -> int:
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    if not number.isdecimal() or unit not in ("", "K", "M", "G"):
-        raise ValueError(f"--max-shard-size is {text!r}, expected a number with K, M or G")
-    return int(number) * 1000 ** ("", "K", "M", "G").index(unit)

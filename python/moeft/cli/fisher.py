@@ -8,7 +8,7 @@ import typer
 
 def fisher(
     model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, 16-bit or packed.")],
-    prompts: Annotated[Path, typer.Option(help="JSONL file of chat rows.")],
+    prompts: Annotated[Path, typer.Option(help="File of rows, in any format of docs/data.md.")],
     out: Annotated[Path, typer.Option(help="Run folder; the same command goes on after an interruption.")],
     rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Rows to measure, drawn by --seed.")] = 200,
     labels: Annotated[
@@ -17,7 +17,7 @@ def fisher(
     targets: Annotated[
         list[str] | None, typer.Option("--target", help="attention, experts or mlp; repeat it. Default all.")
     ] = None,
-    train_on: Annotated[str, typer.Option(help="Turns that count: every assistant turn, or the last.")] = "assistant",
+    train_on: Annotated[str, typer.Option(help="assistant, last, completion, messages or all.")] = "assistant",
     memory: Annotated[str, typer.Option(help="Most memory of the sums, besides the model's own.")] = "4GiB",
     max_length: Annotated[int, typer.Option(min=2, help="Longer rows are cut to this many tokens.")] = 4096,
     dtype: Annotated[str, typer.Option(help="Of the weights that are not in 4 bit.")] = "bfloat16",

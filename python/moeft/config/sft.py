@@ -12,7 +12,7 @@ from moeft.config.filters import Filters
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
-from moeft.config.sources import MAX_REJECT_SHARE, FormatName, Source, Turns
+from moeft.config.sources import MAX_REJECT_SHARE, FormatName, OnTooLong, Reasoning, Source, TrainOn, Turns
 from moeft.errors import RecipeError
 
 Target = Literal["attention", "experts", "mlp"]
@@ -132,12 +132,12 @@ class Data(Section):
         Field(min_length=1, description="File of rows, or a list of files and sources"),
     ]
     eval: Path | None = Field(default=None, description="File of held-out rows; null measures no held-out loss")
-    train_on: Literal["assistant", "last", "completion", "messages", "all"] = Field(
+    train_on: TrainOn = Field(
         default="assistant",
         description="Tokens in the loss: every assistant turn, the last one, those behind the user's last one, those "
         "with `train: true`, or the whole row; a turn's own `train` decides for it, except with `all`",
     )
-    reasoning: Literal["keep", "strip", "mask"] = Field(
+    reasoning: Reasoning = Field(
         default="keep", description="Train the assistant's thoughts, leave them out, or show them without training them"
     )
     chat_template: Literal["gemma3", "gemma4", "chatml", "llama3", "qwen3"] | Path | None = Field(
@@ -146,7 +146,7 @@ class Data(Section):
         "model's family if it has none",
     )
     max_length: int = Field(default=4096, ge=1, description="Longest row, and slots of a pack, in tokens")
-    on_too_long: Literal["reject", "truncate", "truncate_left", "split"] = Field(
+    on_too_long: OnTooLong = Field(
         default="reject", description="Leave a longer row out, keep its first or last tokens, or cut it into several"
     )
     packing: bool = Field(
@@ -164,15 +164,6 @@ class Data(Section):
         default=MAX_REJECT_SHARE, ge=0, le=1, description="Largest share of a file's rows that may be unreadable"
     )
     filters: Filters = Field(default_factory=Filters, description="Training rows to leave out")
-
-    @field_validator("train", mode="after")
-    @classmethod
-    def _masks_are_known(cls, value: tuple[Source, ...]) -> tuple[Source, ...]:
-        known = get_args(cls.model_fields["train_on"].annotation)
-        for source in value:
-            if source.train_on is not None and source.train_on not in known:
-                raise ValueError(f"train_on of {source.label} to be one of {', '.join(known)}")
-        return value
 
 
 class Evaluation(Section):

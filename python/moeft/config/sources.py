@@ -1,4 +1,4 @@
-"""Where a recipe's training rows come from, and how much of each source is used."""
+"""Where a recipe's training rows come from, how they are read, and how much of each source is used."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,6 +12,13 @@ FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "pro
 """Formats that can be trained on; :data:`moeft.data.formats.FORMATS` has them."""
 Turns = Literal["strict", "trim", "any"]
 """What becomes of a conversation whose turns are not in order, see :mod:`moeft.data.turns`."""
+TrainOn = Literal["assistant", "last", "completion", "messages", "all"]
+"""Every turn of the assistant; its last one; those behind the user's last one; those with ``train: true``; or every
+token of the row. A turn's own ``train`` decides for it in every mode but ``all``."""
+Reasoning = Literal["keep", "strip", "mask"]
+"""Train the assistant's thoughts, leave them out of the text, or show them to the model without training them."""
+OnTooLong = Literal["reject", "truncate", "truncate_left", "split"]
+"""Leave a row out that is too long, keep its first tokens, keep its last tokens, or cut it into rows that fit."""
 MAX_REJECT_SHARE = 0.05
 """Default of ``data.max_reject_share``."""
 
@@ -27,7 +34,7 @@ class Source(Section):
     format: FormatName | None = Field(default=None, description="Format of all rows; null takes that of `data`")
     turns: Turns | None = Field(default=None, description="Accepted order of turns; null takes that of `data`")
     system: str | None = Field(default=None, description="System turn for conversations that have none")
-    train_on: str | None = Field(default=None, description="Tokens in the loss; null takes that of `data`")
+    train_on: TrainOn | None = Field(default=None, description="Tokens in the loss; null takes that of `data`")
     filters: Filters | None = Field(default=None, description="Rows to leave out; null takes those of `data`")
     rows: int | None = Field(default=None, ge=1, description="Rows to draw for an epoch, repeated if there are fewer")
     weight: float | None = Field(

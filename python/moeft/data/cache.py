@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from moeft.data.chat import Encoded
 from moeft.data.example import Examples
-from moeft.data.rows import Reject, Row
+from moeft.data.rows import Reject, Row, Rows
 from moeft.data.tokens import fast_tokenizer
 
 if TYPE_CHECKING:
@@ -41,11 +41,13 @@ def file_key(path: str | Path) -> str:
         return _hash(str(path).encode(), hashlib.file_digest(file, _new_hash).digest())
 
 
-def rows_key(rows: Iterable[Row]) -> str:
-    """Hash of everything in rows."""
+def rows_key(rows: Rows) -> str:
+    """Hash of everything in rows, and of what was rejected before, since the cache gives rejects back."""
     digest = _new_hash()
-    for row in rows:
-        digest.update(json.dumps(dataclasses.astuple(row), sort_keys=True, default=str).encode() + b"\n")
+    digest.update(json.dumps(rows.source).encode() + b"\n")
+    items: list[Row | Reject] = [*rows.rows, *rows.rejects]
+    for item in items:
+        digest.update(json.dumps(dataclasses.astuple(item), sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from moeft.data.example import Example, Examples, OnTooLong, check_length_options, fit
+from moeft.config.sources import OnTooLong, Reasoning, TrainOn
+from moeft.data.example import Example, Examples, check_length_options, fit
 from moeft.data.marks import Span
 from moeft.data.rendering import REFUSALS, Renderer
 from moeft.data.rows import Message, Reject, Row, Rows, write_rejects
 from moeft.data.tokens import as_written, fast_tokenizer, trained_tokens
-from moeft.data.trained_turns import Reasoning, TrainOn, check_options
+from moeft.data.trained_turns import check_options
 from moeft.errors import DataError
 
 if TYPE_CHECKING:

@@ -3,16 +3,15 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypedDict, get_args, overload
+from typing import TypedDict, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moeft.config.sources import OnTooLong
+
 IGNORE_INDEX = -100
 """Label of a token that is not trained, as in ``torch.nn.functional.cross_entropy``."""
-
-OnTooLong = Literal["reject", "truncate", "truncate_left", "split"]
-"""Leave a row out that is too long, keep its first tokens, keep its last tokens, or cut it into rows that fit."""
 
 
 class Example(TypedDict):

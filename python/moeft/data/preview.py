@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from moeft.data.example import OnTooLong, fit
+from moeft.config.sources import OnTooLong, Reasoning, TrainOn
+from moeft.data.example import fit
 from moeft.data.rendering import REFUSALS, Renderer
 from moeft.data.rows import Reject, Row
 from moeft.data.tokens import as_written, fast_tokenizer, trained_tokens
-from moeft.data.trained_turns import Reasoning, TrainOn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
+from moeft.config.sources import Reasoning, TrainOn
 from moeft.data import templates
 from moeft.data.marks import MARKS, Marked, Span, has_generation, read_marks, with_marks
 from moeft.data.rows import Message, Row
-from moeft.data.trained_turns import Reasoning, TrainOn, for_template, trained_turns
+from moeft.data.trained_turns import for_template, trained_turns
 from moeft.errors import DataError
 
 if TYPE_CHECKING:

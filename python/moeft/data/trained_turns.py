@@ -1,18 +1,12 @@
 """Which turns of a conversation are trained, and what becomes of the assistant's thoughts."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from moeft.config.sources import Reasoning, TrainOn
 from moeft.data.marks import END_THOUGHT, INDEX_KEY, THOUGHT
 from moeft.data.rows import Message
 from moeft.errors import DataError
-
-TrainOn = Literal["assistant", "last", "completion", "messages", "all"]
-"""Every turn of the assistant; its last one; those behind the user's last one; those with ``train: true``; or every
-token of the row. A turn's own ``train`` decides for it in every mode but ``all``."""
-
-Reasoning = Literal["keep", "strip", "mask"]
-"""Train the assistant's thoughts, leave them out of the text, or show them to the model without training them."""
 
 
 def check_options(train_on: str, reasoning: str) -> None:

@@ -78,7 +78,7 @@ def export(
     *,
     type: FileType = "q4_k_m",
     tensor_types: Mapping[str, str] | None = None,
-    max_shard_bytes: int = 0,
+    max_shard_bytes: int | None = None,
     threads: int | None = None,
     progress: bool = False,
 ) -> ExportReport:
@@ -89,7 +89,7 @@ def export(
         out: File to write, ``*.gguf``; must not exist.
         type: Type of the file, as llama.cpp names them; it chooses the type of each tensor as llama.cpp does.
         tensor_types: Regular expression of tensor names -> type; the first that is found in a name wins.
-        max_shard_bytes: A file is closed before its tensors take more; 0 writes one file.
+        max_shard_bytes: A file is closed before its tensors take more; None writes one file.
         threads: Most threads to use; all cores if None.
         progress: Draw a progress bar.
 
@@ -104,7 +104,7 @@ def export(
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
     with byte_bar("export", progress) as callback:
-        report = _core.gguf_write(str(model), str(out), document, options, threads or os.cpu_count() or 1, callback)
+        report = _core.gguf_write(str(model), str(out), document, options, threads, callback)
     return _report(report)
 
 
@@ -114,7 +114,7 @@ def plan(
     *,
     type: FileType = "q4_k_m",
     tensor_types: Mapping[str, str] | None = None,
-    max_shard_bytes: int = 0,
+    max_shard_bytes: int | None = None,
 ) -> ExportReport:
     """What :func:`export` would write, from the headers alone. Arguments and errors as there."""
     options = _options(type, tensor_types, max_shard_bytes)
@@ -162,11 +162,11 @@ def _check_layers(specs: list[Spec], layers: int, folder: Path) -> None:
         raise CheckpointError(f"{folder} has layers {sorted(found)}, expected 0 to {layers - 1} as in its config.json")
 
 
-def _options(type: FileType, tensor_types: Mapping[str, str] | None, max_shard_bytes: int) -> str:
+def _options(type: FileType, tensor_types: Mapping[str, str] | None, max_shard_bytes: int | None) -> str:
     if type not in FILE_TYPES:
         raise ValueError(f"type is {type!r}, expected one of {', '.join(FILE_TYPES)}")
     overrides = [(pattern, kind.lower()) for pattern, kind in (tensor_types or {}).items()]
-    return json.dumps({"file_type": type, "tensor_types": overrides, "max_shard_bytes": max_shard_bytes})
+    return json.dumps({"file_type": type, "tensor_types": overrides, "max_shard_bytes": max_shard_bytes or 0})
 
 
 def _report(text: str) -> ExportReport:

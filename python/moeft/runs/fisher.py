@@ -69,7 +69,7 @@ def _measure(
 ) -> None:
     from moeft.importance import fisher
 
-    model, tokenizer = _load(settings, device)
+    model, tokenizer = _load(settings, device, show)
     encoded = _encode(settings, tokenizer)
     encoded.write_rejects(folder.path / "rejects.jsonl")
     rows = _draw(encoded.examples, settings)
@@ -91,13 +91,17 @@ def _measure(
     folder.write_json("metrics.json", {"fisher": figures})
 
 
-def _load(settings: FisherSettings, device: str) -> tuple[Any, Any]:
+def _load(settings: FisherSettings, device: str, show: Callable[[str], None]) -> tuple[Any, Any]:
+    from moeft.data import templates
     from moeft.integration import experts_implementation, experts_module
     from moeft.integration.loading import load
 
     model, tokenizer = load(settings.model, dtype=settings.dtype, device=None if device == "cpu" else device)
     if tokenizer is None:
         raise CheckpointError(f"{settings.model} holds no tokenizer; copy that of the base beside the weights")
+    origin = templates.apply(tokenizer, None, model.config.model_type)
+    if origin is not None:
+        show(f"chat template: {origin}")
     if any(experts_module.is_fused(module) for module in model.modules()):
         # transformers' own kernel refuses some sizes in bfloat16 on the CPU.
         model.set_experts_implementation(experts_implementation.NAME)

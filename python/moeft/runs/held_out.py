@@ -44,12 +44,12 @@ class HeldOut:
         if figures:
             self._run.show(f"held out {when} training: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
-    def sample_checkpoints(self, base: Path, merged: Path) -> None:
+    def sample_checkpoints(self, base: Path, merged: Path, tokenizer: Any) -> None:
         """Replace the samples by those of base and merged checkpoint, from plain transformers, and show them."""
         if self._calls is None:
             return
         for when, checkpoint in (("before", base), ("after", merged)):
-            self._keep(self._calls, self._calls.sample_replies(checkpoint, self._run.recipe.dtype), when)
+            self._keep(self._calls, self._calls.sample_replies(checkpoint, self._run.recipe.dtype, tokenizer), when)
         for sample in self._run.metrics["samples"]:
             lines = [sample["prompt"], f"before: {sample['before']}", f"after:  {sample['after']}"]
             self._run.show("\n  ".join(lines))

@@ -58,7 +58,7 @@ def prove_merge(run: RunContext, trainer: SFTTrainer, held_out: HeldOut, wanted:
     run.metrics["proofs"] = [proof.to_json() for proof in proofs]
     for proof in proofs:
         run.show(str(proof))
-    held_out.sample_checkpoints(base, wanted.output)
+    held_out.sample_checkpoints(base, wanted.output, trainer.processing_class)
     require(proofs)
 
 

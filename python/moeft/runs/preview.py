@@ -41,17 +41,10 @@ def preview(
         DataError: If no row can be read, or the template is neither a name nor a file.
         ValueError: If ``train_on`` makes no sense.
     """
-    from transformers import AutoTokenizer
-
-    from moeft.data import templates
     from moeft.data.preview import Preview, previews
     from moeft.data.rows import read_rows
     from moeft.data.trained_turns import check_options
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model} holds no tokenizer that transformers can load: {error}") from error
     options: dict[str, Any] = {
         "train_on": train_on or (data.train_on if data else "assistant"),
         "reasoning": data.reasoning if data else "keep",
@@ -59,9 +52,10 @@ def preview(
         "on_too_long": data.on_too_long if data else "reject",
     }
     check_options(options["train_on"], options["reasoning"])
-    origin = templates.apply(tokenizer, chat_template or (data.chat_template if data else None), model_type(model))
+    tokenizer, origin = load_tokenizer(model, chat_template or (data.chat_template if data else None))
     yield f"chat template: {origin or ('the tokenizer’s own' if tokenizer.chat_template else 'none')}"
-    rows = read_rows(file)
+    # A look: however many rows are rejected, the others are shown.
+    rows = read_rows(file) if data is None else read_rows(file, format=data.format, turns=data.turns)
     shown = 0
     for item in previews(rows.rows, tokenizer, **options):
         yield item
@@ -72,7 +66,21 @@ def preview(
     yield from rows.rejects
 
 
-def model_type(folder: Path) -> str | None:
-    """Of the checkpoint in a folder; None if it has no ``config.json``."""
+def load_tokenizer(folder: Path, chat_template: str | Path | None) -> tuple[Any, str | None]:
+    """The tokenizer of a checkpoint with the template to train with, and where another template than its own is from.
+
+    Raises:
+        CheckpointError: If the folder holds no tokenizer.
+        DataError: If ``chat_template`` is neither a name nor a file.
+    """
+    from transformers import AutoTokenizer
+
+    from moeft.data import templates
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
     config = folder / "config.json"
-    return json.loads(config.read_text("utf-8")).get("model_type") if config.is_file() else None
+    model_type = json.loads(config.read_text("utf-8")).get("model_type") if config.is_file() else None
+    return tokenizer, templates.apply(tokenizer, chat_template, model_type)

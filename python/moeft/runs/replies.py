@@ -46,12 +46,15 @@ class HeldOutCalls:
         pairs = zip(self.prompts, self.references[:SAMPLES], strict=False)
         return [{"prompt": prompt[-1]["content"], "reference": reference} for prompt, reference in pairs]
 
-    def sample_replies(self, checkpoint: Path, dtype: str) -> list[str]:
-        """Replies of an ordinary checkpoint, by plain transformers, to the first few requests."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def sample_replies(self, checkpoint: Path, dtype: str, tokenizer: Any) -> list[str]:
+        """Replies of an ordinary checkpoint, by plain transformers, to the first few requests.
+
+        The tokenizer is that of training, whose chat template need not lie in the checkpoint.
+        """
+        from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-        return self._generate(model, AutoTokenizer.from_pretrained(checkpoint), self.prompts[:SAMPLES])
+        return self._generate(model, tokenizer, self.prompts[:SAMPLES])
 
     def _generate(self, model: Any, tokenizer: Any, prompts: list[Any]) -> list[str]:
         from moeft.evaluation.generation import generate_replies

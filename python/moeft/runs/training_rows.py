@@ -100,17 +100,14 @@ def check_recipe(recipe: SftRecipe, show: Show) -> list[Reject]:
         All rejects, held-out rows included.
 
     Raises:
-        MoeftError: As :func:`moeft.runs.sft.run` does for rows.
-        OSError: If the model's folder has no tokenizer.
+        MoeftError: As :func:`moeft.runs.sft.run` does for rows and the tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    from moeft.data import templates
     from moeft.data.rejects import summary
-    from moeft.runs.preview import model_type
+    from moeft.runs.preview import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    templates.apply(tokenizer, recipe.data.chat_template, model_type(recipe.model))
+    tokenizer, origin = load_tokenizer(recipe.model, recipe.data.chat_template)
+    if origin is not None:
+        show(f"chat template: {origin}")
     args = sft_arguments(recipe, recipe.output)
     args.cache_dir = None  # a look leaves nothing behind
     mixed, _ = training_rows(recipe.data, tokenizer, args, show)

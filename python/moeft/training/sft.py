@@ -154,9 +154,9 @@ def _encode(dataset: str | Path | Iterable[Mapping[str, Any]] | Rows, tokenizer:
 
     if args.cache_dir is None:
         return build()
-    if isinstance(dataset, str | Path):
+    if isinstance(dataset, str | Path) and Path(dataset).is_file():
         content = cache.file_key(dataset)
     else:
         dataset = dataset if isinstance(dataset, Rows) else read_rows(dataset)
-        content = cache.rows_key(dataset.rows)
+        content = cache.rows_key(dataset)
     return cache.cached(args.cache_dir, cache.cache_key(content, tokenizer, options), build)
