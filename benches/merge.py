@@ -20,6 +20,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from harness import machine
+
 HIDDEN, INNER, HEADS, VOCAB = 3072, 8192, 24, 128_256
 LAYER_BYTES = 2 * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * 1024 + 3 * HIDDEN * INNER + 2 * HIDDEN)
 CONFIG = {
@@ -42,6 +44,8 @@ LINEARS = {
     "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }
+POLL_SECONDS = 0.005
+RESUMED = "moeft lora, started again after a kill at half"
 MODEL = {"model": "b"}
 RECIPES = {
     "lora": {"merge_method": "lora", "models": [{"adapter": "adapter"}]},
@@ -105,16 +109,38 @@ def save_adapter(folder: Path, layers: int) -> None:
 
 def measure(words: list[str], folder: Path) -> tuple[float, float, float]:
     """Wall seconds with a sync at the end, CPU seconds and peak memory in MB of a command; its output is removed."""
-    out = folder / "out"
     started = time.perf_counter()
     child = subprocess.Popen([*words], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
+    peak = 0
+    # The usage that the system reports for a child begins with the memory of its parent, so the peak is looked up.
+    while (ended := os.wait4(child.pid, os.WNOHANG))[0] == 0:
+        peak = max(peak, peak_kilobytes(child.pid))
+        time.sleep(POLL_SECONDS)
+    _, status, usage = ended
     os.sync()
     seconds = time.perf_counter() - started
     if status != 0:
         raise RuntimeError(f"{words} failed with {status}")
-    shutil.rmtree(out)
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+    shutil.rmtree(folder / "out")
+    return seconds, usage.ru_utime + usage.ru_stime, peak / 1000
+
+
+def peak_kilobytes(pid: int) -> int:
+    """Largest resident memory of a process since it was started; 0 if it is just ending."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+
+
+def interrupt(words: list[str], folder: Path, total_bytes: int) -> None:
+    """Kill a merge when half of its output is written."""
+    child = subprocess.Popen([*words], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    partial = folder / "out.partial"
+    while sum(file.stat().st_blocks * 512 for file in partial.glob("*.safetensors")) < total_bytes / 2:
+        if child.poll() is not None:
+            raise RuntimeError(f"{words} ended before it could be killed")
+        time.sleep(POLL_SECONDS)
+    child.kill()
+    child.wait()
 
 
 def subjects(folder: Path, binary: str, peers: bool) -> dict[str, list[str]]:
@@ -143,6 +169,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/merge-bench"))
     parser.add_argument("--binary", default=str(Path("target/release/moeft-merge").absolute()))
     parser.add_argument("--peers", action="store_true", help="mergekit and PEFT too")
+    parser.add_argument("--out", type=Path, help="append results as JSON lines")
     options = parser.parse_args()
     layers = max(1, round((options.size * 1e9 - 2 * VOCAB * HIDDEN) / LAYER_BYTES))
     options.folder.mkdir(parents=True)
@@ -152,9 +179,13 @@ def main() -> None:
         save_adapter(options.folder / "adapter", layers)
         commands = subjects(options.folder, options.binary, options.peers)
         found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
+        size = sum(file.stat().st_size for file in (options.folder / "a").glob("*.safetensors"))
+        found[RESUMED] = []
         for _ in range(options.rounds):
             for name, words in commands.items():
                 found[name].append(measure(words, options.folder))
+            interrupt(commands["moeft lora"], options.folder, size)
+            found[RESUMED].append(measure(commands["moeft lora"], options.folder))
     finally:
         shutil.rmtree(options.folder)
     limit = statistics.median(row[0] for row in found["cp -r + sync"])
@@ -164,6 +195,11 @@ def main() -> None:
         each = " ".join(f"{row[0]:.1f}" for row in rows)
         cpu, peak = statistics.median(row[1] for row in rows), max(row[2] for row in rows)
         print(f"| {name} | {each} | {wall:.1f} | {wall / limit:.2f} | {cpu:.1f} | {peak:.0f} |")
+        if options.out is not None:
+            result = {"subject": name, "gb": size / 1e9, "seconds": [row[0] for row in rows], "median_seconds": wall}
+            result |= {"times_copy": wall / limit, "cpu_seconds": cpu, "peak_rss_mb": peak}
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result | machine()) + "\n")
 
 
 if __name__ == "__main__":
