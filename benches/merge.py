@@ -45,7 +45,7 @@ LINEARS = {
     "mlp.down_proj": (HIDDEN, INNER),
 }
 POLL_SECONDS = 0.005
-RESUMED = "moeft lora, started again after a kill at half"
+RESUMED = "moeft lora, started again after a kill at half its time"
 MODEL = {"model": "b"}
 RECIPES = {
     "lora": {"merge_method": "lora", "models": [{"adapter": "adapter"}]},
@@ -131,16 +131,16 @@ def peak_kilobytes(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
-def interrupt(words: list[str], folder: Path, total_bytes: int) -> None:
-    """Kill a merge when half of its output is written."""
+def interrupt(words: list[str], folder: Path, seconds: float) -> None:
+    """Kill a merge after some time."""
     child = subprocess.Popen([*words], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    partial = folder / "out.partial"
-    while sum(file.stat().st_blocks * 512 for file in partial.glob("*.safetensors")) < total_bytes / 2:
-        if child.poll() is not None:
-            raise RuntimeError(f"{words} ended before it could be killed")
-        time.sleep(POLL_SECONDS)
-    child.kill()
-    child.wait()
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+        return
+    raise RuntimeError(f"{words} ended before it could be killed")
 
 
 def subjects(folder: Path, binary: str, peers: bool) -> dict[str, list[str]]:
@@ -184,7 +184,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, words in commands.items():
                 found[name].append(measure(words, options.folder))
-            interrupt(commands["moeft lora"], options.folder, size)
+            interrupt(commands["moeft lora"], options.folder, found["moeft lora"][-1][0] / 2)
             found[RESUMED].append(measure(commands["moeft lora"], options.folder))
     finally:
         shutil.rmtree(options.folder)
