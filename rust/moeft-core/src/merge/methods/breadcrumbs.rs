@@ -3,9 +3,10 @@
 //!
 //! Source: Davari and Belilovsky, <https://arxiv.org/abs/2312.06795>.
 
-use super::task_vectors::{TaskVectors, Thin};
+use super::by_magnitude::{ByMagnitude, Keep};
+use super::task_vectors::TaskVectors;
 use super::{BaseModel, Inputs, Spec};
-use crate::merge::kernel::{Block, Gathered, Reads, Settings};
+use crate::merge::kernel::Settings;
 use crate::merge::keys::RecipeError;
 use crate::merge::select::Largest;
 
@@ -19,53 +20,29 @@ pub(super) const LINEAR: Spec = Spec {
     importance: false,
     common: &["scale", "normalize"],
     per_model: &["weight", "density", "gamma"],
-    kernel: |settings| Ok(Box::new(TaskVectors::thinned(settings, false, Box::new(Middle::new(settings)?))?)),
+    kernel: |settings| Ok(Box::new(TaskVectors::thinned(settings, false, middle(settings)?)?)),
 };
 
 pub(super) const TIES: Spec = Spec {
     name: "breadcrumbs_ties",
     summary: "as breadcrumbs, where signs agree",
-    kernel: |settings| Ok(Box::new(TaskVectors::elected(settings, false, Box::new(Middle::new(settings)?))?)),
+    kernel: |settings| Ok(Box::new(TaskVectors::elected(settings, false, middle(settings)?)?)),
     ..LINEAR
 };
 
 /// Keeps the values between the largest and the smallest.
-struct Middle {
-    largest: Largest,
-}
-
-impl Middle {
-    fn new(settings: &Settings<'_>) -> Result<Self, RecipeError> {
-        let elements = settings.elements();
-        let part = |fraction: f64| (elements as f64 * fraction) as u64;
-        let density = settings.numbers("density", Some(1.0), 0.0..=1.0)?;
-        let gamma = settings.numbers("gamma", Some(0.01), 0.0..=1.0)?;
-        // Where both do not fit, fewer of the largest go.
-        let cuts = |(&density, &gamma): (&f64, &f64)| {
-            let kept = part(density);
-            let dropped = part(gamma).min(elements - kept);
-            vec![dropped, dropped + kept]
-        };
-        Ok(Self { largest: Largest::new(density.iter().zip(&gamma).map(cuts).collect(), settings) })
-    }
-}
-
-impl Thin for Middle {
-    fn pass(&self) -> Option<Reads> {
-        self.largest.pass()
-    }
-
-    fn gather(&self, block: &Block, into: &mut Gathered) {
-        self.largest.gather(block, into);
-    }
-
-    fn learn(&mut self, all: Gathered) {
-        self.largest.learn(&all);
-    }
-
-    fn thin(&self, input: usize, start: u64, delta: &mut [f32]) {
-        // The wider cut first: it sees every value, and what it drops is no tie of the narrower one.
-        self.largest.among(input, 1, start, delta, |value, is_among| if is_among { value } else { 0.0 });
-        self.largest.among(input, 0, start, delta, |value, is_among| if is_among { 0.0 } else { value });
-    }
+fn middle(settings: &Settings<'_>) -> Result<Box<ByMagnitude>, RecipeError> {
+    let elements = settings.elements();
+    let part = |fraction: f64| (elements as f64 * fraction) as u64;
+    let density = settings.numbers("density", Some(1.0), 0.0..=1.0)?;
+    let gamma = settings.numbers("gamma", Some(0.01), 0.0..=1.0)?;
+    // Where both do not fit, fewer of the largest go.
+    let cuts = |(&density, &gamma): (&f64, &f64)| {
+        let kept = part(density);
+        let dropped = part(gamma).min(elements - kept);
+        vec![dropped, dropped + kept]
+    };
+    let largest = Largest::new(density.iter().zip(&gamma).map(cuts).collect(), settings);
+    // The wider cut first: it sees every value, and what it drops is no tie of the narrower one.
+    Ok(Box::new(ByMagnitude::new(largest, &[(1, Keep::Largest), (0, Keep::Others)])))
 }

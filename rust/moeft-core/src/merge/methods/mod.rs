@@ -1,6 +1,7 @@
 //! The merge methods, one file each: formula, source, parameters and arithmetic.
 
 mod breadcrumbs;
+mod by_magnitude;
 mod dare;
 mod della;
 mod fisher_damped;

@@ -5,9 +5,9 @@
 //! `normalize: false` leaves out the division. The largest values of a tensor are found exactly: equal magnitudes are kept
 //! from the lowest index on. Source: Yadav et al., <https://arxiv.org/abs/2306.01708>.
 
-use super::task_vectors::{TaskVectors, Thin};
+use super::by_magnitude::{ByMagnitude, Keep};
+use super::task_vectors::TaskVectors;
 use super::{BaseModel, Inputs, Spec};
-use crate::merge::kernel::{Block, Gathered, Reads};
 use crate::merge::select::Largest;
 
 pub(super) const SPEC: Spec = Spec {
@@ -24,30 +24,7 @@ pub(super) const SPEC: Spec = Spec {
         let elements = settings.elements();
         let kept = |density: f64| ((elements as f64 * density) as u64).max(1).min(elements);
         let targets = settings.numbers("density", Some(1.0), 0.0..=1.0)?.into_iter().map(kept).map(|kept| vec![kept]);
-        let thin = Trim { largest: Largest::new(targets.collect(), settings) };
+        let thin = ByMagnitude::new(Largest::new(targets.collect(), settings), &[(0, Keep::Largest)]);
         Ok(Box::new(TaskVectors::elected(settings, true, Box::new(thin))?))
     },
 };
-
-/// Keeps the largest values.
-struct Trim {
-    largest: Largest,
-}
-
-impl Thin for Trim {
-    fn pass(&self) -> Option<Reads> {
-        self.largest.pass()
-    }
-
-    fn gather(&self, block: &Block, into: &mut Gathered) {
-        self.largest.gather(block, into);
-    }
-
-    fn learn(&mut self, all: Gathered) {
-        self.largest.learn(&all);
-    }
-
-    fn thin(&self, input: usize, start: u64, delta: &mut [f32]) {
-        self.largest.among(input, 0, start, delta, |value, is_among| if is_among { value } else { 0.0 });
-    }
-}
