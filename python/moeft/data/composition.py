@@ -71,9 +71,7 @@ class Composition:
         return sum(getattr(part, name) for part in self.parts)
 
 
-def compose(
-    sources: Sequence[Source], encoded: Sequence[Encoded], seed: int
-) -> tuple[Encoded, Composition]:
+def compose(sources: Sequence[Source], encoded: Sequence[Encoded], seed: int) -> tuple[Encoded, Composition]:
     """One training set of several encoded sources.
 
     Sources that are all used whole and once keep their order, one after the other; otherwise they are interleaved.

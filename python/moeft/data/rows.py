@@ -83,9 +83,7 @@ class Rows:
     @property
     def summary(self) -> ReadSummary:
         """The counts."""
-        return ReadSummary(
-            self.source, len(self.rows), len(self.rejects), dict(self.formats), dict(self.filtered)
-        )
+        return ReadSummary(self.source, len(self.rows), len(self.rejects), dict(self.formats), dict(self.filtered))
 
     def write_rejects(self, path: str | Path) -> None:
         """Write the rejects as JSON lines, ``{"source", "line", "reason"}``; the file is empty if there are none."""
