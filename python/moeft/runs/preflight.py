@@ -12,11 +12,13 @@ def check(recipe: SftRecipe) -> None:
     """Check the parts of a recipe that loading it does not check.
 
     Raises:
-        RecipeError: If ``training`` names an unknown field, policy or optimiser, or the merge would be refused.
+        RecipeError: If ``training`` names an unknown field, policy or optimiser or an absent tracker, or the merge
+            would be refused.
     """
     validate_training_fields(recipe.training)
     validate_optimizer(recipe.training)
     _check_policy(recipe)
+    _check_trackers(recipe)
     _check_merge(recipe)
 
 
@@ -29,6 +31,19 @@ def _check_policy(recipe: SftRecipe) -> None:
             check_policy_choice(policy)
     except ValueError as error:
         raise RecipeError(f"training.{error}") from error
+
+
+def _check_trackers(recipe: SftRecipe) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    wanted = recipe.training.get("report_to") or []
+    installed = get_available_reporting_integrations()
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        if name not in ("none", "all", *installed):
+            raise RecipeError(
+                f"training.report_to names {name!r}, which is not installed or unknown to transformers; install its "
+                f"package, or choose from none, {', '.join(installed) or 'which is all there is'}"
+            )
 
 
 def _check_merge(recipe: SftRecipe) -> None:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from moeft.training.sft import SFTTrainer
 
 
+EXAMPLE_CHARACTERS = 400
+"""Most characters that are shown of a run of tokens."""
+
+
 def input_files(recipe: SftRecipe) -> dict[str, Path]:
     """Files and folders that a run reads, by their place in the recipe; a second start compares them."""
     files = {"model": recipe.model, **data_files(recipe)}
@@ -29,6 +33,14 @@ def input_files(recipe: SftRecipe) -> dict[str, Path]:
         wanted = {"subspace": recipe.protection.subspace, "layer_importance": recipe.protection.layer_importance}
         files |= {f"protection.{name}": path for name, path in wanted.items() if path is not None}
     return files | {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
+
+
+def show_example(run: RunContext, trainer: SFTTrainer) -> None:
+    """The first training row as the model sees it, with what is trained in brackets."""
+    from moeft.data.preview import bracketed, runs_of
+
+    run.show("first example, ⟦trained⟧:")
+    run.show(bracketed(runs_of(trainer.train_rows.examples[0], trainer.processing_class), EXAMPLE_CHARACTERS))
 
 
 def record_rows(run: RunContext, trainer: SFTTrainer) -> None:

@@ -1,4 +1,4 @@
-"""From a recipe to a trainer: load the model, look at it, add LoRA, encode the rows, forecast the memory."""
+"""From a recipe to a trainer: load the model, look at it, add LoRA, encode the rows, say what training will be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from moeft.errors import CheckpointError, MoeftError
 from moeft.runs.adapter import adapted
 from moeft.runs.context import RunContext
-from moeft.runs.sft_data import record_rows
+from moeft.runs.sft_data import record_rows, show_example
+from moeft.runs.training_plan import plan_training
 from moeft.runs.training_rows import heldout_rows, sft_arguments, training_rows
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     )
     trainer.forecast = _forecast(run)
     record_rows(run, trainer)
+    show_example(run, trainer)
+    planned = plan_training(trainer, sum(row.parameters for row in found.rows), trainer.forecast)
+    run.metrics["plan"] = planned.to_json()
+    run.show(str(planned))
     return trainer
 
 
@@ -63,15 +68,10 @@ def _forecast(run: RunContext) -> Plan | None:
     from moeft.planning import plan
 
     try:
-        forecast = plan(run.recipe.model, recipe=run.recipe)
+        return plan(run.recipe.model, recipe=run.recipe)
     except MoeftError as error:  # A model that loads and cannot be planned is no reason not to train it.
         run.show(f"no memory plan: {error}")
         return None
-    run.metrics["plan"] = {
-        "peak_allocated_bytes": forecast.peak_allocated_bytes,
-        "peak_reserved_bytes": forecast.peak_reserved_bytes,
-    }
-    return forecast
 
 
 def _bytes_by_component(run: RunContext, found: Audit) -> dict[str, Any]:
