@@ -25,6 +25,8 @@ def input_files(recipe: SftRecipe) -> dict[str, Path]:
         for name, path in (
             ("eval", recipe.data.eval),
             ("tool_calls", recipe.evaluation.tool_calls),
+            ("turn_perplexity", recipe.evaluation.turn_perplexity),
+            ("recall", recipe.evaluation.recall and recipe.evaluation.recall.filler),
             ("chat_template", recipe.data.chat_template),
         )
         if isinstance(path, Path)
