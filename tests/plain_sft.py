@@ -75,4 +75,4 @@ def heldout_loss(model: nn.Module, rows: Rows) -> float:
             labels = torch.tensor(row["labels"])[1:]
             total += float(nn.functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum"))
             count += int((labels != -100).sum())
-    return total / count
+    return total / max(count, 1)
