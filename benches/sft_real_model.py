@@ -119,10 +119,11 @@ def with_moeft(recipe: Any) -> dict[str, Any]:
 def with_plain(recipe: Any, name: str) -> dict[str, Any]:
     """The same steps without moeft, on the rows that moeft's templates and masks made."""
     sys.path.append(str(RECIPE.parent.parent))
+    from tests import plain_sft
+
     from moeft.runs.preview import load_tokenizer
     from moeft.runs.training_rows import heldout_rows, sft_arguments, training_rows
     from moeft.training.sft import encode_dataset
-    from tests import plain_sft
 
     tokenizer, _ = load_tokenizer(recipe.model, recipe.data.chat_template)
     args = sft_arguments(recipe, recipe.output)

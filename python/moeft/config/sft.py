@@ -12,7 +12,16 @@ from moeft.config.filters import Filters
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
-from moeft.config.sources import MAX_REJECT_SHARE, FormatName, OnTooLong, Reasoning, Source, TrainOn, Turns
+from moeft.config.sources import (
+    MAX_REJECT_SHARE,
+    ChatTemplateName,
+    FormatName,
+    OnTooLong,
+    Reasoning,
+    Source,
+    TrainOn,
+    Turns,
+)
 from moeft.errors import RecipeError
 
 Target = Literal["attention", "experts", "mlp"]
@@ -140,7 +149,7 @@ class Data(Section):
     reasoning: Reasoning = Field(
         default="keep", description="Train the assistant's thoughts, leave them out, or show them without training them"
     )
-    chat_template: Literal["gemma3", "gemma4", "chatml", "llama3", "qwen3"] | Path | None = Field(
+    chat_template: ChatTemplateName | Path | None = Field(
         default=None,
         description="One of these templates, or the path of a file; null takes the tokenizer's own, and that of the "
         "model's family if it has none",

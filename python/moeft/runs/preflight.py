@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from moeft.config import SftRecipe, validate_optimizer, validate_training_fields
+from moeft.data import templates
 from moeft.errors import RecipeError
 
 
@@ -12,6 +13,7 @@ def check(recipe: SftRecipe) -> None:
     """Check the parts of a recipe that loading it does not check.
 
     Raises:
+        DataError: If the chat template is neither a name nor a file.
         RecipeError: If ``training`` names an unknown field, policy or optimiser or an absent tracker, or the merge
             would be refused.
     """
@@ -19,6 +21,8 @@ def check(recipe: SftRecipe) -> None:
     validate_optimizer(recipe.training)
     _check_policy(recipe)
     _check_trackers(recipe)
+    if recipe.data.chat_template is not None:
+        templates.text_of(recipe.data.chat_template)
     _check_merge(recipe)
 
 
