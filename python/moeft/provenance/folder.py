@@ -54,8 +54,9 @@ class RunFolder:
     ) -> Self:
         """Start a run, or continue the one that a folder holds.
 
-        A run continues if its recipe, seed and inputs are the same and it is not finished. Other package versions or
-        another machine do not stop it; they are listed in ``changed`` of its ``start`` event.
+        A run continues if its recipe, seed and inputs are the same and it is not finished; one that failed in its first
+        stage has nothing to continue and starts anew with others. Other package versions or another machine do not stop
+        it; they are listed in ``changed`` of its ``start`` event.
 
         Args:
             path: Folder, made if missing.
@@ -121,15 +122,24 @@ class RunFolder:
         run._lock = lock
         run._require_same(asked)
         files.drop_torn_line(path / "events.jsonl")
+        if _run_differences(run.record, asked):
+            (path / "metrics.json").unlink(missing_ok=True)
+            run._update(**asked)
         environment = describe_environment()
         before = {key: run.record.get(key) for key in environment}
         run._update(**environment, attempts=run.record["attempts"] + 1, status="running")
         run.event("start", attempt=run.record["attempts"], changed=_differences(before, environment))
         return run
 
+    @property
+    def _came_to_nothing(self) -> bool:
+        """Whether it failed in its first stage, as on bad rows: what it was asked may change then."""
+        stages = [event["status"] for event in self.events("stage")]
+        return self.status == "failed" and bool(stages) and "finished" not in stages
+
     def _require_same(self, asked: Mapping[str, Any]) -> None:
         differences = _run_differences(self.record, asked)
-        if differences:
+        if differences and not self._came_to_nothing:
             what = f"{self.path} holds a run of something else; choose another output, or go back to:"
             raise RunFolderError("\n  ".join([what, *differences]))
         if self.status == "finished":

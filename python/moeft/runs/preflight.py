@@ -42,7 +42,7 @@ def _check_trackers(recipe: SftRecipe) -> None:
 
     wanted = recipe.training.get("report_to") or []
     installed = get_available_reporting_integrations()
-    for name in [wanted] if isinstance(wanted, str) else wanted:
+    for name in wanted if isinstance(wanted, list) else [wanted]:
         if name not in ("none", "all", *installed):
             raise RecipeError(
                 f"training.report_to names {name!r}, which is not installed or unknown to transformers; install its "

@@ -47,7 +47,7 @@ def show_example(run: RunContext, trainer: SFTTrainer) -> None:
 
 def record_rows(run: RunContext, trainer: SFTTrainer) -> None:
     """Count rows, tokens and packs into the figures and write ``rejects.jsonl``."""
-    from moeft.data.rejects import write_rejects
+    from moeft.data.rejects import summary, write_rejects
 
     counts: dict[str, float] = {
         "train_rows": len(trainer.train_rows.examples),
@@ -68,4 +68,6 @@ def record_rows(run: RunContext, trainer: SFTTrainer) -> None:
         counts |= {"packs": len(packs.packs), "packing_efficiency": packs.efficiency}
         run.show(f"packing: {packs}")
     if rejects:
-        run.show(f"{len(rejects)} rows rejected, reasons in {run.folder.path / 'rejects.jsonl'}")
+        run.show(f"{len(rejects)} rows rejected, listed in rejects.jsonl of the run folder:")
+        for line in summary(rejects):
+            run.show(f"  {line}")

@@ -1,12 +1,13 @@
-"""From a recipe to a trainer: load the model, look at it, add LoRA, encode the rows, say what training will be."""
+"""From a recipe to a trainer: encode the rows, load the model, look at it, add LoRA, say what training will be."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moeft.errors import CheckpointError, MoeftError
+from moeft.errors import MoeftError
 from moeft.runs.adapter import adapted
 from moeft.runs.context import RunContext
+from moeft.runs.preview import load_tokenizer
 from moeft.runs.sft_data import record_rows, show_example
 from moeft.runs.training_plan import plan_training
 from moeft.runs.training_rows import heldout_rows, sft_arguments, training_rows
@@ -23,33 +24,35 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     Raises:
         MoeftError: If the model, its tokenizer, the adapter or the data cannot be used.
     """
-    from moeft.data import templates
+    from moeft import _core
     from moeft.integration.audit import audit
     from moeft.integration.loading import load
     from moeft.integration.nf4_config import NF4Config
-    from moeft.training.sft import SFTTrainer
+    from moeft.training.sft import SFTTrainer, check_encoded
 
     recipe = run.recipe
     args = sft_arguments(recipe, run.folder.path / "checkpoints")
     wanted = recipe.quantization
     config = None if wanted is None else NF4Config(**wanted.model_dump())
-    model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
-    if tokenizer is None:
-        raise CheckpointError(f"{recipe.model} holds no tokenizer; copy that of the base beside the weights")
-    origin = templates.apply(tokenizer, recipe.data.chat_template, model.config.model_type)
+    _core.tensors(str(recipe.model))  # Reads every header: a damaged shard answers before rows are encoded,
+    tokenizer, origin = load_tokenizer(recipe.model, recipe.data.chat_template)
     if origin is not None:
         run.show(f"chat template: {origin}")
+    # and bad rows before a large model is loaded.
+    rows, composition = training_rows(recipe.data, tokenizer, args, run.show)
+    run.metrics["composition"] = composition.to_json()
+    heldout = heldout_rows(recipe.data, run.show)
+    model, _ = load(recipe.model, config, recipe.text_only, recipe.dtype)
     packed = getattr(model.config, "quantization_config", None)
     found = audit(model, strict=bool(packed and packed.experts))
     run.show(str(found))
     run.metrics["bytes"] = _bytes_by_component(run, found)
-    rows, composition = training_rows(recipe.data, tokenizer, args, run.show, model)
-    run.metrics["composition"] = composition.to_json()
+    check_encoded(rows, tokenizer, model)
     trainer = SFTTrainer(
         model=adapted(model, recipe.lora, rows.examples, run.metrics, run.show),
         args=args,
         train_dataset=rows,
-        eval_dataset=heldout_rows(recipe.data, run.show),
+        eval_dataset=heldout,
         processing_class=tokenizer,
         events=run.folder,
         protection=recipe.protection,

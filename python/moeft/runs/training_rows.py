@@ -51,9 +51,7 @@ def sft_arguments(recipe: SftRecipe, output_dir: Path) -> SFTConfig:
     )
 
 
-def training_rows(
-    data: Data, tokenizer: Any, args: SFTConfig, show: Show, model: Any = None
-) -> tuple[Encoded, Composition]:
+def training_rows(data: Data, tokenizer: Any, args: SFTConfig, show: Show) -> tuple[Encoded, Composition]:
     """Rows of all sources as one training set, with the rejects of all.
 
     Args:
@@ -61,7 +59,6 @@ def training_rows(
         tokenizer: Of the model.
         args: Of the trainer; the seed decides the order of a mixture.
         show: Where to print what each source holds, and the composition.
-        model: To train, whose embeddings must have room for all ids; None leaves that unchecked.
     """
     from moeft.data.composition import compose
     from moeft.data.source_keys import source_keys
@@ -81,7 +78,7 @@ def training_rows(
     for index, (source, key) in enumerate(zip(data.train, keys, strict=True)):
         own = copy.copy(args)
         own.train_on = source.train_on or args.train_on
-        encoded.append(encode_dataset(functools.partial(rows_of, index), tokenizer, own, model, key))
+        encoded.append(encode_dataset(functools.partial(rows_of, index), tokenizer, own, content=key))
     if not read:
         for part in encoded:
             show(f"{part.read} (encoded by an earlier start)")

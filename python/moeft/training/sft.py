@@ -143,13 +143,26 @@ def encode_dataset(
     Raises:
         DataError: If no row can be used, or the model has no embedding for a token.
     """
-    if model is None:
-        return dataset if isinstance(dataset, Encoded) else _encode(dataset, tokenizer, args, content)
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    check_vocabulary(tokenizer, num_embeddings)
-    encoded = encode_dataset(dataset, tokenizer, args, content=content)
-    check_ids(encoded.examples, num_embeddings)
+    if model is not None:
+        check_vocabulary(tokenizer, _num_embeddings(model))
+    encoded = dataset if isinstance(dataset, Encoded) else _encode(dataset, tokenizer, args, content)
+    if model is not None:
+        check_ids(encoded.examples, _num_embeddings(model))
     return encoded
+
+
+def check_encoded(encoded: Encoded, tokenizer: Any, model: Any) -> None:
+    """Refuse rows or a tokenizer with tokens that a model has no embedding for.
+
+    Raises:
+        DataError: Naming one of them.
+    """
+    check_vocabulary(tokenizer, _num_embeddings(model))
+    check_ids(encoded.examples, _num_embeddings(model))
+
+
+def _num_embeddings(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def _encode(
