@@ -2,9 +2,9 @@
 
     python benches/data.py ROWS.jsonl --model DIR --rounds 3
 
-Each measurement is a process of its own, in turns: moeft from rows in memory to packs; ``datasets`` with two processes
-from rows in an Arrow file to token ids; and moeft's second start from its cache, from the file on. Seconds of the wall,
-seconds of all processors, and the largest resident set of the process and of its largest child.
+Each measurement is a process of its own, in turns: moeft from the file to packs, the cache written; ``datasets`` with
+two processes from rows in an Arrow file to token ids; and moeft's second start, from the file and its cache to packs.
+Seconds of the wall, seconds of all processors, and the largest resident set of the process and of its largest child.
 """
 
 from __future__ import annotations
@@ -24,32 +24,34 @@ MAX_LENGTH = 4096
 
 
 def ours(rows: Path, model: Path, cache: Path) -> float:
-    """Seconds from rows in memory to packs, the cache included."""
-    from transformers import AutoTokenizer
-
-    from moeft.data.cache import cache_key, cached, file_key
-    from moeft.data.chat import encode
+    """Seconds from the file to packs, as ``moeft sft`` makes them, the cache included."""
+    from moeft.config.sft import Data
     from moeft.data.packing import pack
-    from moeft.data.rows import Row, Rows
+    from moeft.runs.preview import load_tokenizer
+    from moeft.runs.training_rows import training_rows
+    from moeft.training.sft import SFTConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    with open(rows, encoding="utf-8") as file:
-        read = Rows([Row(json.loads(line)["messages"], n) for n, line in enumerate(file, start=1)], [], str(rows))
-    options = {"max_length": MAX_LENGTH, "on_too_long": "truncate"}
+    tokenizer, _ = load_tokenizer(model, None)
+    data = Data.model_validate_json(json.dumps({"train": str(rows), "turns": "trim"}))
+    args = SFTConfig(
+        output_dir=str(cache), cache_dir=str(cache / "encoded"), max_length=MAX_LENGTH, on_too_long="truncate"
+    )
     start = time.perf_counter()
-    encoded = cached(cache, cache_key(file_key(rows), tokenizer, options), lambda: encode(read, tokenizer, **options))
+    encoded, _ = training_rows(data, tokenizer, args, lambda text: print(text, file=sys.stderr))
     packed = pack(encoded.examples, MAX_LENGTH)
+    assert len(packed.packs[0]["input_ids"])
     seconds = time.perf_counter() - start
-    print(f"{encoded}; {packed}", file=sys.stderr)
+    print(packed, file=sys.stderr)
     return seconds
 
 
 def datasets_map(rows: Path, model: Path, cache: Path) -> float:
     """Seconds of ``datasets.map`` with two processes."""
     from datasets import Dataset
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    from moeft.runs.preview import load_tokenizer
+
+    tokenizer, _ = load_tokenizer(model, None)
     data = Dataset.from_json(str(rows), cache_dir=str(cache))
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -61,27 +63,7 @@ def datasets_map(rows: Path, model: Path, cache: Path) -> float:
     return time.perf_counter() - start
 
 
-def again(rows: Path, model: Path, cache: Path) -> float:
-    """Seconds from the file to packs, when the cache holds its rows."""
-    from transformers import AutoTokenizer
-
-    from moeft.data.cache import cache_key, cached, file_key
-    from moeft.data.packing import pack
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    options = {"max_length": MAX_LENGTH, "on_too_long": "truncate"}
-
-    def never() -> Any:
-        raise AssertionError("the cache does not hold the rows")
-
-    start = time.perf_counter()
-    encoded = cached(cache, cache_key(file_key(rows), tokenizer, options), never)
-    packed = pack(encoded.examples, MAX_LENGTH)
-    assert len(packed.packs[0]["input_ids"])
-    return time.perf_counter() - start
-
-
-SUBJECTS = {"moeft": ours, "datasets.map(num_proc=2)": datasets_map, "moeft, second start": again}
+SUBJECTS = {"moeft": ours, "datasets.map(num_proc=2)": datasets_map, "moeft, second start": ours}
 
 
 def measured(subject: str, rows: Path, model: Path, cache: Path) -> dict[str, float]:

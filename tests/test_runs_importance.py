@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from moeft.cli import main
 from moeft.config import SftRecipe
-from moeft.errors import RunFolderError
+from moeft.errors import DataError, RunFolderError
 from moeft.merging import merge
 from moeft.provenance import RunFolder
 from moeft.runs.fisher import FisherSettings, run
@@ -76,6 +77,16 @@ def test_fisher_of_a_base_without_template_takes_that_of_its_family(checkpoints,
     lines = []
     run(FisherSettings(tmp_path / "base", checkpoints / "rows.jsonl", 1), tmp_path / "run", 1 << 20, show=lines.append)
     assert lines[0] == "chat template: qwen3, shipped with moeft"
+
+
+def test_fisher_takes_the_template_that_it_is_given_and_refuses_a_name_that_is_none(checkpoints, tmp_path):
+    lines = []
+    settings = FisherSettings(checkpoints / "it", checkpoints / "rows.jsonl", 1, chat_template="chatml")
+    run(settings, tmp_path / "run", 1 << 20, show=lines.append)
+    assert lines[0] == "chat template: chatml, shipped with moeft"
+    with pytest.raises(DataError, match="chatlm is no file and no name of a chat template"):
+        run(dataclasses.replace(settings, chat_template="chatlm"), tmp_path / "other", 1 << 20)
+    assert not (tmp_path / "other").exists()
 
 
 def test_merge_is_damped_by_the_files_of_fisher(measured, tmp_path):

@@ -255,6 +255,17 @@ def test_packed_run_reports_how_full_its_packs_are(base, tmp_path):
     assert f"packing: {counts['packs']} packs of 64 slots, {counts['packing_efficiency']:.1%} full" in shown
 
 
+def test_run_that_failed_on_its_rows_starts_anew_once_they_are_mended(base, tmp_path):
+    path = write_recipe(tmp_path, base, training={"max_steps": 1}, data={"max_reject_share": 0.0})
+    with pytest.raises(DataError, match="2 of 26 rows"):
+        start(path)
+    mended = {"max_reject_share": 0.0, "train": str(write_rows(tmp_path / "mended.jsonl", sums()))}
+    folder = start(write_recipe(tmp_path, base, training={"max_steps": 2}, data=mended))
+    assert folder.record["attempts"] == 2
+    assert folder.record["recipe"]["training"]["max_steps"] == 2
+    assert folder.read_json("metrics.json")["training"]["steps"] == 2
+
+
 def test_unknown_policy_is_refused_before_anything_is_written(base, tmp_path):
     path = write_recipe(tmp_path, base, training={"activation_checkpointing": "keep_norms"})
     with pytest.raises(RecipeError, match=r"training.activation_checkpointing is 'keep_norms', .*'keep_norm_inputs'\?"):

@@ -17,6 +17,9 @@ def fisher(
     targets: Annotated[
         list[str] | None, typer.Option("--target", help="attention, experts or mlp; repeat it. Default all.")
     ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Chat template, by name or path; default the tokenizer's or its family's.")
+    ] = None,
     train_on: Annotated[str, typer.Option(help="assistant, last, completion, messages or all.")] = "assistant",
     memory: Annotated[str, typer.Option(help="Most memory of the sums, besides the model's own.")] = "4GiB",
     max_length: Annotated[int, typer.Option(min=2, help="Longer rows are cut to this many tokens.")] = 4096,
@@ -34,6 +37,7 @@ def fisher(
         rows=rows,
         labels=labels,
         targets=tuple(targets) if targets else None,
+        chat_template=chat_template,
         train_on=train_on,
         max_length=max_length,
         dtype=dtype,

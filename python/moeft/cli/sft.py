@@ -12,11 +12,19 @@ def sft(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Values to replace, such as training.learning_rate=1e-4."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop after the plan: rows, masks, steps, memory, time. Leaves nothing.")
+    ] = False,
 ) -> None:
     """Train LoRA adapters on chat rows, as a recipe says."""
     from moeft.config import SftRecipe
 
     loaded = SftRecipe.load(recipe, overrides or ())  # Before the slow import: a typo answers at once.
-    from moeft.runs.sft import run
+    from moeft.runs import sft as runs
 
-    print(f"Run folder: {run(loaded).path}")
+    if dry_run:
+        runs.dry_run(loaded)
+        return
+    from moeft.runs.results import show_results
+
+    show_results(runs.run(loaded), print)

@@ -62,3 +62,8 @@ class Filters(Section):
     near_duplicates: NearDuplicates | None = Field(
         default=None, description="Leave out rows much like an earlier one; {} takes the defaults"
     )
+
+    @property
+    def compare_rows(self) -> bool:
+        """Whether what becomes of a row depends on earlier ones."""
+        return self.duplicates or self.near_duplicates is not None

@@ -12,7 +12,16 @@ from moeft.config.filters import Filters
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
-from moeft.config.sources import MAX_REJECT_SHARE, FormatName, OnTooLong, Reasoning, Source, TrainOn, Turns
+from moeft.config.sources import (
+    MAX_REJECT_SHARE,
+    ChatTemplateName,
+    FormatName,
+    OnTooLong,
+    Reasoning,
+    Source,
+    TrainOn,
+    Turns,
+)
 from moeft.errors import RecipeError
 
 Target = Literal["attention", "experts", "mlp"]
@@ -140,7 +149,7 @@ class Data(Section):
     reasoning: Reasoning = Field(
         default="keep", description="Train the assistant's thoughts, leave them out, or show them without training them"
     )
-    chat_template: Literal["gemma3", "gemma4", "chatml", "llama3", "qwen3"] | Path | None = Field(
+    chat_template: ChatTemplateName | Path | None = Field(
         default=None,
         description="One of these templates, or the path of a file; null takes the tokenizer's own, and that of the "
         "model's family if it has none",
@@ -166,12 +175,27 @@ class Data(Section):
     filters: Filters = Field(default_factory=Filters, description="Training rows to leave out")
 
 
+class Recall(Section):
+    """Facts that are told in the first turn and asked for later on, as :mod:`moeft.evaluation.recall` does."""
+
+    filler: Path = Field(description="Conversations whose exchanges stand between fact and question")
+    distances: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...],
+        Field(min_length=1, description="Exchanges between fact and question"),
+    ] = (0, 2, 8)
+    max_new_tokens: int = Field(default=0, ge=0, description="Length of replies to generate as well; 0 for none")
+
+
 class Evaluation(Section):
-    """Generation on held-out rows before and after training."""
+    """Measurements on held-out rows before and after training."""
 
     tool_calls: Path | None = Field(
         default=None, description="JSONL file of held-out requests with the right tool call"
     )
+    turn_perplexity: Path | None = Field(
+        default=None, description="Held-out conversations: perplexity of the assistant's first, second, ... turn"
+    )
+    recall: Recall | None = Field(default=None, description="Whether the model still knows what it was told early on")
     max_new_tokens: int = Field(default=64, ge=1, description="Longest answer in tokens")
     batch_size: int = Field(default=16, ge=1, description="Requests answered at once")
 

@@ -10,6 +10,8 @@ from moeft.config.recipe import Section
 
 FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "prompt_response", "glaive", "text"]
 """Formats that can be trained on; :data:`moeft.data.formats.FORMATS` has them."""
+ChatTemplateName = Literal["gemma3", "gemma4", "chatml", "llama3", "qwen3"]
+"""Chat templates that moeft ships, in :mod:`moeft.data.templates`."""
 Turns = Literal["strict", "trim", "any"]
 """What becomes of a conversation whose turns are not in order, see :mod:`moeft.data.turns`."""
 TrainOn = Literal["assistant", "last", "completion", "messages", "all"]

@@ -1,9 +1,9 @@
 """Encoded rows on disk, so that a second start does not tokenise again.
 
 A folder ``<key>`` holds ``input_ids.npy``, ``trained.npy`` and ``offsets.npy``, which are mapped into memory, and
-``cache.json`` with the rejects and a checksum of each file. The key is a hash of the rows or of their file, of the
-tokenizer with its template, and of the options. A folder is written under another name and renamed when it is whole,
-so that of two processes one wins and neither sees half of it. One that is damaged is written anew.
+``cache.json`` with the rejects, the counts of reading and a checksum of each file. The key is a hash of the rows or of
+their file, of the tokenizer with its template, and of the options. A folder is written under another name and renamed
+when it is whole, so that of two processes one wins and neither sees half of it. One that is damaged is written anew.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ import numpy as np
 
 from moeft.data.chat import Encoded
 from moeft.data.example import Examples
-from moeft.data.rows import Reject, Row, Rows
+from moeft.data.rows import ReadSummary, Reject, Row, Rows
 from moeft.data.tokens import fast_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 1
+VERSION = 2
 """To be raised whenever rows come out otherwise than before."""
 
 ARRAYS = ("input_ids", "trained", "offsets")
@@ -36,9 +36,16 @@ logger = logging.getLogger(__name__)
 
 
 def file_key(path: str | Path) -> str:
-    """Hash of a file's bytes and of its path, which rejects name."""
-    with open(path, "rb") as file:
-        return _hash(str(path).encode(), hashlib.file_digest(file, _new_hash).digest())
+    """Hash of the bytes of a file, or of all files of a folder, and of its path, which rejects name."""
+    path = Path(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    parts = (part for file in files for part in (file.relative_to(path).as_posix(), _checksum(file)))
+    return text_key(str(path), *parts)
+
+
+def text_key(*parts: str) -> str:
+    """Hash of some texts and of where each ends."""
+    return _hash(*(part.encode() for part in parts))
 
 
 def rows_key(rows: Rows) -> str:
@@ -89,6 +96,7 @@ def _write(encoded: Encoded, place: Path) -> None:
         record = {
             "sums": sums,
             "num_shortened": encoded.num_shortened,
+            "read": None if encoded.read is None else dataclasses.asdict(encoded.read),
             "rejects": [dataclasses.astuple(reject) for reject in encoded.rejects],
         }
         with open(partial / "cache.json", "w", encoding="utf-8") as file:
@@ -109,7 +117,8 @@ def _read(place: Path) -> Encoded | None:
         if any(_checksum(place / f"{name}.npy") != record["sums"][name] for name in ARRAYS):
             return None
         examples = Examples(*(np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS))
-        return Encoded(examples, [Reject(*reject) for reject in record["rejects"]], record["num_shortened"])
+        read = None if record["read"] is None else ReadSummary(**record["read"])
+        return Encoded(examples, [Reject(*reject) for reject in record["rejects"]], record["num_shortened"], read)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -20,7 +20,7 @@ from moeft.config.sources import OnTooLong, Reasoning, TrainOn
 from moeft.data.example import Example, Examples, check_length_options, fit
 from moeft.data.marks import Span
 from moeft.data.rendering import REFUSALS, Renderer
-from moeft.data.rows import Message, Reject, Row, Rows, write_rejects
+from moeft.data.rows import Message, ReadSummary, Reject, Row, Rows, write_rejects
 from moeft.data.tokens import as_written, fast_tokenizer, trained_tokens
 from moeft.data.trained_turns import check_options
 from moeft.errors import DataError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-CHUNK_CHARACTERS = 2_000_000
+CHUNK_CHARACTERS = 1_000_000
 """Text that is tokenised at once; its encodings take some 100 bytes per token."""
 
 
@@ -43,6 +43,8 @@ class Encoded:
     rejects: list[Reject]
     num_shortened: int = 0
     """Rows that were truncated or split to fit ``max_length``."""
+    read: ReadSummary | None = None
+    """What reading them gave; None if they came as objects, or from several sources."""
 
     @classmethod
     def join(cls, parts: Iterable[Encoded]) -> Encoded:
@@ -113,9 +115,10 @@ def encode(
     renderer = Renderer(tokenizer, train_on, reasoning)
     source = "rows"
     rejects: list[Reject] = []
+    read: ReadSummary | None = None
     if isinstance(rows, Rows):
         rejects += rows.rejects
-        source, rows = rows.source, rows.rows
+        source, read, rows = rows.source, rows.summary, rows.rows
     kept: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
     num_shortened = 0
     with as_written(backend):
@@ -129,7 +132,7 @@ def encode(
     if not kept:
         first = "; ".join(f"line {reject.line}: {reject.reason}" for reject in rejects[:3])
         raise DataError(f"{source}: no row is left to train on. First reasons: {first or 'there were no rows'}")
-    return Encoded(Examples.of(kept), sorted(rejects, key=lambda reject: reject.line), num_shortened)
+    return Encoded(Examples.of(kept), sorted(rejects, key=lambda reject: reject.line), num_shortened, read)
 
 
 def encode_messages(

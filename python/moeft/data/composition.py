@@ -10,7 +10,6 @@ import numpy as np
 
 from moeft.data.chat import Encoded
 from moeft.data.mixture import Share, interleave, rows_of_epoch
-from moeft.data.rows import Rows
 
 if TYPE_CHECKING:
     from moeft.config.sources import Source
@@ -22,12 +21,12 @@ class Part:
 
     name: str
     formats: dict[str, int]
+    filtered: dict[str, int]
+    """Rows left out, by filter."""
     available: int
     """Rows that can be trained on, after rejects, filters and splitting."""
     rejected: int
     """Rows that could not be read, were filtered or did not fit."""
-    filtered: dict[str, int]
-    """Rows left out, by filter."""
     rows: int
     """Rows in an epoch."""
     tokens: int
@@ -72,17 +71,14 @@ class Composition:
         return sum(getattr(part, name) for part in self.parts)
 
 
-def compose(
-    sources: Sequence[Source], read: Sequence[Rows], encoded: Sequence[Encoded], seed: int
-) -> tuple[Encoded, Composition]:
+def compose(sources: Sequence[Source], encoded: Sequence[Encoded], seed: int) -> tuple[Encoded, Composition]:
     """One training set of several encoded sources.
 
     Sources that are all used whole and once keep their order, one after the other; otherwise they are interleaved.
 
     Args:
         sources: Of the recipe.
-        read: Rows of each, for the counts.
-        encoded: The same rows as tokens.
+        encoded: Their rows as tokens.
         seed: Of the order.
 
     Raises:
@@ -105,12 +101,15 @@ def compose(
         for lengths in (joined.examples.lengths, joined.examples.trained_lengths)
     )
     parts = [
-        Part(source.label, dict(rows.formats), size, len(part.rejects), dict(rows.filtered), count, *figures)
-        for source, rows, part, size, count, *figures in zip(
-            sources, read, encoded, sizes, counts, tokens, trained, strict=True
-        )
+        Part(source.label, *_kinds(part), size, len(part.rejects), count, *figures)
+        for source, part, size, count, *figures in zip(sources, encoded, sizes, counts, tokens, trained, strict=True)
     ]
     return joined, Composition(parts)
+
+
+def _kinds(encoded: Encoded) -> tuple[dict[str, int], dict[str, int]]:
+    """Rows by format and by filter."""
+    return ({}, {}) if encoded.read is None else (dict(encoded.read.formats), dict(encoded.read.filtered))
 
 
 def _share(part: float, whole: float) -> float:

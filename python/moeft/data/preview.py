@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeft.config.sources import OnTooLong, Reasoning, TrainOn
-from moeft.data.example import fit
+from moeft.data.example import IGNORE_INDEX, Example, fit
 from moeft.data.rendering import REFUSALS, Renderer
 from moeft.data.rows import Reject, Row
 from moeft.data.tokens import as_written, fast_tokenizer, trained_tokens
@@ -70,3 +70,28 @@ def previews(
             runs.append((text[start:stop], is_trained))
             start = stop
         yield Preview(row.line, runs, len(trained), int(trained.sum()), "" if is_whole else f"kept: tokens {kept}")
+
+
+def runs_of(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    """Text of an encoded row in runs of tokens, and whether these are trained."""
+    ids = example["input_ids"].tolist()
+    runs: list[tuple[str, bool]] = []
+    stop, text = 0, ""
+    for is_trained, group in groupby((example["labels"] != IGNORE_INDEX).tolist()):
+        stop += len(list(group))
+        # From the front, as decoders may take a first space away.
+        whole = tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        runs.append((whole[len(text) :], is_trained))
+        text = whole
+    return runs
+
+
+def bracketed(runs: Iterable[tuple[str, bool]], most: int) -> str:
+    """Runs as one text, trained ones in ⟦brackets⟧; of a longer one the middle is left out."""
+    return "".join(f"⟦{_shortened(text, most)}⟧" if trained else _shortened(text, most) for text, trained in runs)
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} … {len(text) - most:,} characters … {text[-(most // 2) :]}"

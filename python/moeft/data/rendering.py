@@ -72,7 +72,7 @@ class Renderer:
         if not self.template:
             names = ", ".join(templates.TURN_MARKERS)
             raise DataError(f"the tokenizer has no chat template; set data.chat_template to a path or one of {names}")
-        if any(MARKS.search(value) for message in row.messages for value in message.values() if isinstance(value, str)):
+        if any(map(_holds_mark, (value for message in row.messages for value in message.values()))):
             raise DataError("the text holds one of the noncharacters U+FDD0 to U+FDD4")
         wanted = trained_turns(row.messages, self.train_on)
         if not wanted and self.train_on != "all":
@@ -151,6 +151,10 @@ class Renderer:
         if not content or not reply.rstrip().endswith(content):
             reply = reply.rstrip()
         return Span(len(prompt), len(prompt) + len(reply), index)
+
+
+def _holds_mark(value: object) -> bool:
+    return isinstance(value, str) and not value.isascii() and MARKS.search(value) is not None
 
 
 def _moved(spans: list[Span], by: int) -> list[Span]:

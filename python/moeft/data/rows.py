@@ -52,6 +52,24 @@ class Row:
 
 
 @dataclass(frozen=True)
+class ReadSummary:
+    """How many rows of a source are usable, without the rows. ``str()`` is a line for people."""
+
+    source: str
+    kept: int
+    rejected: int
+    formats: Mapping[str, int]
+    """Rows that could be read, by format, most first."""
+    filtered: Mapping[str, int]
+    """Rows left out by filter; they are among the rejected ones."""
+
+    def __str__(self) -> str:
+        formats = ", ".join(f"{name} {count}" for name, count in self.formats.items())
+        text = f"{self.source}: {formats}; {self.kept} rows kept, {self.rejected} rejected"
+        return text + "".join(f", {count} by {name}" for name, count in self.filtered.items() if count)
+
+
+@dataclass(frozen=True)
 class Rows:
     """What was read: usable rows, and the rest with reasons."""
 
@@ -60,18 +78,19 @@ class Rows:
     source: str
     """Path of the file, or "rows" for rows given as objects."""
     formats: Mapping[str, int] = field(default_factory=dict)
-    """Rows that could be read, by format, most first."""
     filtered: Mapping[str, int] = field(default_factory=dict)
-    """Rows left out by filter; they are among the rejects."""
+
+    @property
+    def summary(self) -> ReadSummary:
+        """The counts."""
+        return ReadSummary(self.source, len(self.rows), len(self.rejects), dict(self.formats), dict(self.filtered))
 
     def write_rejects(self, path: str | Path) -> None:
         """Write the rejects as JSON lines, ``{"source", "line", "reason"}``; the file is empty if there are none."""
         write_rejects(self.rejects, path)
 
     def __str__(self) -> str:
-        formats = ", ".join(f"{name} {count}" for name, count in self.formats.items())
-        text = f"{self.source}: {formats}; {len(self.rows)} rows kept, {len(self.rejects)} rejected"
-        return text + "".join(f", {count} by {name}" for name, count in self.filtered.items() if count)
+        return str(self.summary)
 
 
 class RowReader:

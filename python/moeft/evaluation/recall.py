@@ -104,12 +104,7 @@ def recall(
         raise DataError("no facts to ask for, expected at least one")
     if min(distances, default=-1) < 0:
         raise ValueError(f"distances are {list(distances)}, expected at least one, and none below 0")
-    exchanges = _exchanges(filler, asked)
-    if len(exchanges) < max(distances):
-        raise DataError(
-            f"the filler holds {len(exchanges)} exchanges without an answer to the facts, expected at least "
-            f"{max(distances)}; give more conversations"
-        )
+    exchanges = check_filler(filler, distances, asked)
     rng = random.Random(seed)
     chance = sum(1 / (1 + len(fact.distractors)) for fact in asked) / len(asked)
     found: list[Recall] = []
@@ -125,6 +120,23 @@ def recall(
         accuracy = bootstrap([margin > 0 for margin in margins], level=level, seed=seed)
         found.append(Recall(distance, accuracy, bootstrap(margins, level=level, seed=seed), chance, hits))
     return found
+
+
+def check_filler(
+    filler: Sequence[Row], distances: Sequence[int], of: Sequence[Fact] | None = None
+) -> list[list[Message]]:
+    """The exchanges of some conversations that may stand between a fact and its question.
+
+    Raises:
+        DataError: If there are fewer than the largest distance.
+    """
+    exchanges = _exchanges(filler, facts() if of is None else of)
+    if len(exchanges) < max(distances):
+        raise DataError(
+            f"the filler holds {len(exchanges)} exchanges without an answer to the facts, expected at least "
+            f"{max(distances)}; give more conversations"
+        )
+    return exchanges
 
 
 def _margins(

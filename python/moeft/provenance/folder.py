@@ -54,8 +54,9 @@ class RunFolder:
     ) -> Self:
         """Start a run, or continue the one that a folder holds.
 
-        A run continues if its recipe, seed and inputs are the same and it is not finished. Other package versions or
-        another machine do not stop it; they are listed in ``changed`` of its ``start`` event.
+        A run continues if its recipe, seed and inputs are the same and it is not finished; one that failed in its first
+        stage has nothing to continue and starts anew with others. Other package versions or another machine do not stop
+        it; they are listed in ``changed`` of its ``start`` event.
 
         Args:
             path: Folder, made if missing.
@@ -70,15 +71,7 @@ class RunFolder:
                 that another process is running.
         """
         path = Path(path).absolute()
-        asked = {
-            "command": command,
-            "recipe": files.to_json(recipe),
-            "seed": seed,
-            "inputs": {name: fingerprint(Path(source)) for name, source in inputs.items()},
-        }
-        if path.is_dir() and not (path / "run.json").exists() and _visible_names(path):
-            names = ", ".join(_visible_names(path)[:3])
-            raise RunFolderError(f"{path} is no run folder and not empty ({names}); choose another output")
+        asked = _asked(path, command, recipe, inputs, seed)
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         try:
@@ -92,6 +85,21 @@ class RunFolder:
         except BaseException:
             lock.close()
             raise
+
+    @classmethod
+    def check(
+        cls,
+        path: str | Path,
+        command: str,
+        recipe: Mapping[str, Any],
+        inputs: Mapping[str, Path],
+        seed: int | None = None,
+    ) -> None:
+        """Refuse what :meth:`create` would refuse, and leave everything as it is; arguments and errors are the same."""
+        path = Path(path).absolute()
+        asked = _asked(path, command, recipe, inputs, seed)
+        if (path / "run.json").exists():
+            cls.open(path)._require_same(asked)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -112,23 +120,31 @@ class RunFolder:
     def _continue(cls, path: Path, asked: dict[str, Any], lock: IO[bytes]) -> Self:
         run = cls.open(path)
         run._lock = lock
-        differences = _run_differences(run.record, asked)
-        if differences:
-            raise RunFolderError(
-                "\n  ".join(
-                    [f"{path} holds a run of something else; choose another output, or go back to:", *differences]
-                )
-            )
-        if run.status == "finished":
-            raise RunFolderError(
-                f"{path} holds this run, finished at {run.record['finished_at']}; nothing is left to do"
-            )
+        run._require_same(asked)
         files.drop_torn_line(path / "events.jsonl")
+        if _run_differences(run.record, asked):
+            (path / "metrics.json").unlink(missing_ok=True)
+            run._update(**asked)
         environment = describe_environment()
         before = {key: run.record.get(key) for key in environment}
         run._update(**environment, attempts=run.record["attempts"] + 1, status="running")
         run.event("start", attempt=run.record["attempts"], changed=_differences(before, environment))
         return run
+
+    @property
+    def _came_to_nothing(self) -> bool:
+        """Whether it failed in its first stage, as on bad rows: what it was asked may change then."""
+        stages = [event["status"] for event in self.events("stage")]
+        return self.status == "failed" and bool(stages) and "finished" not in stages
+
+    def _require_same(self, asked: Mapping[str, Any]) -> None:
+        differences = _run_differences(self.record, asked)
+        if differences and not self._came_to_nothing:
+            what = f"{self.path} holds a run of something else; choose another output, or go back to:"
+            raise RunFolderError("\n  ".join([what, *differences]))
+        if self.status == "finished":
+            when = self.record["finished_at"]
+            raise RunFolderError(f"{self.path} holds this run, finished at {when}; nothing is left to do")
 
     @property
     def status(self) -> str:
@@ -183,6 +199,22 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _asked(
+    path: Path, command: str, recipe: Mapping[str, Any], inputs: Mapping[str, Path], seed: int | None
+) -> dict[str, Any]:
+    """What a second start compares, of a folder that can hold a run."""
+    asked = {
+        "command": command,
+        "recipe": files.to_json(recipe),
+        "seed": seed,
+        "inputs": {name: fingerprint(Path(source)) for name, source in inputs.items()},
+    }
+    if path.is_dir() and not (path / "run.json").exists() and _visible_names(path):
+        names = ", ".join(_visible_names(path)[:3])
+        raise RunFolderError(f"{path} is no run folder and not empty ({names}); choose another output")
+    return asked
 
 
 def _lock(path: Path) -> IO[bytes]:

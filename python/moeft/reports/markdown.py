@@ -4,11 +4,13 @@
 
 ==============  ====================================================================================================
 ``bytes``       ``after`` and, if known, ``before``: bytes by component
-``heldout``     ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``
+``heldout``     ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``; ``turns``
+                and ``recall``, lists of what :mod:`moeft.evaluation` measures
 ``training``    ``steps``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_bytes``, ``skipped_steps``, and
                 ``routing``: ``experts`` and ``idle``, those without a token by layer
-``plan``        ``peak_allocated_bytes`` as forecast
+``plan``        ``peak_allocated_bytes`` as forecast; ``trainable_parameters``, ``parameters``, ``trainable_share``
 ``data``        counts by name
+``composition`` one object per source: rows, tokens and shares
 ``proofs``      list of ``name``, ``measured``, ``tolerance``, ``unit``, ``ok``, ``how``
 ``samples``     list of ``prompt``, ``before``, ``after``, ``reference``
 ==============  ====================================================================================================
@@ -21,8 +23,10 @@ from typing import Any
 import yaml
 
 from moeft.provenance import RunFolder
+from moeft.reports.held_out import held_out_sections
 from moeft.reports.plots import plot_bytes, plot_loss
-from moeft.reports.text import cell, facts, fence, mib, number, percent, table
+from moeft.reports.text import cell, facts, fence, mib, number, table
+from moeft.reports.training_rows import data_section
 
 
 def write_report(run: RunFolder | str | Path) -> Path:
@@ -42,13 +46,13 @@ def write_report(run: RunFolder | str | Path) -> Path:
     metrics = run.read_json("metrics.json") or {}
     sections = [
         _title(run, metrics),
-        _held_out(metrics.get("heldout")),
+        *held_out_sections(metrics.get("heldout")),
         _losses(run),
         _bytes(run, metrics.get("bytes")),
         _proofs(metrics.get("proofs")),
         _samples(metrics.get("samples")),
         _training(metrics.get("training"), metrics.get("plan"), run),
-        _data(metrics.get("data")),
+        data_section(metrics.get("data"), metrics.get("composition")),
         _stages(run.events("stage")),
         _what_ran(run.record),
         _recipe(run.record),
@@ -72,20 +76,6 @@ def _title(run: RunFolder, metrics: Mapping[str, Any]) -> str:
         verdict = f"**Proofs that do not hold: {failed} of {len(proofs)}.**" if failed else "Every proof holds."
         lines.append(f"{verdict}\n")
     return "\n".join(lines)
-
-
-def _held_out(heldout: Mapping[str, Any] | None) -> str:
-    if not heldout:
-        return ""
-    before, after = heldout.get("before", {}), heldout.get("after", {})
-    rows = after.get("rows", before.get("rows"))
-    return "## Held-out rows\n\n" + table(
-        [f"{number(rows)} rows", "before", "after"],
-        [
-            ["loss, nats per token", before.get("loss"), after.get("loss")],
-            ["tool calls that match exactly", percent(before.get("exact_match")), percent(after.get("exact_match"))],
-        ],
-    )
 
 
 def _losses(run: RunFolder) -> str:
@@ -155,6 +145,7 @@ def _training(training: Mapping[str, Any] | None, plan: Mapping[str, Any] | None
     hashes, logs = run.events("frozen_base"), run.events("train_log")
     text = "## Training\n\n" + facts(
         [
+            ("weights that train", _trainable(plan)),
             ("optimizer steps", training.get("steps")),
             ("seconds", training.get("seconds")),
             ("trained tokens", training.get("tokens")),
@@ -177,6 +168,14 @@ def _training(training: Mapping[str, Any] | None, plan: Mapping[str, Any] | None
     return text
 
 
+def _trainable(plan: Mapping[str, Any] | None) -> str | None:
+    if not plan or "trainable_share" not in plan:
+        return None
+    return (
+        f"{plan['trainable_parameters']:,}, {100 * plan['trainable_share']:.3g} % of the base's {plan['parameters']:,}"
+    )
+
+
 def _idle(routing: Mapping[str, Any]) -> str:
     return f"{sum(len(experts) for experts in routing['idle'].values())} of {routing['experts']}"
 
@@ -184,10 +183,6 @@ def _idle(routing: Mapping[str, Any]) -> str:
 def _frozen(event: Mapping[str, Any]) -> str:
     verdict = f"{len(event['changed'])} tensors changed" if event["changed"] else "unchanged"
     return f"{verdict}, SHA-256 {event['sha256'][:16]}, hashed in {event['seconds']:.2f} s"
-
-
-def _data(data: Mapping[str, Any] | None) -> str:
-    return "## Data\n\n" + facts(list(data.items())) if data else ""
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeft.data import templates
 from moeft.errors import CheckpointError, MissingExtraError
 from moeft.progress_bar import step_bar
 from moeft.provenance import RunFolder
@@ -28,6 +29,7 @@ class FisherSettings:
     rows: int = 200
     labels: str = "data"
     targets: tuple[str, ...] | None = None
+    chat_template: str | None = None
     train_on: str = "assistant"
     max_length: int = 4096
     dtype: str = "bfloat16"
@@ -56,6 +58,10 @@ def run(
         ValueError: If an option is out of its range.
     """
     inputs = {"model": settings.model, "prompts": settings.prompts}
+    if settings.chat_template is not None:
+        templates.text_of(settings.chat_template)  # A typo answers before the model is loaded.
+        if settings.chat_template not in templates.TURN_MARKERS:
+            inputs["chat_template"] = Path(settings.chat_template)
     with RunFolder.create(out, "moeft fisher", dataclasses.asdict(settings), inputs, settings.seed) as folder:
         if not (folder.path / "fisher.safetensors").exists():  # A kill may have come between it and the picture.
             _measure(settings, folder, memory_bytes, device, show)
@@ -92,14 +98,13 @@ def _measure(
 
 
 def _load(settings: FisherSettings, device: str, show: Callable[[str], None]) -> tuple[Any, Any]:
-    from moeft.data import templates
     from moeft.integration import experts_implementation, experts_module
     from moeft.integration.loading import load
 
     model, tokenizer = load(settings.model, dtype=settings.dtype, device=None if device == "cpu" else device)
     if tokenizer is None:
         raise CheckpointError(f"{settings.model} holds no tokenizer; copy that of the base beside the weights")
-    origin = templates.apply(tokenizer, None, model.config.model_type)
+    origin = templates.apply(tokenizer, settings.chat_template, model.config.model_type)
     if origin is not None:
         show(f"chat template: {origin}")
     if any(experts_module.is_fused(module) for module in model.modules()):

@@ -1,4 +1,4 @@
-"""Held-out loss and tool calls of a run, before and after training, with samples for the report."""
+"""Held-out loss, tool calls and conversations of a run, before and after training, with samples for the report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeft.runs.context import RunContext
+from moeft.runs.conversations import Conversations
 from moeft.runs.replies import HeldOutCalls
 
 if TYPE_CHECKING:
@@ -19,13 +20,14 @@ class HeldOut:
         run: The run; its figures gain ``heldout`` and ``samples``.
 
     Raises:
-        DataError: If a row of held-out tool calls cannot be used.
+        DataError: If a row of held-out tool calls cannot be used, or a file of conversations cannot be read.
     """
 
     def __init__(self, run: RunContext) -> None:
         self._run = run
         path = run.recipe.evaluation.tool_calls
         self._calls = None if path is None else HeldOutCalls(path, run.recipe.evaluation)
+        self._conversations = Conversations(run.recipe, run.show)
 
     def is_measured(self, when: str) -> bool:
         """Whether an earlier start of the run has these figures."""
@@ -40,9 +42,10 @@ class HeldOut:
             scores, replies = self._calls.score(trainer.model, trainer.processing_class)
             figures |= scores
             self._keep(self._calls, replies, when)
-        self._run.metrics.setdefault("heldout", {})[when] = figures
         if figures:
             self._run.show(f"held out {when} training: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        figures |= self._conversations.measure(trainer.model, trainer.processing_class)
+        self._run.metrics.setdefault("heldout", {})[when] = figures
 
     def sample_checkpoints(self, base: Path, merged: Path, tokenizer: Any) -> None:
         """Replace the samples by those of base and merged checkpoint, from plain transformers, and show them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from moeft.config import SftRecipe, validate_optimizer, validate_training_fields
+from moeft.data import templates
 from moeft.errors import RecipeError
 
 
@@ -12,11 +13,16 @@ def check(recipe: SftRecipe) -> None:
     """Check the parts of a recipe that loading it does not check.
 
     Raises:
-        RecipeError: If ``training`` names an unknown field, policy or optimiser, or the merge would be refused.
+        DataError: If the chat template is neither a name nor a file.
+        RecipeError: If ``training`` names an unknown field, policy or optimiser or an absent tracker, or the merge
+            would be refused.
     """
     validate_training_fields(recipe.training)
     validate_optimizer(recipe.training)
     _check_policy(recipe)
+    _check_trackers(recipe)
+    if recipe.data.chat_template is not None:
+        templates.text_of(recipe.data.chat_template)
     _check_merge(recipe)
 
 
@@ -29,6 +35,19 @@ def _check_policy(recipe: SftRecipe) -> None:
             check_policy_choice(policy)
     except ValueError as error:
         raise RecipeError(f"training.{error}") from error
+
+
+def _check_trackers(recipe: SftRecipe) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    wanted = recipe.training.get("report_to") or []
+    installed = get_available_reporting_integrations()
+    for name in wanted if isinstance(wanted, list) else [wanted]:
+        if name not in ("none", "all", *installed):
+            raise RecipeError(
+                f"training.report_to names {name!r}, which is not installed or unknown to transformers; install its "
+                f"package, or choose from none, {', '.join(installed) or 'which is all there is'}"
+            )
 
 
 def _check_merge(recipe: SftRecipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from moeft.config import SftRecipe
@@ -34,19 +35,43 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         MoeftError: If the recipe, the model, the data or the training cannot be used; see the classes.
     """
     preflight.check(recipe)
-    seed = int(recipe.training.get("seed", 42))
-    with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), input_files(recipe), seed) as folder:
+    with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), input_files(recipe), _seed(recipe)) as folder:
         _execute(RunContext(recipe, folder, show))
     return folder
 
 
-def _execute(run: RunContext) -> None:
+def dry_run(recipe: SftRecipe, show: Callable[[str], None] = print) -> None:
+    """Do all of a run that comes before training, show its plan, and leave nothing but ``data.cache_dir`` behind.
+
+    Raises:
+        MoeftError: As :func:`run` does, but for what only training and what follows it can find.
+    """
+    preflight.check(recipe)
+    RunFolder.check(recipe.output, "moeft sft", recipe.resolved(), input_files(recipe), _seed(recipe))
+    with TemporaryDirectory(prefix="moeft-dry-run-") as scratch:
+        elsewhere = recipe.model_copy(update={"output": Path(scratch) / "run"})
+        with RunFolder.create(elsewhere.output, "moeft sft", elsewhere.resolved(), {}, _seed(recipe)) as folder:
+            _prepare(RunContext(elsewhere, folder, show))
+    show("dry run: nothing was trained")
+
+
+def _seed(recipe: SftRecipe) -> int:
+    return int(recipe.training.get("seed", 42))
+
+
+def _prepare(run: RunContext) -> tuple[HeldOut, SFTTrainer]:
     held_out = HeldOut(run)
     with run.stage("load"):
         trainer = make_trainer(run)
         wanted = run.recipe.merge
         if wanted is not None and not is_merged(run, wanted):
             check_mergeable(run, trainer, wanted)
+    return held_out, trainer
+
+
+def _execute(run: RunContext) -> None:
+    held_out, trainer = _prepare(run)
+    wanted = run.recipe.merge
     if not held_out.is_measured("before"):
         with run.stage("measure before"):
             held_out.measure(trainer, "before")

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from moeft.training.sft import SFTTrainer
 
 
+EXAMPLE_CHARACTERS = 400
+"""Most characters that are shown of a run of tokens."""
+
+
 def input_files(recipe: SftRecipe) -> dict[str, Path]:
     """Files and folders that a run reads, by their place in the recipe; a second start compares them."""
     files = {"model": recipe.model, **data_files(recipe)}
@@ -21,6 +25,8 @@ def input_files(recipe: SftRecipe) -> dict[str, Path]:
         for name, path in (
             ("eval", recipe.data.eval),
             ("tool_calls", recipe.evaluation.tool_calls),
+            ("turn_perplexity", recipe.evaluation.turn_perplexity),
+            ("recall", recipe.evaluation.recall and recipe.evaluation.recall.filler),
             ("chat_template", recipe.data.chat_template),
         )
         if isinstance(path, Path)
@@ -31,9 +37,17 @@ def input_files(recipe: SftRecipe) -> dict[str, Path]:
     return files | {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
 
 
+def show_example(run: RunContext, trainer: SFTTrainer) -> None:
+    """The first training row as the model sees it, with what is trained in brackets."""
+    from moeft.data.preview import bracketed, runs_of
+
+    run.show("first example, ⟦trained⟧:")
+    run.show(bracketed(runs_of(trainer.train_rows.examples[0], trainer.processing_class), EXAMPLE_CHARACTERS))
+
+
 def record_rows(run: RunContext, trainer: SFTTrainer) -> None:
     """Count rows, tokens and packs into the figures and write ``rejects.jsonl``."""
-    from moeft.data.rejects import write_rejects
+    from moeft.data.rejects import summary, write_rejects
 
     counts: dict[str, float] = {
         "train_rows": len(trainer.train_rows.examples),
@@ -54,4 +68,6 @@ def record_rows(run: RunContext, trainer: SFTTrainer) -> None:
         counts |= {"packs": len(packs.packs), "packing_efficiency": packs.efficiency}
         run.show(f"packing: {packs}")
     if rejects:
-        run.show(f"{len(rejects)} rows rejected, reasons in {run.folder.path / 'rejects.jsonl'}")
+        run.show(f"{len(rejects)} rows rejected, listed in rejects.jsonl of the run folder:")
+        for line in summary(rejects):
+            run.show(f"  {line}")

@@ -1,13 +1,15 @@
-"""From a recipe to a trainer: load the model, look at it, add LoRA, encode the rows, forecast the memory."""
+"""From a recipe to a trainer: encode the rows, load the model, look at it, add LoRA, say what training will be."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moeft.errors import CheckpointError, MoeftError
+from moeft.errors import MoeftError
 from moeft.runs.adapter import adapted
 from moeft.runs.context import RunContext
-from moeft.runs.sft_data import record_rows
+from moeft.runs.preview import load_tokenizer
+from moeft.runs.sft_data import record_rows, show_example
+from moeft.runs.training_plan import plan_training
 from moeft.runs.training_rows import heldout_rows, sft_arguments, training_rows
 
 if TYPE_CHECKING:
@@ -22,39 +24,45 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     Raises:
         MoeftError: If the model, its tokenizer, the adapter or the data cannot be used.
     """
-    from moeft.data import templates
+    from moeft import _core
     from moeft.integration.audit import audit
     from moeft.integration.loading import load
     from moeft.integration.nf4_config import NF4Config
-    from moeft.training.sft import SFTTrainer
+    from moeft.training.sft import SFTTrainer, check_encoded
 
     recipe = run.recipe
     args = sft_arguments(recipe, run.folder.path / "checkpoints")
     wanted = recipe.quantization
     config = None if wanted is None else NF4Config(**wanted.model_dump())
-    model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
-    if tokenizer is None:
-        raise CheckpointError(f"{recipe.model} holds no tokenizer; copy that of the base beside the weights")
-    origin = templates.apply(tokenizer, recipe.data.chat_template, model.config.model_type)
+    _core.tensors(str(recipe.model))  # Reads every header: a damaged shard answers before rows are encoded,
+    tokenizer, origin = load_tokenizer(recipe.model, recipe.data.chat_template)
     if origin is not None:
         run.show(f"chat template: {origin}")
+    # and bad rows before a large model is loaded.
+    rows, composition = training_rows(recipe.data, tokenizer, args, run.show)
+    run.metrics["composition"] = composition.to_json()
+    heldout = heldout_rows(recipe.data, run.show)
+    model, _ = load(recipe.model, config, recipe.text_only, recipe.dtype)
     packed = getattr(model.config, "quantization_config", None)
     found = audit(model, strict=bool(packed and packed.experts))
     run.show(str(found))
     run.metrics["bytes"] = _bytes_by_component(run, found)
-    rows, composition = training_rows(recipe.data, tokenizer, args, run.show, model)
-    run.metrics["composition"] = composition.to_json()
+    check_encoded(rows, tokenizer, model)
     trainer = SFTTrainer(
         model=adapted(model, recipe.lora, rows.examples, run.metrics, run.show),
         args=args,
         train_dataset=rows,
-        eval_dataset=heldout_rows(recipe.data, run.show),
+        eval_dataset=heldout,
         processing_class=tokenizer,
         events=run.folder,
         protection=recipe.protection,
     )
     trainer.forecast = _forecast(run)
     record_rows(run, trainer)
+    show_example(run, trainer)
+    planned = plan_training(trainer, sum(row.parameters for row in found.rows), trainer.forecast)
+    run.metrics["plan"] = planned.to_json()
+    run.show(str(planned))
     return trainer
 
 
@@ -63,15 +71,10 @@ def _forecast(run: RunContext) -> Plan | None:
     from moeft.planning import plan
 
     try:
-        forecast = plan(run.recipe.model, recipe=run.recipe)
+        return plan(run.recipe.model, recipe=run.recipe)
     except MoeftError as error:  # A model that loads and cannot be planned is no reason not to train it.
         run.show(f"no memory plan: {error}")
         return None
-    run.metrics["plan"] = {
-        "peak_allocated_bytes": forecast.peak_allocated_bytes,
-        "peak_reserved_bytes": forecast.peak_reserved_bytes,
-    }
-    return forecast
 
 
 def _bytes_by_component(run: RunContext, found: Audit) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,9 +51,7 @@ def sft_arguments(recipe: SftRecipe, output_dir: Path) -> SFTConfig:
     )
 
 
-def training_rows(
-    data: Data, tokenizer: Any, args: SFTConfig, show: Show, model: Any = None
-) -> tuple[Encoded, Composition]:
+def training_rows(data: Data, tokenizer: Any, args: SFTConfig, show: Show) -> tuple[Encoded, Composition]:
     """Rows of all sources as one training set, with the rejects of all.
 
     Args:
@@ -60,20 +59,31 @@ def training_rows(
         tokenizer: Of the model.
         args: Of the trainer; the seed decides the order of a mixture.
         show: Where to print what each source holds, and the composition.
-        model: To train, whose embeddings must have room for all ids; None leaves that unchecked.
     """
     from moeft.data.composition import compose
+    from moeft.data.source_keys import source_keys
     from moeft.data.sources import read_sources
     from moeft.training.sft import encode_dataset
 
-    read = read_sources(data, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]), show)
+    read: list[Rows] = []
+
+    def rows_of(index: int) -> Rows:
+        # All at once, since filters may compare rows of one source with those of another.
+        if not read:
+            read.extend(read_sources(data, lambda text: len(tokenizer(text, add_special_tokens=False).input_ids), show))
+        return read[index]
+
+    keys = source_keys(data) if args.cache_dir is not None else [None] * len(data.train)
     encoded = []
-    for source, rows in zip(data.train, read, strict=True):
+    for index, (source, key) in enumerate(zip(data.train, keys, strict=True)):
         own = copy.copy(args)
         own.train_on = source.train_on or args.train_on
-        encoded.append(encode_dataset(rows, tokenizer, own, model))
+        encoded.append(encode_dataset(functools.partial(rows_of, index), tokenizer, own, content=key))
+    if not read:
+        for part in encoded:
+            show(f"{part.read} (encoded by an earlier start)")
     seed = args.seed if args.data_seed is None else args.data_seed
-    mixed, composition = compose(data.train, read, encoded, seed)
+    mixed, composition = compose(data.train, encoded, seed)
     show(str(composition))
     return mixed, composition
 

@@ -74,11 +74,15 @@ class ProgressBar(ProgressCallback):
     """Trainer's progress bar, with loss, tokens/s and peak memory beside it instead of printed dictionaries."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Refresh the figures."""
-        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+        """Refresh the figures; a held-out loss gets a line of its own."""
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "eval_loss" in logs:
+            self.training_bar.write(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs:
             self.training_bar.set_postfix_str(
-                f"loss {logs['loss']:.4f}, {logs.get('tokens_per_second', 0):.0f} tok/s, "
-                f"peak {logs.get('peak_bytes', 0) / 2**30:.2f} GiB"
+                f"loss {logs['loss']:.4f}, lr {logs.get('learning_rate', 0):.2e}, "
+                f"{logs.get('tokens_per_second', 0):.0f} tok/s, peak {logs.get('peak_bytes', 0) / 2**30:.2f} GiB"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from moeft.training.trainer import MoeTrainer
 
 logger = logging.getLogger(__name__)
 Dataset = str | Path | Iterable[Mapping[str, Any]] | Rows | Encoded
+Unread = Callable[[], Rows]
+"""Rows that are read only if the cache does not hold them."""
 
 
 @dataclass
@@ -126,22 +128,49 @@ def padding_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def encode_dataset(dataset: Dataset, tokenizer: Any, args: SFTConfig, model: Any = None) -> Encoded:
+def encode_dataset(
+    dataset: Dataset | Unread, tokenizer: Any, args: SFTConfig, model: Any = None, content: str | None = None
+) -> Encoded:
     """Turn rows in any accepted form into token ids and labels; from ``args.cache_dir``, if they are there.
+
+    Args:
+        dataset: The rows, or a function that reads them.
+        tokenizer: A fast tokenizer.
+        args: How to encode, and where the cache is.
+        model: To train, whose embeddings must have room for all ids; None leaves that unchecked.
+        content: Hash that stands for the rows in the cache; None takes that of the rows or of their file.
 
     Raises:
         DataError: If no row can be used, or the model has no embedding for a token.
     """
-    if model is None:
-        return dataset if isinstance(dataset, Encoded) else _encode(dataset, tokenizer, args)
-    num_embeddings = model.get_input_embeddings().weight.shape[0]
-    check_vocabulary(tokenizer, num_embeddings)
-    encoded = encode_dataset(dataset, tokenizer, args)
-    check_ids(encoded.examples, num_embeddings)
+    if model is not None:
+        check_vocabulary(tokenizer, _num_embeddings(model))
+    encoded = dataset if isinstance(dataset, Encoded) else _encode(dataset, tokenizer, args, content)
+    if model is not None:
+        check_ids(encoded.examples, _num_embeddings(model))
     return encoded
 
 
-def _encode(dataset: str | Path | Iterable[Mapping[str, Any]] | Rows, tokenizer: Any, args: SFTConfig) -> Encoded:
+def check_encoded(encoded: Encoded, tokenizer: Any, model: Any) -> None:
+    """Refuse rows or a tokenizer with tokens that a model has no embedding for.
+
+    Raises:
+        DataError: Naming one of them.
+    """
+    check_vocabulary(tokenizer, _num_embeddings(model))
+    check_ids(encoded.examples, _num_embeddings(model))
+
+
+def _num_embeddings(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _encode(
+    dataset: str | Path | Iterable[Mapping[str, Any]] | Rows | Unread,
+    tokenizer: Any,
+    args: SFTConfig,
+    content: str | None,
+) -> Encoded:
     options: dict[str, Any] = {
         "train_on": args.train_on,
         "reasoning": args.reasoning,
@@ -149,14 +178,18 @@ def _encode(dataset: str | Path | Iterable[Mapping[str, Any]] | Rows, tokenizer:
         "on_too_long": args.on_too_long,
     }
 
+    def rows() -> Rows:
+        return dataset if isinstance(dataset, Rows) else dataset() if callable(dataset) else read_rows(dataset)
+
     def build() -> Encoded:
-        return encode(dataset if isinstance(dataset, Rows) else read_rows(dataset), tokenizer, **options)
+        return encode(rows(), tokenizer, **options)
 
     if args.cache_dir is None:
         return build()
-    if isinstance(dataset, str | Path) and Path(dataset).is_file():
-        content = cache.file_key(dataset)
-    else:
-        dataset = dataset if isinstance(dataset, Rows) else read_rows(dataset)
-        content = cache.rows_key(dataset)
+    if content is None:
+        if isinstance(dataset, str | Path) and Path(dataset).exists():
+            content = cache.file_key(dataset)
+        else:
+            dataset = rows()
+            content = cache.rows_key(dataset)
     return cache.cached(args.cache_dir, cache.cache_key(content, tokenizer, options), build)

@@ -16,14 +16,14 @@ from moeft.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TURN_MARKERS = {
+TURN_MARKERS: dict[str, tuple[str, ...]] = {
     "gemma4": ("<|turn>", "<turn|>"),
     "gemma3": ("<start_of_turn>", "<end_of_turn>"),
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "qwen3": ("<|im_start|>", "<|im_end|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
-"""Name of each shipped template -> tokens without which it makes no sense."""
+"""Name of each shipped template -> tokens without which it makes no sense; the names are those of recipes."""
 
 OF_FAMILY = {"gemma3": "gemma3", "gemma4": "gemma4", "qwen3": "qwen3", "qwen3_moe": "qwen3"}
 """Family -> template of its chat models, where one form serves all of them."""
@@ -57,13 +57,11 @@ def apply(
     name = str(wanted) if wanted is not None else None if tokenizer.chat_template else _of_model(model_type)
     if name is None:
         return None
-    if name not in TURN_MARKERS:
-        template, origin = _read_file(Path(name)), name
-    else:
+    template, origin = text_of(name), name
+    if name in TURN_MARKERS:
         absent = missing_markers(tokenizer, name)
         if absent and wanted is None:
             return None
-        template = shipped(name)
         origin = f"{name}, shipped with moeft" + (
             f"; the tokenizer spells {', '.join(absent)} in several tokens" if absent else ""
         )
@@ -104,9 +102,20 @@ def shipped(name: str) -> str:
     return (resources.files(__name__) / f"{name}.jinja").read_text("utf-8")
 
 
-def _read_file(path: Path) -> str:
+def text_of(wanted: str | Path) -> str:
+    """Text of a template by name or path.
+
+    Raises:
+        DataError: If it is neither, or the file is no UTF-8 text.
+    """
+    if str(wanted) in TURN_MARKERS:
+        return shipped(str(wanted))
+    path = Path(wanted)
     if not path.is_file():
         raise DataError(
             f"{path} is no file and no name of a chat template; expected a path or one of {', '.join(TURN_MARKERS)}"
         )
-    return path.read_text("utf-8")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no chat template: it is not UTF-8 text") from error

@@ -1,0 +1,99 @@
+"""What a run is about to do, said before it does it: steps, tokens, weights that train, memory, time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from moeft.planning.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from moeft.planning import Plan
+    from moeft.training.sft import SFTTrainer
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The figures. ``str()`` is a few lines for people."""
+
+    steps: int
+    rows_per_step: int
+    """Rows, or packs of rows."""
+    epochs: float
+    tokens: int
+    trained_tokens: int
+    trainable_parameters: int
+    parameters: int
+    """Of the base, which is frozen."""
+    seconds: float | None
+    """Of all steps, from one micro-batch that was timed; None if none was."""
+    peak_allocated_bytes: int | None
+    """Memory in use on a GPU, as forecast; None if the model cannot be planned."""
+    peak_reserved_bytes: int | None
+
+    @property
+    def trainable_share(self) -> float:
+        """Trainable weights by those of the base."""
+        return self.trainable_parameters / self.parameters
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures by name."""
+        return {**asdict(self), "trainable_share": self.trainable_share}
+
+    def __str__(self) -> str:
+        time = "not known before the first step" if self.seconds is None else f"about {_duration(self.seconds)}"
+        memory = "not known for this model" if self.peak_allocated_bytes is None else self._memory()
+        return (
+            f"plan: {self.steps} steps of {self.rows_per_step} rows, {self.epochs:.3g} epochs, about "
+            f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained\n"
+            f"  weights that train: {self.trainable_parameters:,}, {self.trainable_share:.2%} of the base's "
+            f"{self.parameters:,}\n"
+            f"  memory on a GPU: {memory}\n"
+            f"  time of all steps: {time}"
+        )
+
+    def _memory(self) -> str:
+        assert self.peak_allocated_bytes is not None
+        assert self.peak_reserved_bytes is not None
+        in_use, reserved = format_bytes(self.peak_allocated_bytes), format_bytes(self.peak_reserved_bytes)
+        return f"peak {in_use} in use, {reserved} with fragmentation, for rows of data.max_length"
+
+
+def plan_training(trainer: SFTTrainer, base_parameters: int, forecast: Plan | None) -> TrainingPlan:
+    """Count steps and tokens, and time a micro-batch.
+
+    Args:
+        trainer: One that has not begun to train.
+        base_parameters: Weights of the model without adapters.
+        forecast: Of its memory.
+    """
+    from moeft.training.probe import time_micro_batch
+
+    args = trainer.args
+    batches = len(trainer.get_train_dataloader())
+    # As transformers.Trainer counts: what is left of an epoch behind whole steps makes one more.
+    steps_per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    epochs = steps / steps_per_epoch
+    tokens = round(epochs * trainer.train_rows.num_tokens)
+    timed = time_micro_batch(trainer)
+    return TrainingPlan(
+        steps=steps,
+        rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        epochs=epochs,
+        tokens=tokens,
+        trained_tokens=round(epochs * trainer.train_rows.num_trained_tokens),
+        trainable_parameters=sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
+        parameters=base_parameters,
+        seconds=None if timed is None else timed.seconds / timed.tokens * tokens,
+        peak_allocated_bytes=None if forecast is None else forecast.peak_allocated_bytes,
+        peak_reserved_bytes=None if forecast is None else forecast.peak_reserved_bytes,
+    )
+
+
+def _duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
