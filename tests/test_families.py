@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import moeft
@@ -14,6 +16,7 @@ from moeft import families
 from moeft.errors import UnsupportedModelError
 from moeft.integration import model_family
 from moeft.merging import verify
+from tests.tiny_checkpoints import disk_tensors
 from tests.tiny_models import CONFIGS, DENSE_NAMES, MOE_NAMES, UNKNOWN_NAMES, save_tiny_model, token_ids
 from tests.tiny_training import load
 
@@ -124,3 +127,15 @@ def test_dense_model_has_no_experts_to_pack(tmp_path):
     base = save_tiny_model("llama", tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"this llama model has no experts.*experts=False"):
         load(base, quantization_config=moeft.NF4Config())
+
+
+def test_text_part_of_a_larger_model_without_a_file_is_not_packed(tmp_path):
+    base = save_tiny_model("flex_olmo", tmp_path / "base")
+    tensors = {name.replace("model.", "model.language_model.", 1): t for name, t in disk_tensors(base).items()}
+    save_file(tensors, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl_moe"}), "utf-8")
+    message = r'"qwen3_vl_moe".*at model.language_model.layers.*moeft.load could not read'
+    with pytest.raises(UnsupportedModelError, match=message):
+        moeft.checkpoint.quantize(base, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()

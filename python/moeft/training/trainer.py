@@ -185,9 +185,11 @@ class MoeTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a micro-batch; Trainer would count the parameters again for each."""
-        tokens = inputs["input_ids"].numel()
+        tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
+        if not tokens:
+            return super().floating_point_ops(inputs)
         if self._operations_per_token is None:
-            self._operations_per_token = super().floating_point_ops(inputs) // max(tokens, 1)
+            self._operations_per_token = super().floating_point_ops(inputs) // tokens
         return self._operations_per_token * tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
