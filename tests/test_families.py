@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import moeft
@@ -14,13 +16,13 @@ from moeft import families
 from moeft.errors import UnsupportedModelError
 from moeft.integration import model_family
 from moeft.merging import verify
-from moeft.modules import NF4Linear
+from tests.tiny_checkpoints import disk_tensors
 from tests.tiny_models import CONFIGS, DENSE_NAMES, MOE_NAMES, UNKNOWN_NAMES, save_tiny_model, token_ids
 from tests.tiny_training import load
 
 STEPS = 4
 # Linear layers in decoder layers that stay in 16 bit whatever is asked: routers, decay of linear attention, per-layer
-# embeddings.
+# embeddings, mamba.
 LEFT_ALONE = {
     "router.proj",
     "mlp.shared_expert_gate",
@@ -29,6 +31,8 @@ LEFT_ALONE = {
     "linear_attn.in_proj_ba",
     "per_layer_input_gate",
     "per_layer_projection",
+    "mamba.in_proj",
+    "mamba.out_proj",
 }
 
 
@@ -56,7 +60,7 @@ class Chain:
         self.audit = moeft.audit(packed, strict=self.packing["experts"])
         self.modules = {n.split(".", 1)[-1]: type(m) for n, m in packed.model.layers.named_modules()}
         self.state = {n: tensor.clone() for n, tensor in packed.state_dict().items()}
-        has_mlp = any(name.endswith("up_proj") and kind is NF4Linear for name, kind in self.modules.items())
+        has_mlp = any(row.component == "mlp" and row.dtype == "nf4" for row in self.audit.rows)
         targets = ["attention", *(["experts"] if self.packing["experts"] else []), *(["mlp"] if has_mlp else [])]
         self.model = moeft.add_lora(packed, 4, targets=targets, seed=0)
         self.losses = train(self.model)
@@ -95,7 +99,7 @@ def test_every_proof_holds(chain):
 
 
 def test_every_family_file_has_a_tiny_model():
-    assert {family.name for family in families.all_families()} | {"gemma4_e4b"} == {*MOE_NAMES, *DENSE_NAMES}
+    assert {family.name for family in families.all_families()} <= CONFIGS.keys()
 
 
 def test_model_without_a_family_file_is_named_in_the_log_once(tmp_path, caplog):
@@ -123,3 +127,15 @@ def test_dense_model_has_no_experts_to_pack(tmp_path):
     base = save_tiny_model("llama", tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"this llama model has no experts.*experts=False"):
         load(base, quantization_config=moeft.NF4Config())
+
+
+def test_text_part_of_a_larger_model_without_a_file_is_not_packed(tmp_path):
+    base = save_tiny_model("flex_olmo", tmp_path / "base")
+    tensors = {name.replace("model.", "model.language_model.", 1): t for name, t in disk_tensors(base).items()}
+    save_file(tensors, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl_moe"}), "utf-8")
+    message = r'"qwen3_vl_moe".*at model.language_model.layers.*moeft.load could not read'
+    with pytest.raises(UnsupportedModelError, match=message):
+        moeft.checkpoint.quantize(base, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()

@@ -74,6 +74,27 @@ def test_16_bit_log_probs_are_within_the_rounding_of_16_bit_logits(dtype):
         assert (gradient.double() - truth).norm() <= 2 * torch.finfo(dtype).eps / 3.5 * truth.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_core_and_pytorch_agree_and_threads_do_not_matter(dtype, monkeypatch):
+    h, w, labels = case(dtype, rows=300, vocabulary=1000)
+    before = torch.get_num_threads()
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        log_probs = linear_log_probs(h, w.detach(), labels, 30.0, 64)
+        return log_probs.detach(), *torch.autograd.grad(log_probs.sum(), h)
+
+    try:
+        one, two = run(1), run(2)
+        monkeypatch.setenv("MOEFT_KERNELS", "pytorch")
+        pytorch = run(1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    torch.testing.assert_close(one[0], pytorch[0], rtol=1e-6, atol=5e-6)
+    torch.testing.assert_close(one[1], pytorch[1], rtol=torch.finfo(dtype).eps * 4, atol=1e-5)
+
+
 def test_rows_that_do_not_count_get_zero_gradient():
     h, w, labels = case(torch.float32)
     (grad,) = torch.autograd.grad(linear_cross_entropy(h, w, labels), h)
@@ -143,7 +164,9 @@ def peak_bytes(run) -> int:
     return peak
 
 
-def test_peak_memory_with_262144_classes_is_two_chunks_of_logits():
+@pytest.mark.parametrize(("kernels", "chunks"), [("auto", 1), ("pytorch", 2)])
+def test_peak_memory_with_262144_classes_is_one_or_two_chunks_of_logits(kernels, chunks, monkeypatch):
+    monkeypatch.setenv("MOEFT_KERNELS", kernels)
     rows, hidden, vocabulary, chunk_rows = 512, 64, 262_144, 32
     h = torch.randn(rows, hidden).bfloat16().requires_grad_()
     w = torch.randn(vocabulary, hidden).bfloat16()
@@ -151,9 +174,9 @@ def test_peak_memory_with_262144_classes_is_two_chunks_of_logits():
     labels[torch.arange(rows) % 4 != 0] = -100
     chunk = chunk_rows * vocabulary * 4
     peak = peak_bytes(lambda: linear_cross_entropy(h, w, labels, 30.0, chunk_rows).backward())
-    # Besides the two chunks: a tile of the head in float32, and of each row hidden states, gradients and scalars.
+    # Besides the chunks: a tile of the head in float32, and of each row hidden states, gradients and scalars.
     small = function.TILE_ELEMENTS * 4 + rows * (4 * hidden * 4 + 64)
-    assert 2 * chunk <= peak <= 2 * chunk + small
+    assert chunks * chunk <= peak <= chunks * chunk + small
     assert peak < rows * vocabulary * 4 / 5  # less than a fifth of what full logits take, once
 
 

@@ -20,6 +20,8 @@ from moeft import families
 from moeft.checkpoint import quantize
 from moeft.config.sft import Lora, Quantization, SftRecipe
 from moeft.errors import CheckpointError, RecipeError, UnsupportedModelError
+from moeft.integration.cpu_linears import multiply_in_core
+from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels import linear_cross_entropy
 from moeft.kernels.grouped_linear import pytorch
@@ -156,6 +158,7 @@ def test_forecast_peak_is_near_that_of_a_real_step(family, checkpoint, dtype, ch
     targets = ("attention", "experts")
     model = moeft.add_lora(load(checkpoint, dtype, Quantization()), 4, targets=targets).train()
     fuse_loss(model.get_base_model())
+    fuse_lora(model)
     if checkpointing == "full":
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -173,6 +176,33 @@ def test_forecast_peak_is_near_that_of_a_real_step(family, checkpoint, dtype, ch
     assert forecast.peak_allocated_bytes - before == pytest.approx(peak_bytes(step), rel=0.15)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forecast_for_the_cpu_is_near_the_peak_of_a_real_step(family, checkpoint, dtype, checkpointing):
+    targets = ("attention", "experts")
+    model = moeft.add_lora(load(checkpoint, dtype, Quantization()), 4, targets=targets).train()
+    fuse_loss(model.get_base_model())
+    fuse_lora(model)
+    multiply_in_core(model.get_base_model())
+    if checkpointing == "full":
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    ids = token_ids(1, 256)
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    step()
+    model.zero_grad()
+    settings = Settings(lora=Lora(rank=4, targets=targets), dtype=dtype, max_length=256, checkpointing=checkpointing)
+    forecast = plan(checkpoint, recipe=settings)
+    resident = ("adapter", "optimizer")
+    before = forecast.weight_bytes + sum(row.bytes for row in forecast.rows if row.component.startswith(resident))
+    assert forecast.host.tensor_bytes - before == pytest.approx(peak_bytes(step), rel=0.15)
+    assert "on the CPU instead" in str(forecast)
+
+
 def test_constants_are_those_of_the_kernels():
     assert linear_cross_entropy.__globals__["CHUNK_ELEMENTS"] == transients.LOSS_CHUNK_ELEMENTS
     assert linear_cross_entropy.__globals__["MOST_CHUNK_ROWS"] == transients.MOST_LOSS_CHUNK_ROWS
@@ -181,7 +211,8 @@ def test_constants_are_those_of_the_kernels():
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_loss_chunk_is_as_large_as_forecast(softcap, chunks):
+def test_loss_chunk_is_as_large_as_forecast(softcap, chunks, monkeypatch):
+    monkeypatch.setenv("MOEFT_KERNELS", "pytorch")  # the plan is for a GPU; the core needs one buffer less
     rows, vocabulary, hidden = 64, 8192, 8
     states = torch.randn(rows * chunks, hidden, requires_grad=True)
     labels = torch.zeros(rows * chunks, dtype=torch.int64)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 import moeft
 from moeft import families
 from moeft.config.sft import Lora
+from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
 from moeft.planning.activations import head_gradient_bytes, saved_bytes
 from moeft.planning.layers import decoder_layers, traits_of
@@ -53,6 +54,7 @@ def test_forecast_is_within_a_tenth_of_what_is_kept(family, checkpoint, dtype, p
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=moeft.NF4Config())
     model = moeft.add_lora(model, 4, targets=targets, seed=0).train()
     fuse_loss(model.get_base_model())
+    fuse_lora(model)
     if policy == "full":
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()

@@ -67,7 +67,8 @@ def test_forty_steps_equal_plain_transformers_and_plain_peft(checkpoints, name, 
     baseline.train()
     assert len(losses(trainer)) == len(losses(baseline)) == 40
     # Float32 sums of some 1,000 products differ by 2e-6 (sqrt(1000) half ulps) when their order does: forward, backward
-    # and optimiser of a few layers, five times that. Nothing adds up over the steps: 1.3e-6 was seen, 2e-7 for qwen3_moe.
+    # and optimiser of a few layers, five times that. Nothing adds up over the steps: 1.3e-6 was seen, 2e-7 for
+    # qwen3_moe.
     assert losses(trainer) == pytest.approx(losses(baseline), rel=1e-5)
 
 

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 import transformers
 
+# transformers 5.17 keeps the experts of Aria in modules of their own.
+ARIA = ("aria",) if hasattr(transformers.models.aria.modeling_aria, "AriaTextTopKRouter") else ()
 # One of each way in which experts are stored and named: most tests of experts run for these.
 FAMILY_NAMES = ("gemma4", "qwen3_moe", "olmoe", "mixtral", "gpt_oss")
 MOE_NAMES = (*FAMILY_NAMES, "qwen3_next", "qwen3_5_moe", "deepseek_v3", "glm4_moe", "granitemoe")
+MOE_NAMES += ("granitemoehybrid", "minimax", "phimoe", "lfm2_moe", *ARIA)
 DENSE_NAMES = ("gemma4_e4b", "gemma3", "llama", "qwen3")
 # Mixture-of-Experts models of transformers that have no family file.
 UNKNOWN_NAMES = ("flex_olmo", "dots1", "ernie4_5_moe")
@@ -145,6 +148,57 @@ CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] =
     "granitemoe": (
         transformers.GraniteMoeConfig,
         {"intermediate_size": 20, "num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "granitemoehybrid": (
+        transformers.GraniteMoeHybridConfig,
+        {
+            "intermediate_size": 20,
+            "shared_intermediate_size": 28,
+            "num_hidden_layers": 2,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+        },
+    ),
+    "minimax": (
+        transformers.MiniMaxConfig,
+        {
+            "intermediate_size": 20,
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "layer_types": ["full_attention", "linear_attention"],
+            "block_size": 8,
+        },
+    ),
+    "phimoe": (
+        transformers.PhimoeConfig,
+        {"intermediate_size": 20, "num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "lfm2_moe": (
+        transformers.Lfm2MoeConfig,
+        {
+            **MOE,
+            "intermediate_size": 36,
+            "num_hidden_layers": 3,
+            "num_experts": 5,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv"],
+        },
+    ),
+    "aria": (
+        transformers.AriaTextConfig,
+        {
+            "intermediate_size": 20,
+            "num_hidden_layers": 2,
+            "moe_num_experts": 5,
+            "moe_topk": 2,
+            "moe_num_shared_experts": 1,
+        },
     ),
     "gemma4_e4b": (
         transformers.Gemma4TextConfig,

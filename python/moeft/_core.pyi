@@ -295,6 +295,19 @@ def rms_norm_backward(
         threads: Most threads to use.
     """
 
+def log_probs_and_gradient(
+    logits: _Array, targets: _Array, softcap: float | None, log_probs: _Array, threads: int
+) -> None:
+    """Log-probability of each row's label under ``softmax(softcap * tanh(logits / softcap))``, and its gradient.
+
+    Args:
+        logits: ``rows * vocabulary`` values, float32; becomes the gradient with respect to them.
+        targets: Label of each row, int64.
+        softcap: Soft cap of the logits, or None.
+        log_probs: Output, float32, as long as ``targets``.
+        threads: Most threads to use.
+    """
+
 def blockwise_quantize(values: _Array, signed: bool, codes: _Array, absmax: _Array) -> None:
     """Store values in 8 bits as bitsandbytes does on the CPU, but zero as zero.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from moeft.errors import CheckpointError
 from moeft.families import Family
+from moeft.families.disk_names import DiskNames
 from moeft.gguf.architectures import Architecture
 
 # Towers of a multimodal checkpoint, which become files of their own in llama.cpp.
@@ -61,6 +62,7 @@ class TensorNames:
         tied: bool,
     ) -> None:
         self.architecture, self.family, self.shapes = architecture, family, shapes
+        self.names = DiskNames(family)
         self.head_dim, self.tied = head_dim, tied
         self.experts: dict[int, dict[str, dict[int, str]]] = {}
 
@@ -83,7 +85,7 @@ class TensorNames:
         if match is None:
             name = self.architecture.tensors.get(memory)
             return self._spec(name, memory, disk, shape, [Piece(disk, 0, rows)])
-        layer, below = int(match[1]), match[2]
+        layer, below = int(match[1]), self.names.in_memory(match[2])
         if below in self.architecture.layer:
             name = f"blk.{layer}.{self.architecture.layer[below]}"
             return self._spec(name, below, disk, shape, [Piece(disk, 0, rows)])
@@ -93,7 +95,8 @@ class TensorNames:
         if stack == "gate_up":
             self.experts.setdefault(layer, {})["fused"] = {0: disk}
             return None
-        if self._single(layer, below, disk):
+        if expert := self.names.expert(match[2]):
+            self.experts.setdefault(layer, {}).setdefault(expert[0], {})[expert[1]] = disk
             return None
         return self._spec(None, below, disk, shape, [])
 
@@ -119,18 +122,6 @@ class TensorNames:
         module, _, parameter = below.rpartition(".")
         known = {"gate_up_proj": "gate_up", "down_proj": "down"}
         return known.get(parameter) if self.family.experts and module == self.family.experts else None
-
-    def _single(self, layer: int, below: str, disk: str) -> bool:
-        """Takes the tensor of one expert."""
-        for projection in ("gate", "up", "down"):
-            template = self.family.disk.get(projection)
-            if template is None:
-                continue
-            match = re.fullmatch(re.escape(template).replace(r"\{e\}", r"(\d+)"), below)
-            if match is not None:
-                self.experts.setdefault(layer, {}).setdefault(projection, {})[int(match[1])] = disk
-                return True
-        return False
 
     def _per_expert(self, layer: int) -> Iterator[Spec]:
         found, names = self.experts[layer], self.architecture.experts

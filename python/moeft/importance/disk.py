@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moeft import _core, families
 from moeft.errors import CheckpointError
+from moeft.families.disk_names import PARTS, DiskNames
 
-PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 _PACKED = re.compile(r"(.+\.)(?:(gate_up|down)_nf4|weight_nf4)\.packed")
 
 
@@ -69,6 +69,7 @@ class Disk:
         listed = json.loads(_core.tensors(str(self.path)))
         self.shapes = {tensor["name"]: tuple(tensor["shape"]) for tensor in listed}
         self.files = {tensor["name"]: tensor["file"] for tensor in listed}
+        self._names = DiskNames(self.family)
         prefix = self.family.disk_prefix
         self._prefix = prefix if prefix and any(name.startswith(prefix) for name in self.shapes) else "model."
         self.weights = {weight.name: weight for weight in self._find()}
@@ -84,14 +85,13 @@ class Disk:
 
     def _find(self) -> Iterator[DiskWeight]:
         single: dict[tuple[str, str], set[int]] = {}
-        patterns = self._single_patterns()
         for name, shape in self.shapes.items():
             match = re.match(rf"{re.escape(self._prefix)}layers\.(\d+)\.(.+)", name)
             if match is None:
                 continue
             layer, below = int(match[1]), match[2]
-            if found := next(((part, m) for part, p in patterns.items() if (m := p.fullmatch(below))), None):
-                single.setdefault((match[1], found[0]), set()).add(int(found[1][1]))
+            if expert := self._names.expert(below):
+                single.setdefault((match[1], expert[0]), set()).add(expert[1])
             elif packed := _PACKED.fullmatch(below):
                 yield self._packed(layer, packed[1], packed[2], shape)
             else:
@@ -100,18 +100,8 @@ class Disk:
                     yield weight
         yield from self._single(single)
 
-    def _single_patterns(self) -> dict[str, re.Pattern[str]]:
-        return {
-            part: re.compile(re.escape(self.family.disk[part]).replace(re.escape("{e}"), "([0-9]+)"))
-            for part in ("gate", "up", "down")
-            if part in self.family.disk
-        }
-
     def _plain(self, name: str, layer: int, below: str, shape: tuple[int, ...]) -> DiskWeight | None:
-        for disk, memory in self.family.disk.get("renames", ()):
-            if below.startswith(disk):
-                below = memory + below.removeprefix(disk)
-                break
+        below = self._names.in_memory(below)
         in_memory = f"{self.family.layers}.{layer}.{below}"
         component = self.component(in_memory)
         if component == "experts" and len(shape) == 3:
@@ -124,11 +114,7 @@ class Disk:
         in_memory = f"{self.family.layers}.{layer}.{below}"
         if stack is not None and self.family.disk.get("experts") == "per_expert":
             return self._of_single(in_memory, layer, shape[0])
-        for disk, memory in self.family.disk.get("renames", ()):
-            if below.startswith(memory):
-                below = disk + below.removeprefix(memory)
-                break
-        tensor = f"{self._prefix}layers.{layer}.{below}"
+        tensor = f"{self._prefix}layers.{layer}.{self._names.on_disk(below)}"
         return DiskWeight(in_memory, layer, (tensor,))
 
     def _single(self, found: dict[tuple[str, str], set[int]]) -> Iterator[DiskWeight]:
@@ -145,8 +131,6 @@ class Disk:
                 yield self._of_single(name, int(layer), len(numbers))
 
     def _of_single(self, name: str, layer: int, experts: int) -> DiskWeight:
-        templates = [self.family.disk[part] for part in PARTS[name.rpartition(".")[2]]]
-        tensors = tuple(
-            f"{self._prefix}layers.{layer}.{template.format(e=e)}" for e in range(experts) for template in templates
-        )
+        names = self._names.of_stack(name.rpartition(".")[2], experts)
+        tensors = tuple(f"{self._prefix}layers.{layer}.{below}" for below in names)
         return DiskWeight(name, layer, tensors, experts)

@@ -71,6 +71,8 @@ def load(
             text_config.quantization_config = quantization
         model_class = getattr(transformers, family.text_class)
         renaming = {f"^{re.escape(family.disk_prefix)}": "model."}
+        outer = family.disk_prefix.removesuffix("model.")  # an untied head lies beside the text model
+        renaming[f"^{re.escape(outer)}lm_head\\."] = "lm_head."
         options |= {"config": text_config, "key_mapping": renaming}
     elif type(model_config) not in model_class._model_mapping:
         raise UnsupportedModelError(

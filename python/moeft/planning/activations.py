@@ -1,8 +1,8 @@
 """Bytes that the forward pass keeps for the backward pass, from the structure of a layer.
 
 Counted tensor by tensor as PyTorch saves them: a norm keeps its input in float32, scaled-dot-product attention its
-operands and output, a product both factors, a frozen linear layer nothing. LoRA keeps the input of a layer, as a
-float32 copy when the model computes in 16 bit, and the rank-sized product. The tests hold the sums to
+operands and output, a product both factors, a frozen linear layer nothing. LoRA keeps the input of a layer and the
+rank-sized product. The tests hold the sums to
 ``torch.autograd.graph.saved_tensors_hooks``.
 
 T tokens, S tokens per row, e bytes per element of the compute type.
@@ -124,14 +124,15 @@ def _mlp(layer: Layer, settings: Settings) -> int:
 def _lora(settings: Settings, hidden: int, readers: int, output_width: int, ranks: int, *, shared: bool) -> int:
     """Inputs that adapters keep: of ``readers`` layers of the hidden state, and of the layer that ends the block.
 
-    In float32 the readers share one tensor, and the output layer of attention reads what attention keeps already
-    (``shared``); otherwise each has a copy in the adapter's type.
+    The readers share one tensor in the model's type, and the output layer of attention reads what attention keeps
+    already (``shared``). With dropout PEFT computes: each layer keeps a copy of its own.
     """
-    element = FLOAT_BYTES[settings.adapter_dtype]
-    if settings.dtype == settings.adapter_dtype:
+    element, adapter = FLOAT_BYTES[settings.dtype], FLOAT_BYTES[settings.adapter_dtype]
+    if settings.lora.dropout:
+        element = adapter
+    else:
         readers, output_width = 1, 0 if shared else output_width
-    width = hidden * readers + output_width
-    return element * settings.tokens * (width + ranks)
+    return settings.tokens * (element * (hidden * readers + output_width) + adapter * ranks)
 
 
 def _experts(layer: Layer, settings: Settings) -> int:

@@ -51,3 +51,17 @@ def optimizer_bytes(name: str) -> tuple[float, str]:
     if name.startswith(("adamw_torch", "adamw_apex", "adamw_hf")):
         return ADAM_BYTES, "two float32 moments"
     return ADAM_BYTES, f"{name} is not known here, counted as Adam with two float32 moments"
+
+
+def host_optimizer_bytes(name: str, trained: int, adapter_bytes: int) -> int:
+    """Bytes of state in host memory when training runs on the CPU.
+
+    Args:
+        name: Optimiser.
+        trained: Parameters that train.
+        adapter_bytes: Bytes of one of them; those of two bytes have a float32 copy in moeft's own optimisers.
+    """
+    if name not in HOST_OPTIMIZERS:
+        return round(trained * optimizer_bytes(name)[0])
+    moments = ADAM_8BIT_BYTES if name.endswith("8bit") else ADAM_BYTES
+    return round(trained * (moments + (4 if adapter_bytes < 4 else 0)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from moeft import _core
 from moeft.families import Family
+from moeft.families.disk_names import DiskNames, split
 from moeft.planning.weights import Weight, component_of
 
 FLOATS = {"F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2"}
@@ -67,28 +68,22 @@ class _SingleExperts:
 
     def __init__(self, family: Family | None) -> None:
         self.family = family
-        disk = family.disk if family else {}
-        self.renames = [tuple(pair) for pair in disk.get("renames", ())]
-        self.patterns = {
-            part: re.compile(rf"(.+\.\d+)\.{re.escape(disk[part]).replace(re.escape('{e}'), '[0-9]+')}")
-            for part in ("gate", "up", "down")
-            if part in disk
-        }
+        self.names = DiskNames(family)
         self.found: dict[tuple[str, str], list[tuple[int, ...]]] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor belongs to one expert; it is then remembered."""
-        for part, pattern in self.patterns.items():
-            if match := pattern.fullmatch(name):
-                self.found.setdefault((match[1], part), []).append(shape)
-                return True
-        return False
+        place = split(name)
+        expert = self.names.expert(place[1]) if place else None
+        if place is None or expert is None:
+            return False
+        self.found.setdefault((place[0], expert[0]), []).append(shape)
+        return True
 
     def name_in_memory(self, name: str) -> str:
         """Name of a tensor that is no expert."""
-        for disk, memory in self.renames:
-            name = re.sub(rf"(\.\d+\.){re.escape(disk)}", rf"\g<1>{memory}", name)
-        return name
+        place = split(name)
+        return name if place is None else f"{place[0]}.{self.names.in_memory(place[1])}"
 
     def stacks(self) -> list[Weight]:
         """``gate_up_proj`` and ``down_proj`` of every layer."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moeft.planning.advice import Knob
+from moeft.planning.host import HostForecast
 from moeft.planning.sizes import format_bytes
 from moeft.planning.speed import Speed
 
@@ -51,6 +52,7 @@ class Plan:
         vram_bytes: Memory of the card; None if it was not said.
         advice: What would make it smaller, largest saving first.
         speed: Predicted speed; None without a device.
+        host: Training on the CPU instead; None for a model whose layers are not understood.
         notes: Assumptions, and what is left out.
     """
 
@@ -61,6 +63,7 @@ class Plan:
     vram_bytes: int | None = None
     advice: tuple[Knob, ...] = ()
     speed: Speed | None = None
+    host: HostForecast | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -105,7 +108,10 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, derived figures included."""
         derived = ("parameters", "peak_phase", "peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "fits")
-        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        result = {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        if self.host is not None:
+            result["host"]["peak_bytes"] = self.host.peak_bytes
+        return result
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.parameters:,} parameters", ""]
@@ -122,6 +128,8 @@ class Plan:
             lines.append(self._total("card", self.vram_bytes, verdict))
         if self.speed is not None:
             lines += ["", str(self.speed)]
+        if self.host is not None:
+            lines += ["", str(self.host)]
         if self.advice:
             lines += ["", "what would change it, one at a time:", *(f"  {knob}" for knob in self.advice)]
         if self.notes:

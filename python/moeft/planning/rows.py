@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moeft.config.sft import Lora
-from moeft.planning import activations, transients
+from moeft.planning import activations, host, transients
 from moeft.planning.adapters import adapter_parameters, optimizer_bytes, rank_of
 from moeft.planning.devices import Device
 from moeft.planning.layers import Layer, decoder_layers, traits_of
@@ -50,7 +50,23 @@ class Forecast:
             CONTEXT_BYTES,
             vram_bytes,
             speed=speed,
+            host=self.host(rows),
             notes=tuple(notes),
+        )
+
+    def host(self, rows: Sequence[PlanRow]) -> host.HostForecast | None:
+        """Training on the CPU; None for a model whose layers are not understood."""
+        if not self.layers or self.model.family is None:
+            return None
+        adapter = [row for row in rows if row.component.startswith("adapter ")]
+        resident = sum(row.bytes for row in rows if row.component in (*WEIGHTS, "gradients"))
+        return host.forecast(
+            self.layers,
+            traits_of(self.model.family),
+            self.settings,
+            resident + sum(row.bytes for row in adapter),
+            sum(row.parameters for row in adapter),
+            (self.vocabulary, self.hidden),
         )
 
     def weight_rows(self) -> Iterator[PlanRow]:

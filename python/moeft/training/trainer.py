@@ -21,6 +21,7 @@ from moeft.config.protection import Protection
 from moeft.data.collate import count_tokens
 from moeft.integration import stacking
 from moeft.integration.cpu_linears import multiply_in_core
+from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
 from moeft.integration.fused_norms import fuse_norms
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
@@ -69,12 +70,15 @@ class MoeTrainer(Trainer):
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         multiply_in_core(base)
         self.loss_is_fused = fuse_loss(base)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not sharded:  # else the modules of the factors must be called, which gathers them
+            fuse_lora(base)
         if self.args.fused_norms:
             fuse_norms(base)
         self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs or self.loss_is_fused
         self.throughput = Throughput()
+        self._operations_per_token: int | None = None
         self.add_callback(self.throughput)
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self.add_callback(MissingGradients(sharded))
         # A second look by one process alone would wait for the others' shards.
         self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip, None if sharded else self._diagnose)
@@ -171,6 +175,22 @@ class MoeTrainer(Trainer):
             raise out_of_memory.explain(error, self.model, self.optimizer, step, self.forecast) from error
         self.guard.see_loss(loss, inputs)
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._clip_grad_norm(model)
+        # Trainer would list the parameters of the whole model for each step.
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a micro-batch; Trainer would count the parameters again for each."""
+        tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
+        if not tokens:
+            return super().floating_point_ops(inputs)
+        if self._operations_per_token is None:
+            self._operations_per_token = super().floating_point_ops(inputs) // tokens
+        return self._operations_per_token * tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log Trainer's figures with throughput and peak memory."""

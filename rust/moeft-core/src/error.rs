@@ -54,6 +54,17 @@ pub enum Error {
         /// The known ones, separated by commas.
         known: String,
     },
+    /// A family without a file, as a part of a larger model: nothing says which class would load it.
+    #[error(
+        "model_type is {model_type:?}, which no family file knows, and its layers are at {layers}, inside of a larger \
+         model: moeft.load could not read what is packed here; use a model of its text part alone"
+    )]
+    UnknownPart {
+        /// `model_type` of config.json.
+        model_type: String,
+        /// Path of the layers.
+        layers: String,
+    },
     /// The caller's [`Progress`](crate::progress::Progress) asked to stop.
     #[error("interrupted; what is finished was kept, start the same command again to go on")]
     Interrupted,

@@ -6,7 +6,9 @@
 pub mod adapter;
 mod cache;
 pub mod checkpoint;
+pub mod cross_entropy;
 mod dynamic8;
+mod elementary;
 mod error;
 pub mod experts;
 pub mod families;

@@ -25,7 +25,7 @@ impl<T> IntoPyResult<T> for moeft_core::Result<T> {
             Error::Checkpoint(_) | Error::Gguf(_) => domain_error("CheckpointError", &error),
             Error::Adapter(_) => domain_error("AdapterError", &error),
             Error::Recipe(_) => domain_error("RecipeError", &error),
-            Error::UnknownModelType { .. } => domain_error("UnsupportedModelError", &error),
+            Error::UnknownModelType { .. } | Error::UnknownPart { .. } => domain_error("UnsupportedModelError", &error),
             _ => PyRuntimeError::new_err(error.to_string()),
         })
     }

@@ -3,6 +3,7 @@
 mod arguments;
 mod buffers;
 mod checkpoint;
+mod cross_entropy;
 mod error;
 mod experts;
 mod floats;
@@ -28,6 +29,8 @@ mod _core {
 
     #[pymodule_export]
     use super::checkpoint::{convert_layout, fingerprint, quantize_checkpoint, stamp_metadata, tensors};
+    #[pymodule_export]
+    use super::cross_entropy::log_probs_and_gradient;
     #[pymodule_export]
     use super::experts::{experts_backward, experts_forward};
     #[pymodule_export]

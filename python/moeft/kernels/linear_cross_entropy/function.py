@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moeft.kernels.dispatch import in_core
+from moeft.kernels.linear_cross_entropy import cpu, pytorch
+
 TILE_ELEMENTS = 1 << 22  # of a head that is cast to float32 on the CPU: 16 MiB
 
 
@@ -75,26 +78,18 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows, their log-probabilities, and the gradient of each with respect to its logits before the soft cap.
 
-    Two buffers of ``chunk_rows * V`` serve all chunks; a gradient is valid until the next chunk.
+    The same buffers of ``chunk_rows * V`` serve all chunks, one in the core and two elsewhere; a gradient is valid
+    until the next chunk.
     """
     shape = (min(chunk_rows, hidden_MH.shape[0]), head_VH.shape[0])
-    buffers = hidden_MH.new_empty((2, *shape), dtype=_compute_dtype(hidden_MH))
+    log_probs_and_gradient = cpu.log_probs_and_gradient if in_core(hidden_MH) else pytorch.LogProbsAndGradient()
+    logits_CV = hidden_MH.new_empty(shape, dtype=_compute_dtype(hidden_MH))
     for start in range(0, hidden_MH.shape[0], chunk_rows):
         rows = slice(start, start + chunk_rows)
-        targets_C1 = targets_M[rows, None]
-        logits_CV, probs_CV = buffers[:, : targets_C1.shape[0]]
-        _logits(hidden_MH[rows], head_VH, logits_CV)
-        if softcap is not None:
-            logits_CV.div_(softcap).tanh_().mul_(softcap)
-        torch.softmax(logits_CV, -1, out=probs_CV)
-        # The largest probability is 1 / sum(exp(logits - max)): no second pass of exponentials for the normaliser.
-        log_z_C = logits_CV.amax(-1) - probs_CV.amax(-1).log()
-        log_probs_C = logits_CV.gather(1, targets_C1).squeeze(1) - log_z_C
-        grad_CV = probs_CV.neg_()
-        grad_CV.scatter_add_(1, targets_C1, grad_CV.new_ones(targets_C1.shape))
-        if softcap is not None:
-            grad_CV.mul_(logits_CV.div_(softcap).square_().neg_().add_(1))
-        yield rows, log_probs_C, grad_CV
+        targets_C = targets_M[rows]
+        logits_of_rows_CV = logits_CV[: len(targets_C)]
+        _logits(hidden_MH[rows], head_VH, logits_of_rows_CV)
+        yield rows, *log_probs_and_gradient(logits_of_rows_CV, targets_C, softcap)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -19,7 +19,10 @@ use crate::float::{decode, first_non_finite};
 use crate::names::DiskNames;
 use crate::nf4::{nest, GroupQuantizer, NESTED_BLOCK_SIZE};
 use crate::progress::Progress;
-use crate::Result;
+use crate::{Error, Result};
+
+/// Where a text model that is not part of a larger one has its layers.
+const TEXT_LAYERS: &str = "model.layers";
 
 /// Packs the checkpoint folder `source` into the new folder `out`.
 ///
@@ -27,8 +30,8 @@ use crate::Result;
 /// command is started again. Holds a few megabytes, and with `double_quant` the absmax of one stack.
 ///
 /// # Errors
-/// [`CheckpointError`] for a damaged, packed or non-finite source, [`crate::Error::UnknownModelType`],
-/// [`crate::Error::InvalidArgument`] for options that do not fit; nothing is under the final name then.
+/// [`CheckpointError`] for a damaged, packed or non-finite source, [`Error::UnknownModelType`], [`Error::UnknownPart`],
+/// [`Error::InvalidArgument`] for options that do not fit; nothing is under the final name then.
 pub fn quantize(source: &Path, out: &Path, options: &Options, progress: &mut dyn Progress) -> Result<QuantizeReport> {
     let started = Instant::now();
     check_output_of(source, out)?;
@@ -40,6 +43,9 @@ pub fn quantize(source: &Path, out: &Path, options: &Options, progress: &mut dyn
         return Err(CheckpointError::AlreadyQuantized { path: source.into(), method, advice }.into());
     }
     let family = Family::of_checkpoint(config.model_type(source)?, &checkpoint)?;
+    if family.experts_counted.is_some() && family.layers != TEXT_LAYERS {
+        return Err(Error::UnknownPart { model_type: family.name.clone(), layers: family.layers.clone() });
+    }
     let plan = Plan::new(&DiskNames::new(&checkpoint, &family, &config), options)?;
     let base_fingerprint = fingerprint(&checkpoint)?;
     let hash = plan_hash(&("quantize", options, &plan, &config.fields), [&checkpoint])?;
