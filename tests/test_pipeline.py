@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from moeft.config import document
 from moeft.config.pipeline import PipelineRecipe, steps
-from moeft.errors import CheckpointError, RecipeError, RunFolderError
+from moeft.errors import RecipeError, RunFolderError
 from moeft.provenance import RunFolder
 from moeft.runs import stages
 from moeft.runs.pipeline import run
@@ -53,21 +54,24 @@ def test_stages_run_in_order_and_read_what_earlier_ones_made(folder):
         run(recipe)
 
 
-def test_an_interrupted_pipeline_goes_on_with_the_stage_that_failed(folder):
-    compare = {"models": {"untokenised": "${first}"}, "rows": {"sums": "rows.jsonl"}}
-    made = {"first": {"merge": {**MERGE, "base_model": "other"}}, "scores": {"compare": compare}}
-    recipe = load(folder, made)
-    with pytest.raises(CheckpointError, match="holds no tokenizer"):
-        run(recipe)
+def test_an_interrupted_pipeline_goes_on_with_the_stage_that_was_interrupted(folder, monkeypatch):
+    def interrupt(*stage: object) -> None:
+        raise KeyboardInterrupt
+
+    compare = {"models": {"one": "one"}, "rows": {"sums": "rows.jsonl"}}
+    recipe = load(folder, {"first": {"merge": MERGE}, "scores": {"compare": compare}})
+    with monkeypatch.context() as patch:
+        patch.setitem(stages.KINDS, "compare", replace(stages.KINDS["compare"], run=interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe)
     before = (folder / "out" / "first" / "model.safetensors").stat()
-    tiny_tokenizer().save_pretrained(folder / "out" / "first")
-    with pytest.raises(RunFolderError, match="holds a run of something else"):
+    done = run(recipe)
+    assert (folder / "out" / "first" / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
+    assert done.record["attempts"] == 2
+    assert [e["name"] for e in done.events("stage") if e["status"] == "finished"] == ["first", "scores"]
+    (folder / "rows.jsonl").write_text("")
+    with pytest.raises(RunFolderError, match=r"rows\.jsonl"):
         run(recipe)
-    (folder / "out" / "scores" / "run.json").unlink()
-    assert run(recipe).record["attempts"] == 2
-    assert (folder / "out" / "first" / "model.safetensors").stat() == before
-    finished = [e["name"] for e in RunFolder.open(folder / "out").events("stage") if e["status"] == "finished"]
-    assert finished == ["first", "scores"]
 
 
 def test_stages_that_depend_on_the_seed_run_once_for_each(folder):

@@ -101,6 +101,8 @@ def _with_absolute_paths(section: _S, folder: Path, overridden: Sequence[Locatio
             changes[name] = base / value.expanduser()
         elif isinstance(value, tuple):
             changes[name] = tuple(_absolute(item, base, folder, overridden, location) for item in value)
+        elif isinstance(value, dict):
+            changes[name] = {key: _absolute(item, base, folder, overridden, location) for key, item in value.items()}
         elif isinstance(value, Section):
             changes[name] = _with_absolute_paths(value, folder, overridden, location)
     return section.model_copy(update=changes)
