@@ -82,6 +82,12 @@ CASES: dict[str, dict[str, Any]] = {
         "base_model": "base",
         "models": [{"model": "a"}, {"model": "b"}, {"model": "c"}],
     },
+    "model_stock_rows": {
+        "merge_method": "model_stock",
+        "base_model": "base",
+        "models": [{"model": "a"}, {"model": "b"}, {"model": "c"}],
+        "parameters": {"filter_wise": True},
+    },
     "dare_linear": {
         "merge_method": "dare_linear",
         "base_model": "base",

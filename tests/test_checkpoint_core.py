@@ -408,14 +408,16 @@ def test_changed_plan_or_input_is_not_resumed(tmp_path, qwen):
     assert not (tmp_path / "out").exists()
 
 
-def test_changed_finished_file_is_not_taken_over(tmp_path, qwen):
+def test_what_changed_since_it_was_written_is_written_again(tmp_path, qwen):
     stopped(qwen[0], tmp_path / "out")
     file = sorted((tmp_path / "out.partial").glob("*.safetensors"))[0]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match="changed since; delete the folder"):
-        _core.quantize_checkpoint(qwen[0], tmp_path / "out", OPTIONS)
+    report = json.loads(_core.quantize_checkpoint(qwen[0], tmp_path / "out", OPTIONS))
+    assert report["bytes_resumed"] > 0
+    _core.quantize_checkpoint(qwen[0], tmp_path / "expected", OPTIONS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 def test_second_writer_of_one_output_is_refused(tmp_path, qwen):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from moeft.config import SftRecipe, validate_training_fields
+from moeft.config.pipeline import PipelineRecipe, steps
 from moeft.errors import CheckpointError
 from moeft.merging import merge
+from moeft.runs import stages
 
 
 def recipes(page: str) -> list[str]:
@@ -26,9 +28,17 @@ def test_sft_recipe_loads(tmp_path):
 
 
 def test_merge_recipe_is_read_up_to_the_missing_base(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(RECIPES[1], "utf-8")
+    (tmp_path / "recipe.yaml").write_text(RECIPES[2], "utf-8")
     with pytest.raises((CheckpointError, OSError), match="gemma-4-26b"):
         merge(tmp_path / "recipe.yaml", tmp_path / "out", progress=False)
+
+
+def test_pipeline_and_its_stages_load(tmp_path):
+    (tmp_path / "pipeline.yaml").write_text(RECIPES[1], "utf-8")
+    (tmp_path / "style.yaml").write_text("model: gemma-it\ndata: {train: rows.jsonl}", "utf-8")
+    made = steps(PipelineRecipe.load(tmp_path / "pipeline.yaml"))
+    assert len(made) == 9
+    assert stages.read(made[0]).lora.rank == 8
 
 
 def test_recipe_of_a_mixture_loads(tmp_path):

@@ -125,9 +125,32 @@ def test_fisher_damping_holds_back_where_the_base_matters(models, tmp_path):
     save_file(fisher, tmp_path / "fisher.safetensors", stated)
     again = run(models, tmp_path / "again", "fisher_damped", "a", "r4", parameters={"scale": 0.5}, **files)
     assert all(torch.equal(ours[name], again[name]) for name in ours)
-    (tmp_path / "layers.json").write_text(text.replace('"0": 3.0, ', ""))
-    with pytest.raises(CheckpointError, match="layer 0 is missing"):
-        run(models, tmp_path / "bad", "fisher_damped", "a", **files)
+    with pytest.raises(RecipeError, match="missing_layers is set, expected layer_importance"):
+        run(models, tmp_path / "bad", "fisher_damped", "a", missing_layers=0.5)
+
+
+def test_layers_that_were_not_measured_are_refused_or_as_important_as_the_recipe_says(models, tmp_path):
+    base, found = disk_tensors(models / "base"), deltas(models, tmp_path, "a")[0]
+    layers = len({name.split(".")[2] for name in base if ".layers." in name})
+    raw = {str(layer): 3.0 + 2 * layer for layer in range(1, layers)}
+    file = tmp_path / "layers.json"
+    file.write_text(json.dumps({"format": "moeft-layer-importance-v1", "layers": raw}))
+    with pytest.raises(
+        CheckpointError, match=r"\[0\] are missing; measure them too, or say in the recipe .* missing_layers"
+    ):
+        run(models, tmp_path / "bad", "fisher_damped", "a", layer_importance=str(file))
+    with pytest.raises(RecipeError, match="missing_layers is 2, expected a number from 0 to 1"):
+        run(models, tmp_path / "bad", "fisher_damped", "a", layer_importance=str(file), missing_layers=2)
+    ours = run(models, tmp_path / "out", "fisher_damped", "a", layer_importance=str(file), missing_layers=0.75)
+    expected = {}
+    for name, value in base.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else None
+        importance = 0.0 if layer is None else 0.75 if layer == 0 else (layer - 1) / max(layers - 2, 1)
+        expected[name] = value + (1 - importance) * found[name]
+    check(ours, expected)
+    file.write_text(json.dumps({"format": "moeft-layer-importance-v1", "layers": raw | {str(layers): 1.0}}))
+    with pytest.raises(CheckpointError, match=f'names layer "{layers}", the base has 0 to {layers - 1}'):
+        run(models, tmp_path / "bad", "fisher_damped", "a", layer_importance=str(file), missing_layers=0)
 
 
 def test_ties_keeps_exactly_the_largest_and_the_first_of_equals(models, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from safetensors.torch import load_file, save_file
 import moeft
 from moeft import importance
 from moeft.config import Protection
+from moeft.config.sft import Lora
 from moeft.errors import CheckpointError
+from moeft.planning import Settings, plan
+from moeft.training.protection import SubspaceProtection
 from moeft.training.protection.projector import Projector, whole_float32
 from tests.tiny_models import save_tiny_model
 from tests.tiny_training import adapter_weights, load, packed_with_lora, sft_trainer
@@ -286,3 +290,23 @@ def test_layer_importance_that_cannot_be_used_is_refused(instruct, tmp_path):
             sft_trainer(model, tmp_path, protection=protection(instruct, layer_importance=path))
     with pytest.raises(CheckpointError, match="make it with `moeft subspace`"):
         sft_trainer(model, tmp_path, protection=Protection(subspace=Path(tmp_path / "absent")))
+
+
+@pytest.mark.parametrize("family", ["gemma4", "llama"])
+def test_a_plan_counts_the_bases_that_training_holds(instruct, family):
+    events = []
+    targets = ("attention", "experts") if family == "gemma4" else ("attention", "mlp")
+    path = instruct / family / "it"
+    model = moeft.add_lora(load(path), 4, targets=targets)
+    settings = protection(instruct, family)
+    callback = SubspaceProtection(model, settings, SimpleNamespace(event=lambda kind, **fields: events.append(fields)))
+    callback.on_train_begin(None, None, None)
+    planned = Settings(quantization=None, lora=Lora(rank=4, targets=targets), dtype="float32", protected_rank=RANK)
+    assert plan(path, recipe=planned).bytes_of("instruct subspace") == events[0]["bytes"] > 0
+
+
+def test_a_model_made_from_the_instruct_model_trains_if_the_recipe_says_so(instruct, tmp_path):
+    moved = save_tiny_model("gemma4", tmp_path / "moved", seed=5)
+    with pytest.raises(CheckpointError, match=r"set protection\.derived"):
+        sft_trainer(packed_with_lora(moved), tmp_path / "refused", protection=protection(instruct))
+    sft_trainer(packed_with_lora(moved), tmp_path / "taken", protection=protection(instruct, derived=True))

@@ -11,6 +11,7 @@ an overlap or a value that does not fit.
 
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -377,7 +378,7 @@ def quantize_checkpoint(source: _Path, out: _Path, options: str, progress: _Prog
 
     Returns:
         JSON report: ``out``, ``components`` (bytes before and after of experts, attention, mlp, router, embeddings,
-        other), ``total``, ``weights_packed``, ``tensors_copied``, ``shards_resumed``, ``seconds``,
+        other), ``total``, ``weights_packed``, ``tensors_copied``, ``shards_resumed``, ``bytes_resumed``, ``seconds``,
         ``base_fingerprint``.
 
     Raises:
@@ -410,8 +411,9 @@ def merge_checkpoint(
 
     Returns:
         JSON report: ``out``, ``method``, ``tensors_merged``, ``tensors_copied``, ``bytes``, ``shards_resumed``,
-        ``seconds``, ``merged`` (by tensor: ``branch`` where the values decide it, ``max_delta``, ``max_weight``,
-        ``norm_ratio``, ``cosine``), ``base_fingerprint``, ``base_check`` (``verified`` or ``unverified``).
+        ``bytes_resumed``, ``seconds``, ``merged`` (by tensor: ``branch`` where the values decide it, ``max_delta``,
+        ``max_weight``, ``norm_ratio``, ``cosine``), ``base_fingerprint``, ``base_check`` (``verified`` or
+        ``unverified``).
 
     Raises:
         RecipeError: If the recipe has an unknown key or a value that cannot be used.
@@ -437,7 +439,18 @@ def plan_merge(recipe: str, folder: _Path, max_shard_bytes: int | None = None) -
         MoeftError, OSError: As ``merge_checkpoint`` before it writes.
     """
 
-def merge_command(words: list[str]) -> int:
+def check_merge(recipe: str, folder: _Path) -> None:
+    """Refuse a merge recipe that cannot be used, without looking at its inputs.
+
+    Args:
+        recipe: Recipe in YAML or JSON.
+        folder: Where relative paths in the recipe start.
+
+    Raises:
+        RecipeError: If it has an unknown key or a value that cannot be used.
+    """
+
+def merge_command(words: list[str]) -> tuple[int, tuple[Path, Path, bool] | None]:
     """Run the ``moeft-merge`` command as ``moeft merge``; it prints to the process's own streams.
 
     Args:
@@ -445,6 +458,7 @@ def merge_command(words: list[str]) -> int:
 
     Returns:
         Exit code: 0 done, 1 inputs that cannot be merged, 2 wrong usage or recipe, 3 files or disk, 130 interrupted.
+        After ``--verify``, recipe and output of the merge that the caller is to verify, and whether to answer in JSON.
     """
 
 def convert_layout(
@@ -463,7 +477,7 @@ def convert_layout(
 
     Returns:
         JSON report: ``out``, ``direction``, ``layers``, ``tensors_read``, ``tensors_made``, ``tensors_copied``,
-        ``bytes``, ``shards_resumed``, ``seconds``.
+        ``bytes``, ``shards_resumed``, ``bytes_resumed``, ``seconds``.
 
     Raises:
         CheckpointError: If experts are missing, mixed, in that layout already, packed or of shapes that do not agree,

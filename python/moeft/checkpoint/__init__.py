@@ -36,6 +36,7 @@ class QuantizeReport:
         weights_packed: Linear layers and stacks of experts that were packed.
         tensors_copied: Tensors that were copied byte for byte.
         shards_resumed: Files that an interrupted run had finished.
+        bytes_resumed: Bytes that it had written, those of finished files included.
         seconds: Wall time.
         base_fingerprint: Fingerprint of the source.
     """
@@ -46,6 +47,7 @@ class QuantizeReport:
     weights_packed: int
     tensors_copied: int
     shards_resumed: int
+    bytes_resumed: int
     seconds: float
     base_fingerprint: str
 

@@ -26,6 +26,7 @@ class LayoutReport:
         tensors_copied: Tensors that were copied byte for byte.
         bytes: Bytes of all tensors.
         shards_resumed: Files that an interrupted run had finished.
+        bytes_resumed: Bytes that it had written, those of finished files included.
         seconds: Wall time.
     """
 
@@ -37,6 +38,7 @@ class LayoutReport:
     tensors_copied: int
     bytes: int
     shards_resumed: int
+    bytes_resumed: int
     seconds: float
 
     def __str__(self) -> str:

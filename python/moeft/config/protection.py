@@ -16,6 +16,11 @@ class Protection(Section):
     """What training must leave alone: the subspace in which an instruct model differs from its base."""
 
     subspace: Path = Field(description="File of `moeft subspace`")
+    derived: bool = Field(
+        default=False,
+        description="The model to train was made from the file's instruct model, by a merge for example: names and "
+        "shapes are compared, the fingerprint is not",
+    )
     mode: Literal["scale_mask", "project"] = Field(
         default="project",
         description="scale_mask: damp the gradient inside the subspace; project: the gradient and the update",

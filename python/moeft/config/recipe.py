@@ -47,18 +47,35 @@ class Recipe(Section):
         path = Path(path)
         content = document.read(path)
         overridden = [document.apply_override(content, override) for override in overrides]
+        return cls.from_content(content, str(path), path.absolute().parent, overridden)
+
+    @classmethod
+    def from_content(
+        cls, content: dict[str, Any], source: str, folder: Path, overridden: Sequence[Location] = ()
+    ) -> Self:
+        """A recipe from what a file holds.
+
+        Args:
+            content: Keys and values.
+            source: What it is called in messages.
+            folder: Where relative paths start.
+            overridden: Places of values whose relative paths start at the current folder.
+
+        Raises:
+            RecipeError: With every unknown key, missing key and wrong value at once.
+        """
         try:
             text = json.dumps(content)
         except (TypeError, ValueError) as error:  # An explicit tag such as !!timestamp, or an alias to its own parent.
-            raise RecipeError(f"{path} holds a value that a recipe cannot: {error}") from error
+            raise RecipeError(f"{source} holds a value that a recipe cannot: {error}") from error
         try:
             # JSON is the strict mode in which a path may be text and a tuple a list.
             recipe = cls.model_validate_json(text)
         except ValidationError as error:
             problems = describe(error, cls)
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-            raise RecipeError("\n  ".join([f"{path} has {count}:", *problems])) from error
-        return _with_absolute_paths(recipe, path.absolute().parent, overridden, ())
+            raise RecipeError("\n  ".join([f"{source} has {count}:", *problems])) from error
+        return _with_absolute_paths(recipe, folder, overridden, ())
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain JSON types: what a run folder records and a second start compares."""
@@ -73,7 +90,7 @@ def json_schema(recipe: type[Recipe]) -> dict[str, Any]:
 _S = TypeVar("_S", bound=Section)
 
 
-def _with_absolute_paths(section: _S, folder: Path, overridden: list[Location], above: Location) -> _S:
+def _with_absolute_paths(section: _S, folder: Path, overridden: Sequence[Location], above: Location) -> _S:
     changes: dict[str, Any] = {}
     for name, value in section:
         location = (*above, name)
@@ -84,12 +101,14 @@ def _with_absolute_paths(section: _S, folder: Path, overridden: list[Location], 
             changes[name] = base / value.expanduser()
         elif isinstance(value, tuple):
             changes[name] = tuple(_absolute(item, base, folder, overridden, location) for item in value)
+        elif isinstance(value, dict):
+            changes[name] = {key: _absolute(item, base, folder, overridden, location) for key, item in value.items()}
         elif isinstance(value, Section):
             changes[name] = _with_absolute_paths(value, folder, overridden, location)
     return section.model_copy(update=changes)
 
 
-def _absolute(item: Any, base: Path, folder: Path, overridden: list[Location], location: Location) -> Any:
+def _absolute(item: Any, base: Path, folder: Path, overridden: Sequence[Location], location: Location) -> Any:
     if isinstance(item, Section):
         return _with_absolute_paths(item, folder, overridden, location)
     return base / item.expanduser() if isinstance(item, Path) else item

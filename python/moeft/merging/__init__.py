@@ -24,6 +24,7 @@ class MergeReport:
         tensors_copied: Tensors that were copied byte for byte.
         bytes: Bytes of all tensors written.
         shards_resumed: Files that an interrupted run had finished.
+        bytes_resumed: Bytes that it had written, those of finished files included.
         seconds: Wall time.
         merged: Name of each computed tensor -> its largest absolute change (``max_delta``) and weight (``max_weight``),
             norm over that of the base (``norm_ratio``), ``cosine`` with the base, and ``branch`` where values decide.
@@ -37,6 +38,7 @@ class MergeReport:
     tensors_copied: int
     bytes: int
     shards_resumed: int
+    bytes_resumed: int
     seconds: float
     merged: dict[str, dict[str, Any]]
     base_fingerprint: str
@@ -54,6 +56,7 @@ def merge(
     out: str | Path,
     progress: bool = True,
     *,
+    folder: str | Path | None = None,
     max_shard_bytes: int | None = None,
     threads: int | None = None,
 ) -> MergeReport:
@@ -63,9 +66,10 @@ def merge(
 
     Args:
         recipe: Keys as in ``docs/merging.md``, or the path of a YAML file with them. Relative paths in
-            a file count from its folder, those in a dict from the current one.
+            a file count from its folder, those in a dict from ``folder``.
         out: Folder to make; must not exist or be empty.
         progress: Draw a progress bar.
+        folder: Where relative paths of a dict start; None takes the current folder.
         max_shard_bytes: Cut the output into files of at most this size; None keeps the files of the base.
         threads: Threads that read and compute; None takes all cores. The bytes do not depend on it.
 
@@ -75,9 +79,9 @@ def merge(
         CheckpointError: If a checkpoint is incomplete, damaged, not finite or of another architecture.
         OSError: If a file cannot be read or written, or the disk is too small.
     """
-    text, folder = _text(recipe)
+    text, start = _text(recipe, folder)
     with byte_bar("merge", progress) as callback:
-        done = _core.merge_checkpoint(text, folder, str(out), callback, max_shard_bytes, threads)
+        done = _core.merge_checkpoint(text, start, str(out), callback, max_shard_bytes, threads)
     return MergeReport(**json.loads(done))
 
 
@@ -91,13 +95,13 @@ def plan(recipe: dict[str, Any] | str | Path, *, max_shard_bytes: int | None = N
     Raises:
         MoeftError: As :func:`merge`, before it writes.
     """
-    text, folder = _text(recipe)
+    text, folder = _text(recipe, None)
     planned: dict[str, Any] = json.loads(_core.plan_merge(text, folder, max_shard_bytes))
     return planned
 
 
-def _text(recipe: dict[str, Any] | str | Path) -> tuple[str, str]:
+def _text(recipe: dict[str, Any] | str | Path, folder: str | Path | None) -> tuple[str, str]:
     """A recipe as text, and the folder from which its relative paths count."""
     if isinstance(recipe, dict):
-        return json.dumps(recipe, default=str), str(Path.cwd())
+        return json.dumps(recipe, default=str), str(Path.cwd() if folder is None else folder)
     return Path(recipe).read_text("utf-8"), str(Path(recipe).absolute().parent)

@@ -84,24 +84,24 @@ def prove_adapter(base: Path, tuned: PeftModel, adapter: Path, input_ids: Tensor
         input_ids: ``[B, S]`` tokens to compute logits of.
     """
     saved = load_peft_weights(str(adapter), device="cpu")
-    loaded = PeftModel.from_pretrained(_load(base, torch.bfloat16), adapter)
+    loaded = PeftModel.from_pretrained(load_plain(base, torch.bfloat16), adapter)
     in_model = {name.replace(".default.", "."): p for name, p in loaded.named_parameters() if ".lora_" in name}
     unused = set(saved) ^ set(in_model)
     unused |= {name for name in saved.keys() & in_model if not torch.equal(saved[name], in_model[name].to(saved[name]))}
     del loaded, in_model
 
     tuned = tuned.to("cpu").float()
-    tuned_f32 = _logits(tuned, input_ids)
+    tuned_f32 = logits(tuned, input_ids)
     oracle = PeftModel.from_pretrained(_with_rounded_weights(base, tuned), adapter)
-    theirs_f32 = _logits(oracle, input_ids)
+    theirs_f32 = logits(oracle, input_ids)
     oracle.get_base_model().set_experts_implementation("eager")  # the only one that computes in float64
-    exact = _logits(oracle.double(), input_ids)
+    exact = logits(oracle.double(), input_ids)
     return [
         Proof("plain PEFT loads every adapter key on the bf16 base", len(unused), 0, "keys unused", "all must be used"),
         Proof(
             "logits equal plain PEFT on the NF4-rounded weights",
-            _distance(tuned_f32, exact),
-            SLACK * _distance(theirs_f32, exact),
+            distance(tuned_f32, exact),
+            SLACK * distance(theirs_f32, exact),
             "largest difference from float64",
             f"{SLACK:g} x the float32 rounding error of PEFT itself",
         ),
@@ -117,17 +117,17 @@ def prove_merge(base: Path, adapter: Path, merged: Path, input_ids: Tensor) -> l
         merged: The merged checkpoint.
         input_ids: ``[B, S]`` tokens to compute logits of.
     """
-    oracle = PeftModel.from_pretrained(_load(base, torch.float32), adapter)
-    unmerged = _logits(oracle, input_ids)
+    oracle = PeftModel.from_pretrained(load_plain(base, torch.float32), adapter)
+    unmerged = logits(oracle, input_ids)
     touched = {name.partition(".lora_")[0] for name in load_peft_weights(str(adapter), device="cpu")}
     touched = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in touched}
     theirs = oracle.merge_and_unload()
-    ours = _load(merged, torch.float32)
+    ours = load_plain(merged, torch.float32)
     farthest = _half_steps_apart(ours, theirs, touched)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(parameter.bfloat16())
-    rounded, got = _logits(theirs, input_ids), _logits(ours, input_ids)
+    rounded, got = logits(theirs, input_ids), logits(ours, input_ids)
     return [
         Proof(
             "untouched tensors are byte-identical to the base",
@@ -145,15 +145,16 @@ def prove_merge(base: Path, adapter: Path, merged: Path, input_ids: Tensor) -> l
         ),
         Proof(
             "logits of the merged checkpoint equal plain PEFT on the bf16 base",
-            _distance(got, unmerged),
-            1.05 * _distance(rounded, unmerged),
+            distance(got, unmerged),
+            1.05 * distance(rounded, unmerged),
             "largest difference",
             "what rounding PEFT's own merge to bf16 costs, and 5 % for sums in another order",
         ),
     ]
 
 
-def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_plain(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A checkpoint in plain transformers, on the CPU."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     if not takes_grouped_mm(p for name, p in model.named_parameters() if name.endswith(STACKS)):
         model.set_experts_implementation("eager")
@@ -161,18 +162,20 @@ def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _logits(model: Any, input_ids: Tensor) -> Tensor:
+def logits(model: Any, input_ids: Tensor) -> Tensor:
+    """Logits ``[B, S, V]`` in float64."""
     return model.eval()(input_ids=input_ids, use_cache=False).logits.double()
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors."""
     return (a - b).abs().max().item()
 
 
 @torch.no_grad()
 def _with_rounded_weights(base: Path, packed: PeftModel) -> PreTrainedModel:
     """An ordinary float32 model that holds the values a packed model restores."""
-    plain = _load(base, torch.float32)
+    plain = load_plain(base, torch.float32)
     for path, module in packed.get_base_model().named_modules():
         if isinstance(module, PackedModule):
             target = plain.get_submodule(path.replace(".base_layer", ""))
@@ -201,7 +204,7 @@ def _half_steps_apart(ours: Any, theirs: Any, touched: set[str]) -> float:
 def _changed_tensors(base: Path, merged: Path, touched: set[str]) -> Iterator[str]:
     """Tensors that no delta belongs to and that are not byte-identical, and names on disk that are gone or new."""
     yield from _names_on_disk(base) ^ _names_on_disk(merged)
-    before, after = _load(base, "auto").state_dict(), _load(merged, "auto").state_dict()
+    before, after = load_plain(base, "auto").state_dict(), load_plain(merged, "auto").state_dict()
     for name, tensor in before.items():
         if name.rpartition(".")[0] not in touched and not _same_bytes(tensor, after[name]):
             yield name

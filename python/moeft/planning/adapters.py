@@ -27,6 +27,15 @@ def adapter_parameters(weights: Sequence[Weight], family: Family, lora: Lora) ->
     return found
 
 
+def subspace_bytes(weights: Sequence[Weight], family: Family, lora: Lora, rank: int) -> int:
+    """Bytes of the bases U and V, in float32, that ``protection`` holds beside the factors of every adapted weight.
+
+    A matrix ``[F, K]`` has at most ``min(F, K)`` directions, a stack that many for each expert.
+    """
+    found = [weight for target in lora.targets for weight in adapted(weights, family, target)]
+    return 4 * sum(_factors(weight, min(rank, *weight.shape[-2:])) for weight in found)
+
+
 def rank_of(lora: Lora, target: str, name: str = "") -> int:
     """Rank of the adapter of one weight, or of a target."""
     own = getattr(lora, "ranks", {})

@@ -8,7 +8,7 @@ from typing import Any
 
 from moeft.config.sft import Lora
 from moeft.planning import activations, host, transients
-from moeft.planning.adapters import adapter_parameters, optimizer_bytes, rank_of
+from moeft.planning.adapters import adapter_parameters, optimizer_bytes, rank_of, subspace_bytes
 from moeft.planning.devices import Device
 from moeft.planning.layers import Layer, decoder_layers, traits_of
 from moeft.planning.model import Model
@@ -113,6 +113,10 @@ class Forecast:
         yield PlanRow("gradients", dtype, trained * size, f"of {trained:,} trained parameters")
         per_parameter, source = optimizer_bytes(settings.optimizer)
         yield PlanRow("optimizer state", settings.optimizer, round(trained * per_parameter), source)
+        if settings.protected_rank is not None:
+            size = subspace_bytes(self.weights, family, settings.lora, settings.protected_rank)
+            source = f"U and V of rank {settings.protected_rank} for every adapted matrix"
+            yield PlanRow("instruct subspace", "float32", size, source)
 
     def step_rows(self) -> Iterator[PlanRow]:
         """Rows of what a micro-batch needs."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from moeft.config.protection import Protection
 from moeft.config.sft import Lora, Quantization, SftRecipe
 from moeft.errors import RecipeError
 
@@ -29,6 +32,7 @@ class Settings:
         offload: Whether activations wait for backward in host memory.
         checkpointing: "none", "full" or "keep_norm_inputs".
         optimizer: Name as in ``TrainingArguments.optim``.
+        protected_rank: Directions of the instruct subspace that ``protection`` holds for every matrix; None without it.
     """
 
     quantization: Quantization | None = field(default_factory=Quantization)
@@ -41,6 +45,7 @@ class Settings:
     offload: bool = False
     checkpointing: str = "full"
     optimizer: str = TRANSFORMERS_OPTIMIZER
+    protected_rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.checkpointing not in CHECKPOINTING:
@@ -92,7 +97,24 @@ def read_settings(recipe: str | Path | SftRecipe | Settings | None) -> Settings:
         offload=bool(_asked(recipe, "activation_offload", False)),
         checkpointing=_checkpointing(recipe),
         optimizer=str(training.get("optim", TRANSFORMERS_OPTIMIZER)),
+        protected_rank=_protected_rank(recipe.protection),
     )
+
+
+def _protected_rank(protection: Protection | None) -> int | None:
+    """The rank that a recipe names, or that of its file."""
+    if protection is None or protection.strength == 0:
+        return None
+    if protection.rank is not None:
+        return protection.rank
+    try:
+        with safe_open(protection.subspace, "numpy") as file:
+            return int((file.metadata() or {})["rank"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise RecipeError(
+            f"{protection.subspace} does not say its rank ({error}); make it with `moeft subspace`, or set "
+            "protection.rank"
+        ) from error
 
 
 def _checkpointing(recipe: SftRecipe) -> str:

@@ -33,6 +33,10 @@ pub struct Arguments {
     /// Cut the output into files of at most this size: 5GB, 512MiB, or bytes. The files of the base if not given.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub max_shard_size: Option<u64>,
+    /// Afterwards, compute tensors and logits of the merge once more with PyTorch, and fail where they differ by more than
+    /// rounding explains. A finished DIR is verified as it is. Only `moeft merge` of the Python package can.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub verify: bool,
     /// Print a completion script for this shell and stop.
     #[arg(long, value_name = "SHELL", exclusive = true)]
     pub completions: Option<clap_complete::Shell>,

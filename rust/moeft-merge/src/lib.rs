@@ -10,23 +10,45 @@ mod text;
 use std::ffi::OsString;
 use std::io::Write;
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, FromArgMatches};
-use moeft_core::merge::{merge, outline, Options, Recipe};
+use moeft_core::merge::{merge, outline, Options, Recipe, MANIFEST};
 use moeft_core::parallel::{threads, with_threads};
 use moeft_core::{checkpoint::CheckpointError, Error};
 
 use arguments::Arguments;
 use bar::Bar;
 
-/// Runs the command and returns its exit code.
+/// What the command did.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Its exit code.
+    pub code: u8,
+    /// What the caller is asked to verify.
+    pub verify: Option<Verify>,
+}
+
+/// A merge that is to be verified.
+#[derive(Debug)]
+pub struct Verify {
+    /// Recipe file.
+    pub recipe: PathBuf,
+    /// Folder of the merged checkpoint.
+    pub out: PathBuf,
+    /// Whether the answer is to be JSON.
+    pub json: bool,
+}
+
+/// Runs the command.
 ///
 /// # Arguments
 /// * `name`: the command as it was called, for messages.
 /// * `words`: what followed the name.
+/// * `can_verify`: whether the caller does what [`Outcome::verify`] asks for.
 /// * `stop`: asked often; `true` stops the merge so that it can go on later.
-pub fn run(name: &'static str, words: Vec<OsString>, stop: &mut dyn FnMut() -> bool) -> u8 {
+pub fn run(name: &'static str, words: Vec<OsString>, can_verify: bool, stop: &mut dyn FnMut() -> bool) -> Outcome {
+    let failed = |code| Outcome { code, verify: None };
     let command = Arguments::command().name(name).bin_name(name);
     let matches = command.clone().try_get_matches_from(std::iter::once(OsString::from(name)).chain(words));
     let arguments = match matches.and_then(|matches| Arguments::from_arg_matches(&matches)) {
@@ -34,9 +56,15 @@ pub fn run(name: &'static str, words: Vec<OsString>, stop: &mut dyn FnMut() -> b
         Err(error) => {
             // A closed pipe is no reason to fail.
             let _ = error.print();
-            return if error.use_stderr() { 2 } else { 0 };
+            return failed(if error.use_stderr() { 2 } else { 0 });
         }
     };
+    if arguments.verify && !can_verify {
+        eprintln!(
+            "{name}: --verify runs the models, which needs the Python package: moeft merge RECIPE --out DIR --verify"
+        );
+        return failed(2);
+    }
     let printed = match (arguments.completions, arguments.man) {
         (Some(shell), _) => {
             let mut script = Vec::new();
@@ -52,13 +80,17 @@ pub fn run(name: &'static str, words: Vec<OsString>, stop: &mut dyn FnMut() -> b
             Ok(text) => format!("{text}\n").into_bytes(),
             Err(error) => {
                 eprintln!("{name}: {error}");
-                return exit_code(&error);
+                return failed(exit_code(&error));
             }
         },
     };
     let mut output = std::io::stdout().lock();
     let _ = output.write_all(&printed).and_then(|()| output.flush());
-    0
+    let verify = match (arguments.recipe, arguments.out) {
+        (Some(recipe), Some(out)) if arguments.verify => Some(Verify { recipe, out, json: arguments.json }),
+        _ => None,
+    };
+    Outcome { code: 0, verify }
 }
 
 /// Merges, or plans to, and returns what is to be printed.
@@ -74,6 +106,11 @@ fn act(arguments: &Arguments, stop: &mut dyn FnMut() -> bool) -> Result<String, 
             return Ok(if arguments.json { serde_json::json!(outline).to_string() } else { text::outline(&outline) });
         }
         let out = arguments.out.as_deref().expect("clap asked for it");
+        if arguments.verify && out.join(MANIFEST).is_file() {
+            let (path, found) = (out.display().to_string(), "merged before");
+            let json = || serde_json::json!({"out": path, "found": found}).to_string();
+            return Ok(if arguments.json { json() } else { format!("{path} was {found}") });
+        }
         let report = merge(recipe, out, options, &mut Bar::new(!arguments.quiet, stop))?;
         Ok(if arguments.json { serde_json::json!(report).to_string() } else { text::report(&report) })
     })

@@ -12,5 +12,5 @@ fn main() -> ExitCode {
     // Without a handler the process dies at once, and what is finished is kept all the same.
     let _ = ctrlc::set_handler(|| STOPPED.store(true, Ordering::Relaxed));
     let words = std::env::args_os().skip(1).collect();
-    moeft_merge::run("moeft-merge", words, &mut || STOPPED.load(Ordering::Relaxed)).into()
+    moeft_merge::run("moeft-merge", words, false, &mut || STOPPED.load(Ordering::Relaxed)).code.into()
 }

@@ -6,9 +6,9 @@ use moeft_core::merge::{BaseCheck, MergeReport, Outline};
 
 /// What a merge did.
 pub fn report(report: &MergeReport) -> String {
-    let resumed = match report.shards_resumed {
+    let resumed = match report.bytes_resumed {
         0 => String::new(),
-        count => format!(" ({count} files from an interrupted run)"),
+        bytes => format!(" ({:.3} GB of it by an interrupted run)", bytes as f64 / 1e9),
     };
     let (gigabytes, out) = (report.bytes as f64 / 1e9, report.out.display());
     let mut lines = vec![

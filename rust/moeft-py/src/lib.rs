@@ -40,7 +40,7 @@ mod _core {
     #[pymodule_export]
     use super::isa::{has_bf16_instructions, instruction_set};
     #[pymodule_export]
-    use super::merge::{merge_checkpoint, merge_command, plan_merge};
+    use super::merge::{check_merge, merge_checkpoint, merge_command, plan_merge};
     #[pymodule_export]
     use super::nf4::{nf4_dequantize, nf4_first_non_finite, nf4_nest, nf4_quantize, nf4_unnest};
     #[pymodule_export]

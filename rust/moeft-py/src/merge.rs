@@ -37,6 +37,12 @@ pub fn merge_checkpoint(
     Ok(json!(report).to_string())
 }
 
+/// Refuses a recipe that cannot be used, without looking at its inputs.
+#[pyfunction]
+pub fn check_merge(recipe: &str, folder: PathBuf) -> PyResult<()> {
+    Recipe::parse(recipe, &folder).map(drop).into_py()
+}
+
 /// Says what a merge would do, as JSON.
 #[pyfunction]
 #[pyo3(signature = (recipe, folder, max_shard_bytes=None))]
@@ -46,9 +52,10 @@ pub fn plan_merge(py: Python<'_>, recipe: &str, folder: PathBuf, max_shard_bytes
     Ok(json!(outline).to_string())
 }
 
-/// Runs the `moeft-merge` command on these words, under the name `moeft merge`; returns its exit code.
+/// Runs the `moeft-merge` command on these words, under the name `moeft merge`; returns its exit code and, if the merge is
+/// to be verified, recipe, folder, and whether the answer is to be JSON.
 #[pyfunction]
-pub fn merge_command(py: Python<'_>, words: Vec<OsString>) -> PyResult<u8> {
+pub fn merge_command(py: Python<'_>, words: Vec<OsString>) -> PyResult<(u8, Option<(PathBuf, PathBuf, bool)>)> {
     let (mut last, mut raised) = (Instant::now(), None);
     let mut stop = || {
         if last.elapsed() >= INTERVAL {
@@ -57,10 +64,10 @@ pub fn merge_command(py: Python<'_>, words: Vec<OsString>) -> PyResult<u8> {
         }
         raised.is_some()
     };
-    let code = py.detach(|| moeft_merge::run("moeft merge", words, &mut stop));
+    let outcome = py.detach(|| moeft_merge::run("moeft merge", words, true, &mut stop));
     match raised {
         // The command has said so, with the exit code of an interrupt.
         Some(error) if !error.is_instance_of::<pyo3::exceptions::PyKeyboardInterrupt>(py) => Err(error),
-        _ => Ok(code),
+        _ => Ok((outcome.code, outcome.verify.map(|verify| (verify.recipe, verify.out, verify.json)))),
     }
 }

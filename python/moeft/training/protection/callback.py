@@ -50,7 +50,8 @@ class SubspaceProtection(TrainerCallback):
         self.settings = settings
         self.events = events
         file = SubspaceFile(settings.subspace)
-        _check_base(model, file)
+        if not settings.derived:
+            _check_base(model, file)
         rank = file.rank if settings.rank is None else settings.rank
         if rank > file.rank:
             raise ValueError(f"rank is {rank}, but {file.path} holds {file.rank} directions; make it anew for more")
@@ -143,7 +144,8 @@ def _check_base(model: Any, file: SubspaceFile) -> None:
     if actual and actual != file.base_fingerprint:
         raise CheckpointError(
             f"{file.path} is of an instruct model with fingerprint {file.base_fingerprint}, but the model to train has "
-            f"{actual}; make the file from this model and the one it was tuned from"
+            f"{actual}; make the file from this model and the one it was tuned from, or set protection.derived if this "
+            "model was made from that one"
         )
 
 

@@ -53,8 +53,6 @@ pub enum CheckpointError {
     Locked { path: PathBuf },
     #[error("{} holds an interrupted run of another plan: the recipe, the options or an input changed; delete that folder to start over", path.display())]
     PlanChanged { path: PathBuf },
-    #[error("{} was written by an interrupted run and changed since; delete the folder {} to start over", path.display(), folder.display())]
-    ShardChanged { path: PathBuf, folder: PathBuf },
     #[error("{} needs {needed} more bytes but its disk has {available} free; free {} bytes or choose another disk", path.display(), needed - available)]
     NoSpace { path: PathBuf, needed: u64, available: u64 },
 }

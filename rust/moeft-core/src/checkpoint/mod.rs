@@ -7,9 +7,11 @@ mod fingerprint;
 pub mod folder;
 mod header;
 mod journal;
+mod keeper;
 mod metadata;
 mod reader;
 pub mod stage;
+mod staged_file;
 mod writer;
 
 pub(crate) use disk::{free_bytes, sync_folder};
@@ -19,6 +21,7 @@ pub use fingerprint::fingerprint;
 pub use header::{Header, TensorInfo};
 pub use metadata::stamp;
 pub use reader::{Checkpoint, Shard, Tensor, INDEX, SINGLE};
+pub use staged_file::StagedFile;
 pub(crate) use writer::start_writeback;
 pub use writer::{checksum, ShardWriter, TensorSpec, CHUNK_BYTES};
 

@@ -1,17 +1,18 @@
 //! Builds an output folder beside its final name: locked, journalled, resumable, published by one rename.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::disk::{free_bytes, is_empty, sync_folder};
 use super::fingerprint::hex;
-use super::journal::{Entry, Journal};
-use super::{checksum, Checkpoint, CheckpointError, Header, ShardWriter};
+use super::journal::{Journal, Marks};
+use super::keeper::Keeper;
+use super::staged_file::StagedFile;
+use super::{Checkpoint, CheckpointError, Header};
 use crate::progress::Progress;
 use crate::{Error, Result};
 
@@ -36,15 +37,20 @@ pub fn plan_hash<'a>(plan: &impl Serialize, inputs: impl IntoIterator<Item = &'a
     Ok(hex(&hash.finalize()))
 }
 
+/// Written bytes are brought to the disk and journalled about so many times in a run, so a kill costs little of it.
+const KEEPS: u64 = 32;
+/// But not in smaller steps than this, and not in larger ones.
+const KEEP_BYTES: (u64, u64) = (1 << 20, 64 << 20);
+
 /// What [`Stage::write_files`] did.
-#[derive(Debug)]
-pub struct Written<R> {
-    /// The part of the report of each file, in order.
-    pub reports: Vec<R>,
+#[derive(Debug, Default)]
+pub struct Written {
     /// Checksum of each file, by name.
     pub checksums: BTreeMap<String, String>,
     /// Files that an earlier run had finished.
-    pub resumed: u64,
+    pub shards_resumed: u64,
+    /// Bytes of tensors that an earlier run had written.
+    pub bytes_resumed: u64,
 }
 
 /// A folder `OUT.partial` that becomes `OUT`.
@@ -53,7 +59,7 @@ pub struct Stage {
     out: PathBuf,
     folder: PathBuf,
     journal: Journal,
-    finished: HashMap<String, Entry>,
+    marks: Marks,
     // Held until the stage is dropped; the system releases it when the process dies.
     _lock: File,
 }
@@ -84,8 +90,8 @@ impl Stage {
         if recorded.plan.as_deref().is_some_and(|earlier| earlier != plan) {
             return Err(CheckpointError::PlanChanged { path: folder }.into());
         }
-        let journal = Journal::start(&journal_path, plan, recorded.entries.values().cloned())?;
-        Ok(Self { out: out.into(), folder, journal, finished: recorded.entries, _lock: lock })
+        let journal = Journal::start(&journal_path, plan, &recorded.marks)?;
+        Ok(Self { out: out.into(), folder, journal, marks: recorded.marks, _lock: lock })
     }
 
     /// Where the file `name` is to be written.
@@ -93,73 +99,67 @@ impl Stage {
         self.folder.join(name)
     }
 
-    /// Writes every file that an earlier run did not finish, and checks those that it did.
+    /// Writes what an earlier run did not write, after checking what it did.
     ///
     /// # Arguments
     /// * `files`: name and header of each.
-    /// * `write`: fills one file and returns its part of the report, which the journal keeps.
+    /// * `write`: fills what is not filled of one file, marking the places from which it could go on. It is called for
+    ///   every file, finished ones included.
     ///
     /// # Errors
-    /// [`CheckpointError::NoSpace`] before the first byte; [`CheckpointError::ShardChanged`]; [`Error::Io`]; what
-    /// `write` and `progress` return.
-    pub fn write_files<R: Serialize + DeserializeOwned>(
+    /// [`CheckpointError::NoSpace`] before the first byte; [`Error::Io`]; what `write` and `progress` return. What was
+    /// marked before the error is kept.
+    pub fn write_files(
         &mut self,
         files: Vec<(String, Header)>,
         progress: &mut dyn Progress,
-        mut write: impl FnMut(&str, &mut ShardWriter, &mut dyn Progress) -> Result<R>,
-    ) -> Result<Written<R>> {
+        mut write: impl FnMut(&str, &mut StagedFile<'_>, &mut dyn Progress) -> Result<()>,
+    ) -> Result<Written> {
         self.reserve(&files)?;
-        progress.start(files.iter().flat_map(|(_, header)| &header.tensors).map(|tensor| tensor.bytes).sum());
-        let reports = Vec::with_capacity(files.len());
-        let mut written = Written { reports, checksums: BTreeMap::new(), resumed: 0 };
-        for (name, header) in files {
-            if let Some(entry) = self.finished.get(&name) {
-                written.reports.push(self.verify(&name, progress)?);
-                written.checksums.insert(name, entry.checksum.clone());
-                written.resumed += 1;
-                continue;
-            }
-            let mut writer = ShardWriter::create(&self.path(&name), header)?;
-            let report = write(&name, &mut writer, progress)?;
-            let entry = Entry {
-                shard: name,
-                checksum: writer.finish()?,
-                report: serde_json::to_value(&report).expect("reports are plain data"),
-            };
-            self.journal.add(&entry)?;
-            written.reports.push(report);
-            written.checksums.insert(entry.shard, entry.checksum);
-        }
-        Ok(written)
+        let total = files.iter().flat_map(|(_, header)| &header.tensors).map(|tensor| tensor.bytes).sum::<u64>();
+        progress.start(total);
+        let keep_every = (total / KEEPS).clamp(KEEP_BYTES.0, KEEP_BYTES.1);
+        let Self { folder, journal, marks, .. } = self;
+        std::thread::scope(|scope| {
+            let keeper = Keeper::start(scope, journal);
+            let written = files.into_iter().try_fold(Written::default(), |mut written, (name, header)| {
+                let path = folder.join(&name);
+                let mut file = StagedFile::open(&path, header, marks.get(&name), &keeper, keep_every, progress)?;
+                written.bytes_resumed += file.resumed();
+                written.shards_resumed += u64::from(file.resumed() > 0 && file.is_full());
+                let result = write(&name, &mut file, progress);
+                let is_kept = file.keep()?;
+                result?;
+                if is_kept {
+                    written.checksums.insert(name, file.checksum());
+                    Ok(written)
+                } else {
+                    Err(Error::Interrupted)
+                }
+            });
+            // An error of the keeper is the cause of the other, if there are two.
+            keeper.finish()?;
+            written
+        })
     }
 
-    /// Makes sure that the disk can take what is missing, after removing what is unfinished.
+    /// Makes sure that the disk can take what is missing, after removing what no mark speaks of.
     fn reserve(&self, files: &[(String, Header)]) -> Result<()> {
         let mut needed = 0;
-        for (name, header) in files.iter().filter(|(name, _)| !self.finished.contains_key(name)) {
+        for (name, header) in files {
             let path = self.path(name);
-            if path.exists() {
+            let marked = self.marks.get(name).filter(|_| path.exists());
+            if marked.is_none() && path.exists() {
                 fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             }
-            needed += header.file_bytes();
+            let there = marked.into_iter().flat_map(|marks| marks.values()).map(|mark| mark.bytes).sum();
+            needed += header.file_bytes().saturating_sub(there);
         }
         let available = free_bytes(&self.folder)?;
         if available < needed {
             return Err(CheckpointError::NoSpace { path: self.folder.clone(), needed, available }.into());
         }
         Ok(())
-    }
-
-    /// Checks that a finished file is still what was written, and returns its part of the report.
-    fn verify<R: DeserializeOwned>(&self, name: &str, progress: &mut dyn Progress) -> Result<R> {
-        let (entry, path) = (&self.finished[name], self.path(name));
-        let report = match checksum(&path, progress) {
-            Err(Error::Interrupted) => return Err(Error::Interrupted),
-            Ok(found) if found == entry.checksum => serde_json::from_value(entry.report.clone()).ok(),
-            Ok(_) | Err(_) => None,
-        };
-        // A journal whose line was damaged is no better than a damaged file.
-        report.ok_or_else(|| CheckpointError::ShardChanged { path, folder: self.folder.clone() }.into())
     }
 
     /// Gives the folder its final name.

@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::header::{Header, TensorInfo, LENGTH_BYTES};
 use super::reader::Shard;
+use super::staged_file::hex;
 use super::{CheckpointError, Dtype};
 use crate::progress::Progress;
 use crate::{Error, Result};
@@ -105,6 +106,51 @@ impl ShardWriter {
         Ok(Self { path: path.into(), file, header, slots, filled, dirty_bytes: 0 })
     }
 
+    /// Goes on with an open file whose header is written.
+    ///
+    /// # Arguments
+    /// * `found`: the bytes that are there, by tensor, and their hash.
+    pub(super) fn resume(path: &Path, file: File, header: Header, mut found: HashMap<String, (u64, Xxh3)>) -> Self {
+        let slots = header.tensors.iter().enumerate().map(|(slot, tensor)| (tensor.name.clone(), slot)).collect();
+        let filled =
+            header.tensors.iter().map(|tensor| found.remove(&tensor.name).unwrap_or((0, Xxh3::new()))).collect();
+        Self { path: path.into(), file, header, slots, filled, dirty_bytes: 0 }
+    }
+
+    /// How much of a tensor is written.
+    pub fn filled(&self, name: &str) -> u64 {
+        self.filled[self.slots[name]].0
+    }
+
+    /// How much of all tensors is written.
+    pub(super) fn filled_bytes(&self) -> u64 {
+        self.filled.iter().map(|(filled, _)| filled).sum()
+    }
+
+    /// Whether every tensor is written.
+    pub fn is_full(&self) -> bool {
+        self.header.tensors.iter().zip(&self.filled).all(|(tensor, (filled, _))| *filled == tensor.bytes)
+    }
+
+    /// Digest of what is written of a tensor.
+    pub(super) fn digest(&self, name: &str) -> String {
+        hex(&self.filled[self.slots[name]].1)
+    }
+
+    /// Starts a tensor over.
+    pub(super) fn restart(&mut self, name: &str) {
+        self.filled[self.slots[name]] = (0, Xxh3::new());
+    }
+
+    /// Another handle of the file, and its path.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(super) fn handle(&self) -> Result<(File, PathBuf)> {
+        let file = self.file.try_clone().map_err(Error::io("open", &self.path))?;
+        Ok((file, self.path.clone()))
+    }
+
     /// Writes the next bytes of a tensor.
     ///
     /// # Errors
@@ -149,11 +195,19 @@ impl ShardWriter {
     /// # Panics
     /// If a tensor is not filled: our own mistake.
     pub fn finish(self) -> Result<String> {
+        self.file.sync_all().map_err(Error::io("sync", &self.path))?;
+        Ok(self.checksum())
+    }
+
+    /// Checksum of the whole file, see [`checksum`].
+    ///
+    /// # Panics
+    /// If a tensor is not filled: our own mistake.
+    pub(super) fn checksum(&self) -> String {
         for (tensor, (filled, _)) in self.header.tensors.iter().zip(&self.filled) {
             assert_eq!(*filled, tensor.bytes, "{} is not filled", tensor.name);
         }
-        self.file.sync_all().map_err(Error::io("sync", &self.path))?;
-        Ok(combine(&self.header.raw, self.filled.iter().map(|(_, hash)| hash.digest128())))
+        combine(&self.header.raw, self.filled.iter().map(|(_, hash)| hash.digest128()))
     }
 }
 

@@ -10,7 +10,7 @@ use super::plan::{Output, Plan};
 use super::Direction;
 use crate::checkpoint::folder::{copy_side_files, write_index, Config};
 use crate::checkpoint::stage::{check_output_of, plan_hash, Stage};
-use crate::checkpoint::{Checkpoint, CheckpointError, Header, Shard, ShardWriter, TensorInfo, TensorSpec, SINGLE};
+use crate::checkpoint::{Checkpoint, CheckpointError, Header, Shard, StagedFile, TensorInfo, TensorSpec, SINGLE};
 use crate::families::Family;
 use crate::names::DiskNames;
 use crate::progress::Progress;
@@ -36,6 +36,8 @@ pub struct LayoutReport {
     pub bytes: u64,
     /// Files that an interrupted run had finished.
     pub shards_resumed: u64,
+    /// Bytes that an interrupted run had written, those of finished files included.
+    pub bytes_resumed: u64,
     /// Wall time.
     pub seconds: f64,
 }
@@ -94,7 +96,8 @@ pub fn convert(source: &Path, out: &Path, direction: Direction, progress: &mut d
         tensors_made: plan.outputs.len() as u64,
         tensors_copied: (places.len() - plan.outputs.len()) as u64,
         bytes,
-        shards_resumed: written.resumed,
+        shards_resumed: written.shards_resumed,
+        bytes_resumed: written.bytes_resumed,
         seconds: started.elapsed().as_secs_f64(),
     })
 }
@@ -116,18 +119,17 @@ fn write(
     checkpoint: &Checkpoint,
     outputs: &BTreeMap<&str, &Output>,
     tensor: &TensorInfo,
-    writer: &mut ShardWriter,
+    writer: &mut StagedFile<'_>,
     progress: &mut dyn Progress,
 ) -> Result<()> {
     let name = tensor.name.as_str();
     if let Some(output) = outputs.get(name) {
         let element_bytes = u64::from(output.spec.dtype.bits() / 8);
-        let mut gathers = output.gathers.iter();
-        return gathers.try_for_each(|gather| gather.run(checkpoint, element_bytes, name, writer, progress));
+        let done: usize = writer.state(name).unwrap_or(0);
+        return (done..).zip(&output.gathers[done..]).try_for_each(|(index, gather)| {
+            gather.run(checkpoint, element_bytes, name, writer, progress)?;
+            writer.mark(&[name], index + 1)
+        });
     }
-    let source = checkpoint.get(name).expect("what is not made is copied");
-    source.for_each_chunk(0, tensor.bytes, |_, piece| {
-        writer.append(name, piece)?;
-        progress.advance(piece.len() as u64, name)
-    })
+    writer.copy(checkpoint.get(name).expect("what is not made is copied"), progress)
 }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::arrangement::{Sizes, Strides};
-use crate::checkpoint::{Checkpoint, ShardWriter, Tensor};
+use crate::checkpoint::{Checkpoint, StagedFile, Tensor};
 use crate::progress::Progress;
 use crate::Result;
 
@@ -50,7 +50,7 @@ impl Gather {
         checkpoint: &Checkpoint,
         element_bytes: u64,
         name: &str,
-        writer: &mut ShardWriter,
+        writer: &mut StagedFile<'_>,
         progress: &mut dyn Progress,
     ) -> Result<()> {
         let tensor =

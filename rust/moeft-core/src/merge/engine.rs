@@ -12,10 +12,11 @@ use super::manifest;
 use super::plan::{Action, Job, Plan, Values};
 use super::recipe::Recipe;
 use super::report::{BaseCheck, MergeReport, TensorReport};
+use super::task::Task;
 use crate::adapter::AdapterError;
 use crate::checkpoint::folder::{copy_side_files, write_index, write_json};
 use crate::checkpoint::stage::{check_output_of, plan_hash, Stage};
-use crate::checkpoint::{fingerprint, Checkpoint, Dtype, ShardWriter, CHUNK_BYTES, SINGLE};
+use crate::checkpoint::{fingerprint, Checkpoint, Dtype, StagedFile, CHUNK_BYTES, SINGLE};
 use crate::isa::Isa;
 use crate::parallel::threads;
 use crate::progress::Progress;
@@ -61,10 +62,10 @@ pub fn merge(recipe: Recipe, out: &Path, options: Options, progress: &mut dyn Pr
     let by_name: BTreeMap<&str, &OutputFile<'_>> = files.iter().map(|file| (file.name.as_str(), file)).collect();
     let headers = files.iter().map(|file| (file.name.clone(), file.header.clone())).collect();
     let mut factors = Factors::default();
+    let mut merged: BTreeMap<String, TensorReport> = BTreeMap::new();
     let written = stage.write_files(headers, progress, |name, writer, progress| {
-        write_file(&plan, by_name[name], &mut factors, writer, progress)
+        write_file(&plan, by_name[name], &mut factors, writer, progress, &mut merged)
     })?;
-    let merged: BTreeMap<String, TensorReport> = written.reports.into_iter().flatten().collect();
 
     copy_side_files(&plan.base().path, &stage.path(""))?;
     if let Some(dtype) = plan.recipe.out_dtype {
@@ -84,7 +85,8 @@ pub fn merge(recipe: Recipe, out: &Path, options: Options, progress: &mut dyn Pr
         tensors_merged,
         tensors_copied: tensors - tensors_merged,
         bytes,
-        shards_resumed: written.resumed,
+        shards_resumed: written.shards_resumed,
+        bytes_resumed: written.bytes_resumed,
         seconds: started.elapsed().as_secs_f64(),
         merged,
         base_fingerprint,
@@ -125,19 +127,22 @@ fn write_file(
     plan: &Plan,
     file: &OutputFile<'_>,
     factors: &mut Factors,
-    writer: &mut ShardWriter,
+    writer: &mut StagedFile<'_>,
     progress: &mut dyn Progress,
-) -> Result<BTreeMap<String, TensorReport>> {
-    let mut reports = BTreeMap::new();
+    reports: &mut BTreeMap<String, TensorReport>,
+) -> Result<()> {
     let mut slots: Vec<Slot> = Vec::new();
     for jobs in groups(plan, &file.jobs) {
-        let patches = jobs.iter().flat_map(|(_, job)| patches(job));
+        let tasks = jobs.into_iter().map(|(number, job)| Task::resume(plan, number, job, writer));
+        let (finished, tasks): (Vec<Task<'_>>, _) = tasks.partition(Task::is_finished);
+        reports.extend(finished.into_iter().filter_map(Task::report));
+        let patches = tasks.iter().flat_map(|task| patches(task.job));
         factors.load(&plan.adapters, patches)?;
-        let largest = jobs.iter().map(|(_, job)| slot_bytes(job)).max().unwrap_or(0);
+        let largest = tasks.iter().map(|task| slot_bytes(task.job)).max().unwrap_or(0);
         slots.resize_with(slot_count(largest), Slot::default);
-        write_group(plan, &jobs, factors, &mut slots, writer, progress, &mut reports)?;
+        write_group(plan, tasks, factors, &mut slots, writer, progress, reports)?;
     }
-    Ok(reports)
+    Ok(())
 }
 
 fn patches(job: &Job) -> impl Iterator<Item = &super::adapters::Patch> {

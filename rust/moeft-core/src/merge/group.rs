@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use super::chunk::{copy, Slot, Work};
 use super::factors::Factors;
 use super::kernel::{Gathered, Kernel};
-use super::plan::{Action, Job, Plan};
+use super::plan::{Action, Plan};
 use super::report::TensorReport;
-use crate::checkpoint::{ShardWriter, CHUNK_BYTES};
+use super::task::Task;
+use crate::checkpoint::{StagedFile, CHUNK_BYTES};
 use crate::parallel::{pipeline, threads};
 use crate::progress::Progress;
 use crate::Result;
@@ -15,20 +16,21 @@ use crate::Result;
 /// A chunk of a tensor: the place of the tensor in its group, and the number of the chunk.
 type Item = (usize, usize);
 
-/// Writes the tensors of a group and adds what became of them to `reports`.
+/// Writes what is left of the tensors of a group and adds what became of them to `reports`.
 ///
 /// # Errors
 /// [`crate::Error`] of the first chunk, in order, that failed.
 pub fn write_group(
     plan: &Plan,
-    jobs: &[(u64, &Job)],
+    mut tasks: Vec<Task<'_>>,
     factors: &Factors,
     slots: &mut Vec<Slot>,
-    writer: &mut ShardWriter,
+    writer: &mut StagedFile<'_>,
     progress: &mut dyn Progress,
     reports: &mut BTreeMap<String, TensorReport>,
 ) -> Result<()> {
-    let mut kernels = jobs.iter().map(|(_, job)| plan.kernel(job)).collect::<Result<Vec<_>>>()?;
+    let mut kernels = tasks.iter().map(|task| plan.kernel(task.job)).collect::<Result<Vec<_>>>()?;
+    let jobs: Vec<_> = tasks.iter().map(|task| (task.number, task.job)).collect();
     let work = |place: usize| {
         let (number, job) = jobs[place];
         match &job.action {
@@ -38,13 +40,11 @@ pub fn write_group(
     };
     while gather(&mut kernels, &work, slots, &mut |place| progress.advance(0, &jobs[place].1.name))? {}
 
-    let chunks = |place: usize| match work(place) {
-        Some(work) => work.merge.grid.chunks(),
-        None => plan.tensor(jobs[place].1).info.bytes.div_ceil(CHUNK_BYTES as u64) as usize,
-    };
-    let items: Vec<Item> =
-        (0..jobs.len()).flat_map(|place| (0..chunks(place)).map(move |chunk| (place, chunk))).collect();
-    let mut found = vec![Gathered::default(); jobs.len()];
+    for (task, kernel) in tasks.iter_mut().zip(&kernels) {
+        task.branch = kernel.as_ref().and_then(|kernel| kernel.branch());
+    }
+    let left = |place: usize| (tasks[place].done..tasks[place].chunks).map(move |chunk| (place, chunk));
+    let items: Vec<Item> = (0..tasks.len()).flat_map(left).collect();
     let fill = |item: usize, slot: &mut Slot| {
         let (place, chunk) = items[item];
         match (work(place), &kernels[place]) {
@@ -58,18 +58,12 @@ pub fn write_group(
         let is_copy = kernels[place].is_none() && job.out == tensor.info.dtype;
         let source = is_copy.then(|| (tensor.shard, tensor.info.offset + (chunk * CHUNK_BYTES) as u64));
         writer.append_from(&job.name, &slot.output, source)?;
-        if kernels[place].is_some() {
-            found[place].add(&slot.gathered);
-        }
+        tasks[place].add(&slot.gathered);
+        writer.mark(&[&job.name], tasks[place].state())?;
         progress.advance(slot.output.len() as u64, &job.name)
     };
     pipeline(threads(), slots, items.len(), fill, commit)?;
-    for (place, kernel) in kernels.iter().enumerate() {
-        if let Some(kernel) = kernel {
-            let report = TensorReport::new(kernel.branch(), &found[place]);
-            reports.insert(jobs[place].1.name.clone(), report);
-        }
-    }
+    reports.extend(tasks.into_iter().filter_map(Task::report));
     Ok(())
 }
 

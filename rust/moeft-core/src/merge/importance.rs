@@ -22,11 +22,14 @@ struct File {
 }
 
 impl LayerImportance {
-    /// Reads `{"format": "moeft-layer-importance-v1", "layers": {"0": 0.5, ...}}`; it must name layers `0..layers`.
+    /// Reads `{"format": "moeft-layer-importance-v1", "layers": {"0": 0.5, ...}}` for layers `0..layers`.
+    ///
+    /// # Arguments
+    /// * `missing`: importance, 0 to 1, of layers that the file does not name; without it, the file must name all.
     ///
     /// # Errors
     /// [`CheckpointError::Config`], [`Error::Io`].
-    pub fn read(path: &Path, layers: u64) -> Result<Self> {
+    pub fn read(path: &Path, layers: u64, missing: Option<f64>) -> Result<Self> {
         let invalid = |cause: String| CheckpointError::Config { path: path.into(), cause };
         let text = std::fs::read(path).map_err(Error::io("read", path))?;
         let file: File =
@@ -34,19 +37,29 @@ impl LayerImportance {
         if file.format != FORMAT {
             return Err(invalid(format!("format is {:?}, expected {FORMAT:?}", file.format)).into());
         }
-        let values = (0..layers).map(|layer| match file.layers.get(&layer.to_string()) {
-            Some(value) if value.is_finite() => Ok((layer, *value)),
-            Some(value) => Err(invalid(format!("layer {layer} is {value}, expected a finite number"))),
-            None => Err(invalid(format!("layer {layer} is missing, the base has {layers} layers"))),
-        });
-        let values: BTreeMap<u64, f64> = values.collect::<Result<_, _>>()?;
-        if file.layers.len() as u64 != layers {
-            return Err(invalid(format!("it has {} layers, the base has {layers}", file.layers.len())).into());
+        let mut values = BTreeMap::new();
+        for (name, value) in file.layers {
+            let layer = name.parse().ok().filter(|layer| *layer < layers);
+            let layer = layer.ok_or_else(|| {
+                invalid(format!("it names layer {name:?}, the base has 0 to {}", layers.saturating_sub(1)))
+            })?;
+            if !value.is_finite() {
+                return Err(invalid(format!("layer {layer} is {value}, expected a finite number")).into());
+            }
+            values.insert(layer, value);
+        }
+        let absent: Vec<u64> = (0..layers).filter(|layer| !values.contains_key(layer)).collect();
+        if !absent.is_empty() && missing.is_none() {
+            let advice =
+                "measure them too, or say in the recipe how important they are: missing_layers: 0 for as little \
+                          as the least important layer, up to 1 for as much as the most important one";
+            return Err(invalid(format!("of the {layers} layers of the base, {absent:?} are missing; {advice}")).into());
         }
         let low = values.values().copied().fold(f64::INFINITY, f64::min);
         let high = values.values().copied().fold(f64::NEG_INFINITY, f64::max);
         let scaled = |value: f64| if high > low { (value - low) / (high - low) } else { 0.0 };
-        Ok(Self(values.into_iter().map(|(layer, value)| (layer, scaled(value))).collect()))
+        let measured = values.into_iter().map(|(layer, value)| (layer, scaled(value)));
+        Ok(Self(measured.chain(absent.into_iter().zip(missing.into_iter().cycle())).collect()))
     }
 
     /// Importance of a layer; 0 outside of the layers.

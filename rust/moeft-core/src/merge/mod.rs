@@ -28,6 +28,7 @@ mod select;
 mod setting;
 mod simd;
 mod sources;
+mod task;
 
 pub use adapters::{Delta, Patch};
 pub use engine::{merge, Options};

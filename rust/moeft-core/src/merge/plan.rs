@@ -159,7 +159,8 @@ impl Plan {
         let layers = base.tensors().filter_map(|tensor| names.layer_number(&tensor.info.name)).max();
         let layers = layers.map_or(0, |last| last.saturating_add(1));
         let importance = recipe.layer_importance.as_deref();
-        let importance = importance.map(|path| LayerImportance::read(path, layers)).transpose()?;
+        let importance =
+            importance.map(|path| LayerImportance::read(path, layers, recipe.missing_layers)).transpose()?;
         let patches = (0..adapters.len()).map(|adapter| patches(&names, &adapters, adapter, recipe.rounding));
         let patches = patches.collect::<Result<Vec<_>>>()?;
         let finders = checkpoints.iter().map(|other| Finder::new(&names, &other.checkpoint, &family, &other.config));

@@ -66,6 +66,8 @@ pub struct Recipe {
     pub fisher: Option<PathBuf>,
     /// Importance of layers, JSON.
     pub layer_importance: Option<PathBuf>,
+    /// Importance, 0 to 1, of layers that this file does not name; `None` refuses such a file.
+    pub missing_layers: Option<f64>,
 }
 
 /// Keys by place, for the check that names the nearest one.
@@ -80,6 +82,7 @@ const TOP: &[&str] = &[
     "seed",
     "fisher",
     "layer_importance",
+    "missing_layers",
 ];
 const MODEL: &[&str] = &["model", "adapter", "parameters"];
 
@@ -97,6 +100,7 @@ struct Text {
     seed: u64,
     fisher: Option<PathBuf>,
     layer_importance: Option<PathBuf>,
+    missing_layers: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -185,6 +189,7 @@ fn resolve(text: Text, folder: &Path) -> Result<Recipe, RecipeError> {
         seed: text.seed,
         fisher: text.fisher.map(|path| folder.join(path)),
         layer_importance: text.layer_importance.map(|path| folder.join(path)),
+        missing_layers: text.missing_layers,
     })
 }
 
@@ -209,6 +214,19 @@ fn check_models(recipe: &Recipe) -> Result<(), RecipeError> {
     if spec.adapters_only && recipe.checkpoints().next().is_some() {
         let expected = format!("{{adapter: folder}} for {}; task_arithmetic takes models and adapters", spec.name);
         return Err(RecipeError::value("models", "a whole model", expected));
+    }
+    match recipe.missing_layers {
+        Some(_) if recipe.layer_importance.is_none() => {
+            return Err(RecipeError::value(
+                "missing_layers",
+                "set",
+                "layer_importance beside it, the file of the others",
+            ));
+        }
+        Some(value) if !(0.0..=1.0).contains(&value) => {
+            return Err(RecipeError::value("missing_layers", value, "a number from 0 to 1"));
+        }
+        _ => {}
     }
     let files = [("fisher", &recipe.fisher), ("layer_importance", &recipe.layer_importance)];
     match files.into_iter().find(|(_, file)| file.is_some() && !spec.importance) {

@@ -64,6 +64,8 @@ pub struct MergeReport {
     pub bytes: u64,
     /// Files that an interrupted run had finished.
     pub shards_resumed: u64,
+    /// Bytes that an interrupted run had written, those of finished files included.
+    pub bytes_resumed: u64,
     /// Wall time.
     pub seconds: f64,
     /// Every tensor that was computed.

@@ -12,7 +12,7 @@ use super::{Options, QUANT_METHOD};
 use crate::checkpoint::folder::{copy_side_files, write_index, write_json, Config};
 use crate::checkpoint::stage::{check_output_of, plan_hash, Stage};
 use crate::checkpoint::{
-    fingerprint, unravel, Checkpoint, CheckpointError, Header, ShardWriter, Tensor, TensorSpec, SINGLE,
+    fingerprint, unravel, Checkpoint, CheckpointError, Header, StagedFile, Tensor, TensorSpec, SINGLE,
 };
 use crate::families::Family;
 use crate::float::{decode, first_non_finite};
@@ -88,7 +88,8 @@ pub fn quantize(source: &Path, out: &Path, options: &Options, progress: &mut dyn
         total: Bytes { before: checkpoint.bytes(), after: bytes },
         weights_packed: packed as u64,
         tensors_copied: (plan.jobs.len() - packed) as u64,
-        shards_resumed: written.resumed,
+        shards_resumed: written.shards_resumed,
+        bytes_resumed: written.bytes_resumed,
         seconds: started.elapsed().as_secs_f64(),
         base_fingerprint,
     })
@@ -133,7 +134,7 @@ fn run(
     job: &Job,
     checkpoint: &Checkpoint,
     options: &Options,
-    writer: &mut ShardWriter,
+    writer: &mut StagedFile<'_>,
     progress: &mut dyn Progress,
 ) -> Result<()> {
     let tensor = |name: &String| checkpoint.get(name).expect("the plan names only what the checkpoint holds");
@@ -142,13 +143,7 @@ fn run(
             let sources: Vec<Tensor<'_>> = packing.sources.iter().map(tensor).collect();
             pack(packing, &sources, options, writer, progress)
         }
-        Job::Copy(spec) => {
-            let tensor = tensor(&spec.name);
-            tensor.for_each_chunk(0, tensor.info.bytes, |_, piece| {
-                writer.append(&spec.name, piece)?;
-                progress.advance(piece.len() as u64, &spec.name)
-            })
-        }
+        Job::Copy(spec) => writer.copy(tensor(&spec.name), progress),
     }
 }
 
@@ -156,13 +151,19 @@ fn pack(
     packing: &Packing,
     sources: &[Tensor<'_>],
     options: &Options,
-    writer: &mut ShardWriter,
+    writer: &mut StagedFile<'_>,
     progress: &mut dyn Progress,
 ) -> Result<()> {
     let name = |suffix: &str| format!("{}.{suffix}", packing.name);
     let (packed_name, absmax_name) = (name("packed"), name("absmax"));
+    let outputs: Vec<String> = packing.outputs(options).into_iter().map(|spec| spec.name).collect();
+    let outputs: Vec<&str> = outputs.iter().map(String::as_str).collect();
+    let first = packed_groups(&outputs, writer);
+    if first == packing.groups() {
+        return Ok(());
+    }
     let (mut packed, mut absmax, mut values) = (Vec::new(), Vec::new(), Vec::new());
-    for group in 0..packing.groups() {
+    for group in first..packing.groups() {
         let mut quantizer = GroupQuantizer::new(packing.group_len as usize, options.block_size)?;
         for (source, start, bytes) in segments(packing, sources, group) {
             let dtype = source.info.dtype;
@@ -187,6 +188,7 @@ fn pack(
         if !options.double_quant {
             write_f32(&absmax_name, &absmax, writer, progress)?;
             absmax.clear();
+            writer.mark(&outputs, group + 1)?;
         }
     }
     if options.double_quant {
@@ -197,8 +199,21 @@ fn pack(
         progress.advance(codes.len() as u64, &packing.name)?;
         write_f32(&name("nested_absmax"), &nested, writer, progress)?;
         write_f32(&name("nested_offset"), &[offset], writer, progress)?;
+        writer.mark(&outputs, packing.groups())?;
     }
     Ok(())
+}
+
+/// Groups that an earlier run had packed, if it says so of every output of the weight; else all start over.
+fn packed_groups(outputs: &[&str], writer: &mut StagedFile<'_>) -> u64 {
+    let states: Vec<Option<u64>> = outputs.iter().map(|output| writer.state(output)).collect();
+    match states[0] {
+        Some(groups) if states.iter().all(|state| *state == Some(groups)) => groups,
+        _ => {
+            outputs.iter().for_each(|output| writer.restart(output));
+            0
+        }
+    }
 }
 
 /// The pieces of the sources that make up one group: tensor, first byte, bytes.
@@ -211,7 +226,7 @@ fn segments<'s, 'a>(packing: &Packing, sources: &'s [Tensor<'a>], group: u64) ->
     sources[group as usize * parts..][..parts].iter().map(|tensor| (tensor, 0, tensor.info.bytes)).collect()
 }
 
-fn write_f32(name: &str, values: &[f32], writer: &mut ShardWriter, progress: &mut dyn Progress) -> Result<()> {
+fn write_f32(name: &str, values: &[f32], writer: &mut StagedFile<'_>, progress: &mut dyn Progress) -> Result<()> {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     writer.append(name, &bytes)?;
     progress.advance(bytes.len() as u64, name)

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use moeft_core::checkpoint::folder::Config;
 use moeft_core::checkpoint::stage::Stage;
-use moeft_core::checkpoint::{checksum, Checkpoint, CheckpointError, Dtype, Header, TensorSpec};
+use moeft_core::checkpoint::{Checkpoint, CheckpointError, Dtype, Header, StagedFile, TensorSpec};
 use moeft_core::families::Family;
 use moeft_core::gguf;
 use moeft_core::layout::{self, Direction};
@@ -123,17 +123,21 @@ pub fn journal(bytes: &[u8]) -> bool {
     fs::create_dir_all(&private).unwrap();
     fs::write(private.join("journal.jsonl"), bytes).unwrap();
     save(&folder.join("out.partial/a.safetensors"), WEIGHTS);
-    let resume = || -> Result<()> {
+    let resume = || -> Result<bool> {
         let mut stage = Stage::open(&folder.join("out"), "plan")?;
-        let file = ("a.safetensors".to_string(), parse_json(&json_bytes(header_json("weights"))).unwrap().0);
+        let file = ("a.safetensors".to_string(), layout(WEIGHTS));
+        let mut resumed = false;
         let written = stage.write_files(vec![file], &mut Silent, |_, writer, _| {
-            WEIGHTS.iter().try_for_each(|(name, shape)| writer.append(name, &zeros(shape)))?;
-            Ok(BTreeMap::from([("layers".to_string(), 1u64)]))
+            resumed = writer.state::<u64>(WEIGHTS[0].0).is_some();
+            WEIGHTS.iter().try_for_each(|(name, shape)| {
+                writer.restart(name);
+                writer.append(name, &zeros(shape))
+            })
         })?;
-        assert_eq!(written.reports.len(), 1);
-        Ok(())
+        assert_eq!(written.checksums.len(), 1);
+        Ok(resumed)
     };
-    resume().is_ok()
+    resume().unwrap_or(false)
 }
 
 /// Two experts of one Gemma-4 layer.
@@ -141,11 +145,17 @@ const WEIGHTS: &[(&str, &[u64])] =
     &[("model.layers.0.experts.gate_up_proj", &[2, 4, 3]), ("model.layers.0.experts.down_proj", &[2, 3, 2])];
 
 fn valid_journal() -> Vec<u8> {
-    let path = folder("checksum").join("a.safetensors");
-    save(&path, WEIGHTS);
-    let checksum = checksum(&path, &mut Silent).unwrap();
-    let line = json!({"shard": "a.safetensors", "checksum": checksum, "report": {"layers": 1}});
-    format!("{{\"plan\":\"plan\"}}\n{line}\n").into_bytes()
+    let folder = folder("valid-journal");
+    let mut stage = Stage::open(&folder.join("out"), "plan").unwrap();
+    let file = ("a.safetensors".to_string(), layout(WEIGHTS));
+    let fill = |writer: &mut StagedFile<'_>| {
+        WEIGHTS.iter().try_for_each(|(name, shape)| {
+            writer.append(name, &zeros(shape))?;
+            writer.mark(&[name], 1)
+        })
+    };
+    stage.write_files(vec![file], &mut Silent, |_, writer, _| fill(writer)).unwrap();
+    fs::read(folder.join("out.partial/.moeft/journal.jsonl")).unwrap()
 }
 
 fn adapter(name: &str, config: &[u8], keys: &[u8]) -> bool {
@@ -222,11 +232,16 @@ fn zeros(shape: &[u64]) -> Vec<u8> {
     vec![0; 4 * shape.iter().product::<u64>() as usize]
 }
 
-/// Writes F32 tensors of zeros.
-fn save(path: &Path, tensors: &[(&str, &[u64])]) {
+/// Header of a file of F32 tensors.
+fn layout(tensors: &[(&str, &[u64])]) -> Header {
     let spec =
         |(name, shape): &(&str, &[u64])| TensorSpec { name: (*name).into(), dtype: Dtype::F32, shape: shape.to_vec() };
-    let header = Header::layout(path, tensors.iter().map(spec).collect(), &[]).unwrap();
+    Header::layout(Path::new("x"), tensors.iter().map(spec).collect(), &[]).unwrap()
+}
+
+/// Writes F32 tensors of zeros.
+fn save(path: &Path, tensors: &[(&str, &[u64])]) {
+    let header = layout(tensors);
     let data = vec![0; (header.file_bytes() - header.raw.len() as u64) as usize];
     fs::write(path, [header.raw, data].concat()).unwrap();
 }

@@ -1,0 +1,147 @@
+"""Kinds of stages of a pipeline: how each reads its recipe, runs, and knows that it ran."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from moeft.config import Recipe, SftRecipe
+from moeft.config.pipeline import Step
+from moeft.config.stages import CompareRecipe, FisherRecipe, QuantizeRecipe, SubspaceRecipe
+from moeft.errors import RecipeError
+from moeft.provenance import RunFolder
+
+Show = Callable[[str], None]
+SUBSPACE = "subspace.safetensors"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A command as a stage.
+
+    Attributes:
+        read: Its recipe, checked as far as it can be before earlier stages have run.
+        run: Runs it, or continues it where it was.
+        is_done: Whether an earlier start finished it.
+    """
+
+    read: Callable[[Step], Any]
+    run: Callable[[Any, Path, Show], object]
+    is_done: Callable[[Path], bool]
+
+
+def read(step: Step) -> Any:
+    """The recipe of a step.
+
+    Raises:
+        RecipeError: If there is no such kind, or the recipe cannot be used.
+    """
+    kind = KINDS.get(step.kind)
+    if kind is None:
+        raise RecipeError(f"stages.{step.name} is {step.kind!r}, expected one of: {', '.join(KINDS)}")
+    return kind.read(step)
+
+
+def inputs(value: Any) -> Iterator[Path]:
+    """Every path of a stage's recipe that it reads."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name, item in value:
+            if name not in ("output", "cache_dir"):
+                yield from inputs(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from inputs(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from inputs(item)
+
+
+def _as(recipe: type[Recipe]) -> Callable[[Step], Recipe]:
+    return lambda step: recipe.from_content(step.content, f"stages.{step.name}", step.start)
+
+
+def _read_sft(step: Step) -> SftRecipe:
+    if "output" in step.content:
+        raise RecipeError(f"stages.{step.name}: output is given, but a stage writes to a folder of its name; remove it")
+    content = {**step.content, "output": str(step.folder)}
+    return SftRecipe.from_content(content, f"stages.{step.name}", step.start)
+
+
+def _read_merge(step: Step) -> dict[str, Any]:
+    from moeft import _core
+
+    _core.check_merge(json.dumps(step.content), step.start)
+    content = dict(step.content)
+    for key in content.keys() & {"base_model", "fisher", "layer_importance"}:
+        content[key] = step.start / content[key]
+    content["models"] = [
+        {key: item if key == "parameters" else step.start / item for key, item in model.items()}
+        for model in content["models"]
+    ]
+    return content
+
+
+def _run_sft(recipe: SftRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.sft import run
+
+    run(recipe, show)
+
+
+def _run_fisher(recipe: FisherRecipe, out: Path, show: Show) -> None:
+    from moeft.planning.sizes import parse_bytes
+    from moeft.runs.fisher import FisherSettings, run
+
+    options = {name: value for name, value in recipe if name not in ("memory", "device")}
+    run(FisherSettings(**options), out, parse_bytes(recipe.memory), recipe.device, show)
+
+
+def _run_subspace(recipe: SubspaceRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.subspace import run
+
+    out.mkdir(parents=True, exist_ok=True)
+    show(str(run(out=out / SUBSPACE, **dict(recipe))))
+
+
+def _run_quantize(recipe: QuantizeRecipe, out: Path, show: Show) -> None:
+    from moeft import checkpoint
+
+    show(str(checkpoint.quantize(recipe.model, out, double_quant=recipe.double_quant, progress=True)))
+
+
+def _run_merge(recipe: dict[str, Any], out: Path, show: Show) -> None:
+    from moeft.merging import merge
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    show(str(merge(recipe, out)))
+
+
+def _run_compare(recipe: CompareRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.compare import run
+
+    run(recipe, out, show)
+
+
+def _is_finished_run(out: Path) -> bool:
+    return (out / "run.json").is_file() and RunFolder.open(out).status == "finished"
+
+
+def _is_checkpoint(out: Path) -> bool:
+    # Such a folder appears when it is complete.
+    return (out / "config.json").is_file()
+
+
+KINDS = {
+    "sft": Kind(_read_sft, _run_sft, _is_finished_run),
+    "fisher": Kind(_as(FisherRecipe), _run_fisher, _is_finished_run),
+    "subspace": Kind(_as(SubspaceRecipe), _run_subspace, lambda out: (out / SUBSPACE).is_file()),
+    "quantize": Kind(_as(QuantizeRecipe), _run_quantize, _is_checkpoint),
+    "merge": Kind(_read_merge, _run_merge, _is_checkpoint),
+    "compare": Kind(_as(CompareRecipe), _run_compare, _is_finished_run),
+}
