@@ -54,6 +54,8 @@ class MoeTrainer(Trainer):
     """
 
     args: MoeConfig
+    logged_figures: tuple[str, ...] = ()
+    """Names of a task's own figures, which the run's events are to hold beside Trainer's."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class MoeTrainer(Trainer):
         if self.routing is not None:
             self.add_callback(self.routing)
         if events is not None:
-            self.add_callback(EventLog(events))
+            self.add_callback(EventLog(events, self.logged_figures))
         if self.args.check_frozen_base:
             self.add_callback(FrozenBase(events))
         if self.pop_callback(ProgressCallback) is not None:
