@@ -11,7 +11,7 @@ from moeft.data.pair_batches import PairCollator
 from moeft.errors import DataError
 from moeft.training.preference.layout import usable_layout
 from moeft.training.preference.stop_rules import StopOnCollapse, StopRules
-from tests.tiny_models import randomise_lora, tiny_model
+from tests.tiny_models import tiny_model
 from tests.tiny_preferences import dpo_trainer, encoded, pairs, policy
 from tests.tiny_training import adapter_weights, losses
 
@@ -172,7 +172,8 @@ def test_chosen_answers_that_become_unlikely_stop_the_run(tmp_path):
         policy(), tmp_path, events=events, max_steps=9, learning_rate=1e-9, max_chosen_drop=0.05, stop_patience=2
     )
     trainer.prepare_reference()
-    randomise_lora(trainer.model, std=1.0)
+    likely = trainer.train_pairs.pairs
+    trainer.train_dataset = likely.with_reference(likely.reference + 1.0)
     trainer.train()
     assert trainer.state.global_step == 2
     assert "nats per token, more than 0.05" in trainer.stopping.reason
