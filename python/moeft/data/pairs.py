@@ -62,6 +62,17 @@ class Pairs(Sequence[Pair]):
             self.reference[rows],
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[Pairs]) -> Pairs:
+        """Several data sets as one, in their order."""
+        return cls(
+            Examples.join([part.chosen for part in parts]),
+            Examples.join([part.rejected for part in parts]),
+            np.concatenate([part.num_shared for part in parts]),
+            np.concatenate([part.lines for part in parts]),
+            np.concatenate([part.reference for part in parts]),
+        )
+
     def with_reference(self, reference: NDArray[np.float64]) -> Pairs:
         """The same pairs with log-probabilities under the reference."""
         return replace(self, reference=reference)
@@ -99,6 +110,15 @@ class EncodedPairs:
     rejects: list[Reject]
     num_shortened: int = 0
     """Pairs that were cut to fit ``max_length``."""
+
+    @classmethod
+    def join(cls, parts: Sequence[EncodedPairs]) -> EncodedPairs:
+        """Several data sets as one, in their order."""
+        return cls(
+            Pairs.join([part.pairs for part in parts]),
+            [reject for part in parts for reject in part.rejects],
+            sum(part.num_shortened for part in parts),
+        )
 
     def __str__(self) -> str:
         tokens = len(self.pairs.chosen.input_ids) + len(self.pairs.rejected.input_ids)

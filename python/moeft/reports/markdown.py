@@ -4,7 +4,8 @@
 
 ==============  ====================================================================================================
 ``bytes``       ``after`` and, if known, ``before``: bytes by component
-``heldout``     ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``
+``heldout``     ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``; of preference
+                pairs the figures of ``docs/preference.md``
 ``training``    ``steps``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_bytes``, ``skipped_steps``, and
                 ``routing``: ``experts`` and ``idle``, those without a token by layer
 ``plan``        ``peak_allocated_bytes`` as forecast
@@ -23,6 +24,17 @@ import yaml
 from moeft.provenance import RunFolder
 from moeft.reports.plots import plot_bytes, plot_loss
 from moeft.reports.text import cell, facts, fence, mib, number, percent, table
+
+_PAIR_FIGURES = {
+    "rewards/margin": "margin of rewards",
+    "rewards/chosen": "reward of the chosen answer",
+    "rewards/rejected": "reward of the rejected answer",
+    "log_probs/chosen_drift": "drift of the chosen answer, nats per token",
+    "kl": "divergence from the reference, nats per token",
+    "lengths/won": "tokens of chosen less rejected, pairs won",
+    "lengths/lost": "tokens of chosen less rejected, pairs lost",
+}
+"""Figures of held-out preference pairs."""
 
 
 def write_report(run: RunFolder | str | Path) -> Path:
@@ -79,13 +91,16 @@ def _held_out(heldout: Mapping[str, Any] | None) -> str:
         return ""
     before, after = heldout.get("before", {}), heldout.get("after", {})
     rows = after.get("rows", before.get("rows"))
-    return "## Held-out rows\n\n" + table(
-        [f"{number(rows)} rows", "before", "after"],
-        [
-            ["loss, nats per token", before.get("loss"), after.get("loss")],
-            ["tool calls that match exactly", percent(before.get("exact_match")), percent(after.get("exact_match"))],
-        ],
-    )
+    is_pairs = "rewards/accuracy" in {**before, **after}
+    lines = [
+        ["loss of pairs" if is_pairs else "loss, nats per token", before.get("loss"), after.get("loss")],
+        ["tool calls that match exactly", percent(before.get("exact_match")), percent(after.get("exact_match"))],
+    ]
+    if is_pairs:
+        shares = [percent(figures.get("rewards/accuracy")) for figures in (before, after)]
+        lines.append(["pairs whose chosen answer is preferred", *shares])
+        lines += [[label, before.get(key), after.get(key)] for key, label in _PAIR_FIGURES.items()]
+    return "## Held-out rows\n\n" + table([f"{number(rows)} rows", "before", "after"], lines)
 
 
 def _losses(run: RunFolder) -> str:
@@ -152,7 +167,7 @@ def _training(training: Mapping[str, Any] | None, plan: Mapping[str, Any] | None
         return ""
     peak, planned = training.get("peak_bytes"), (plan or {}).get("peak_allocated_bytes")
     routing = training.get("routing")
-    hashes, logs = run.events("frozen_base"), run.events("train_log")
+    hashes, logs, stops = run.events("frozen_base"), run.events("train_log"), run.events("stopped")
     text = "## Training\n\n" + facts(
         [
             ("optimizer steps", training.get("steps")),
@@ -165,6 +180,7 @@ def _training(training: Mapping[str, Any] | None, plan: Mapping[str, Any] | None
             ("experts without a token", routing and _idle(routing)),
             ("load of the busiest expert over the mean, last log", logs[-1].get("load_imbalance") if logs else None),
             ("frozen base", _frozen(hashes[-1]) if hashes else None),
+            ("stopped early", stops[-1]["reason"] if stops else None),
         ]
     )
     skipped = run.events("skipped_step")

@@ -164,6 +164,11 @@ class DPOTrainer(MoeTrainer):
         self.prepare_reference()
         return super().evaluate(*args, **kwargs)
 
+    def sample_sequences(self, count: int) -> list[list[int]]:
+        """Token ids of a few chosen conversations, held-out ones if there are any."""
+        pairs = (self.eval_pairs or self.train_pairs).pairs
+        return [example["input_ids"].tolist() for example in pairs.chosen[:count]]
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Micro-batches of a step, and how many pairs they hold."""
         batches, _ = super().get_batch_samples(*args, **kwargs)

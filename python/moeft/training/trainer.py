@@ -205,6 +205,10 @@ class MoeTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
 
+    def sample_sequences(self, count: int) -> list[list[int]]:
+        """Token ids of a few rows to compare models on."""
+        raise NotImplementedError
+
     def _on_skip(self, step: int, reason: str, finding: Diagnosis | None) -> None:
         found = {} if finding is None else asdict(finding)
         if self.events is not None:
