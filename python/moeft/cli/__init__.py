@@ -17,6 +17,7 @@ from moeft.cli.demo import demo
 from moeft.cli.dpo import dpo
 from moeft.cli.export import app as export
 from moeft.cli.fisher import fisher
+from moeft.cli.hard import app as hard
 from moeft.cli.layout import layout
 from moeft.cli.merge import FORWARD, merge
 from moeft.cli.plan import plan
@@ -33,6 +34,7 @@ app.command(context_settings=FORWARD)(merge)
 app.add_typer(adapter)
 app.add_typer(data)
 app.add_typer(export)
+app.add_typer(hard)
 
 
 def _print_version(asked: bool) -> None:

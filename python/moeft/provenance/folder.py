@@ -16,6 +16,7 @@
 ``protection``    ``mode``, ``parameters`` that are protected, ``bytes`` of their bases
 ``reference``     ``cached``, ``computed``, ``verified``: sequences, two for each preference pair
 ``stopped``       ``step``, ``reason``: a rule that ended training early
+``round``         ``number``, ``accuracy`` on held-out requests, ``gate_loss``
 ``failed``        ``error``
 ================  ==================================================================================
 """

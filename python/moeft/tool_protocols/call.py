@@ -60,12 +60,26 @@ class ToolProtocol:
         parse: Takes a reply apart; raises :class:`ToolCallError` if it has a call that is not well-formed.
         format: Writes calls, so that ``parse`` gives them back; raises ValueError for what the protocol cannot hold.
         texts: Whether numbers and booleans may arrive as texts, for the schema to tell.
+        join: Writes a reply that says something and calls; None puts calls on the lines behind.
     """
 
     name: str
     parse: Callable[[str], Reply]
     format: Callable[[Sequence[ToolCall]], str]
     texts: bool = False
+    join: Callable[[str, Sequence[ToolCall]], str] | None = None
+
+    def reply(self, said: str, calls: Sequence[ToolCall]) -> str:
+        """A whole reply, which ``parse`` takes apart again.
+
+        Raises:
+            ValueError: For what the protocol cannot hold.
+        """
+        if not calls:
+            return said
+        if said and self.join is not None:
+            return self.join(said, calls)
+        return f"{said}\n{self.format(calls)}" if said else self.format(calls)
 
 
 def equal_values(one: Any, other: Any) -> bool:

@@ -55,9 +55,15 @@ def format_calls(calls: Sequence[ToolCall]) -> str:
     return write_json(objects[0] if len(objects) == 1 else objects)
 
 
+def _message(said: str, calls: Sequence[ToolCall]) -> str:
+    functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
+    listed = [{"type": "function", "function": function} for function in functions]
+    return write_json({"content": said, "tool_calls": listed})
+
+
 def _end_of_space(text: str, position: int) -> int:
     match = _SPACE.match(text, position)
     return match.end() if match else position
 
 
-PROTOCOL = ToolProtocol("openai", parse, format_calls)
+PROTOCOL = ToolProtocol("openai", parse, format_calls, join=_message)
