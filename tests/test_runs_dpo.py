@@ -101,7 +101,7 @@ def test_adapters_are_trained_saved_and_merged_as_the_recipe_says(base, sft_adap
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(tuned), rtol=1e-4, atol=1e-4)
     text = write_report(folder).read_text()
-    assert "pairs whose chosen answer is preferred" in text
+    assert "pairs whose chosen answer is preferred, against the reference" in text
 
 
 def test_precompute_only_fills_the_cache_and_the_next_start_goes_on(base, sft_adapter, tmp_path):

@@ -13,7 +13,8 @@ from moeft.config.iterate import IterateRecipe
 from moeft.data.preferences import read_preferences
 from moeft.demo.ops_agent import generate, write_jsonl
 from moeft.demo.ops_schema import ops_tools
-from moeft.runs.iterate import run
+from moeft.provenance.files import read_lines
+from moeft.runs.iterate import reason_to_stop, run
 from tests.tiny_models import save_tiny_model
 from tests.tiny_preferences import pairs, write_pairs
 from tests.tiny_training import sums, tiny_tokenizer
@@ -41,7 +42,7 @@ def test_build_mixes_hard_pairs_with_easy_ones_and_prints_counts(files, tmp_path
     out = tmp_path / "pairs.jsonl"
     words = ("build", "--tools", files / "tools.json", "--seeds", files / "seeds.jsonl", "--out", out, "-n", 30)
     assert command(*words, "--easy", easy, "--exclude", files / "heldout.jsonl") == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = read_lines(out)
     assert (len(rows), sum("category" in row for row in rows)) == (100, 30)
     assert len(read_preferences(out).rows) == 100
     printed = capsys.readouterr().out
@@ -52,7 +53,7 @@ def test_build_mixes_hard_pairs_with_easy_ones_and_prints_counts(files, tmp_path
 
 
 def test_analyze_reads_replies_and_leaves_tables_a_picture_and_targets(files, tmp_path, capsys):
-    rows = [json.loads(line) for line in (files / "heldout.jsonl").read_text().splitlines()]
+    rows = read_lines(files / "heldout.jsonl")
     replies = [row["messages"][-1]["content"] for row in rows]
     replies[0] = "I'm sorry, I can't."
     outputs = tmp_path / "outputs.jsonl"
@@ -67,7 +68,7 @@ def test_analyze_reads_replies_and_leaves_tables_a_picture_and_targets(files, tm
     built = tmp_path / "next.jsonl"
     words = ("build", "--tools", files / "tools.json", "--seeds", files / "seeds.jsonl", "--out", built, "-n", 40)
     assert command(*words, "--targets", out / "targets.json") == 0
-    categories = [json.loads(line)["category"] for line in built.read_text().splitlines()]
+    categories = [row["category"] for row in read_lines(built)]
     assert categories.count("refusal_when_answerable") > 20
     assert command(*words[:-4], "--out", tmp_path / "x.jsonl", "--targets", out / "analysis.json") == 1
     assert "holds no targets" in capsys.readouterr().err
@@ -115,14 +116,12 @@ def test_a_round_of_the_loop_probes_builds_tunes_and_measures(files, tmp_path):
     assert metrics["rounds"][1]["gate_loss"] > 0
     assert (folder.path / "rounds.png").stat().st_size > 1000
     assert (folder.path / "round-1" / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
-    held_out = {json.loads(line)["messages"][0]["content"] for line in (files / "heldout.jsonl").open()}
-    rows = [json.loads(line) for line in (folder.path / "round-1" / "pairs.jsonl").open()]
+    held_out = {row["messages"][0]["content"] for row in read_lines(files / "heldout.jsonl")}
+    rows = read_lines(folder.path / "round-1" / "pairs.jsonl")
     assert held_out.isdisjoint(message["content"] for row in rows for message in row["prompt"])
 
 
 def test_rounds_go_on_while_they_gain_and_end_when_the_gate_breaks(files, tmp_path):
-    from moeft.runs.iterate import reason_to_stop
-
     def entry(accuracy, loss):
         return {"accuracy": {"value": accuracy}, "gate_loss": loss}
 

@@ -25,6 +25,10 @@ from moeft.provenance import RunFolder
 from moeft.reports.plots import plot_bytes, plot_loss
 from moeft.reports.text import cell, facts, fence, mib, number, percent, table
 
+_PAIR_SHARES = {
+    "log_probs/accuracy": "pairs whose chosen answer is the likelier one",
+    "rewards/accuracy": "pairs whose chosen answer is preferred, against the reference",
+}
 _PAIR_FIGURES = {
     "rewards/margin": "margin of rewards",
     "rewards/chosen": "reward of the chosen answer",
@@ -97,8 +101,8 @@ def _held_out(heldout: Mapping[str, Any] | None) -> str:
         ["tool calls that match exactly", percent(before.get("exact_match")), percent(after.get("exact_match"))],
     ]
     if is_pairs:
-        shares = [percent(figures.get("rewards/accuracy")) for figures in (before, after)]
-        lines.append(["pairs whose chosen answer is preferred", *shares])
+        for key, label in _PAIR_SHARES.items():
+            lines.append([label, percent(before.get(key)), percent(after.get(key))])
         lines += [[label, before.get(key), after.get(key)] for key, label in _PAIR_FIGURES.items()]
     return "## Held-out rows\n\n" + table([f"{number(rows)} rows", "before", "after"], lines)
 

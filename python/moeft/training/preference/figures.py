@@ -18,6 +18,7 @@ KEYS = (
     "rewards/accuracy",
     "log_probs/chosen",
     "log_probs/rejected",
+    "log_probs/accuracy",
     "log_probs/chosen_drift",
     "lengths/won",
     "lengths/lost",
@@ -45,8 +46,9 @@ class PairFigures:
 
         Returns:
             ``loss``; ``rewards/`` of chosen and rejected, their margin, and the share of pairs whose chosen reward is
-            larger; ``log_probs/`` of both and, in nats per token, how far the chosen answer's has moved from the
-            reference's; ``lengths/``: tokens of chosen less those of rejected, over pairs won and lost.
+            larger; ``log_probs/`` of both, the share of pairs whose chosen one is larger, with no look at the
+            reference, and, in nats per token, how far the chosen answer's has moved from the reference's;
+            ``lengths/``: tokens of chosen less those of rejected, over pairs won and lost.
         """
         if not self._seen:
             return {}
@@ -63,6 +65,7 @@ class PairFigures:
             "rewards/accuracy": won.double().mean(),
             "log_probs/chosen": shown[:, 0].mean(),
             "log_probs/rejected": shown[:, 1].mean(),
+            "log_probs/accuracy": (shown[:, 0] > shown[:, 1]).double().mean(),
             "log_probs/chosen_drift": ((sums - reference) / counts)[:, 0].mean(),
             "lengths/won": longer[won].mean(),
             "lengths/lost": longer[~won].mean(),
