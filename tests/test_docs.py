@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from moeft.config import SftRecipe, validate_training_fields
+from moeft.config.dpo import DpoRecipe
+from moeft.config.iterate import IterateRecipe
 from moeft.config.pipeline import PipelineRecipe, steps
 from moeft.errors import CheckpointError
 from moeft.merging import merge
@@ -44,3 +46,11 @@ def test_pipeline_and_its_stages_load(tmp_path):
 def test_recipe_of_a_mixture_loads(tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipes("data.md")[0], "utf-8")
     assert len(SftRecipe.load(tmp_path / "recipe.yaml").data.train) == 4
+
+
+def test_preference_recipes_load(tmp_path):
+    tuning, rounds = recipes("preference.md")
+    (tmp_path / "dpo.yaml").write_text(tuning, "utf-8")
+    (tmp_path / "iterate.yaml").write_text(rounds, "utf-8")
+    validate_training_fields(DpoRecipe.load(tmp_path / "dpo.yaml").training)
+    validate_training_fields(IterateRecipe.load(tmp_path / "iterate.yaml").training)

@@ -8,7 +8,7 @@ import pytest
 from moeft.data.rows import read_rows
 from moeft.demo.ops_agent import generate, write_jsonl
 from moeft.demo.ops_vocabulary import TOOLS, VALUES
-from moeft.evaluation.tool_protocol import canonical, parse_tool_call
+from moeft.tool_protocols.bracket import canonical, parse_tool_call
 
 
 @pytest.fixture(scope="module")

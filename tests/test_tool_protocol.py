@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeft.evaluation.tool_protocol import (
+from moeft.evaluation.tool_score import Tally, score_tool_calls
+from moeft.tool_protocols.bracket import (
     ToolCall,
     ToolCallError,
     canonical,
@@ -15,7 +16,6 @@ from moeft.evaluation.tool_protocol import (
     format_tool_call,
     parse_tool_call,
 )
-from moeft.evaluation.tool_score import Tally, score_tool_calls
 
 identifiers = st.text(string.ascii_letters + "_", min_size=1, max_size=1).flatmap(
     lambda first: st.text(string.ascii_letters + string.digits + "_", max_size=8).map(lambda rest: first + rest)

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from moeft.integration.lora import add_lora, load_adapter
     from moeft.integration.nf4_config import NF4Config
     from moeft.integration.routing_statistics import RoutingStatistics, routing_statistics
+    from moeft.training.dpo import DPOTrainer
+    from moeft.training.dpo_arguments import DPOConfig
     from moeft.training.sft import SFTConfig, SFTTrainer
 
 __all__ = [
     "Audit",
+    "DPOConfig",
+    "DPOTrainer",
     "NF4Config",
     "RoutingStatistics",
     "SFTConfig",
@@ -36,6 +40,8 @@ __all__ = [
 
 _HOMES = {
     "Audit": "moeft.integration.audit",
+    "DPOConfig": "moeft.training.dpo_arguments",
+    "DPOTrainer": "moeft.training.dpo",
     "NF4Config": "moeft.integration.nf4_config",
     "RoutingStatistics": "moeft.integration.routing_statistics",
     "SFTConfig": "moeft.training.sft",

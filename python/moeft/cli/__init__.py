@@ -14,8 +14,10 @@ from moeft import __version__
 from moeft.cli.adapter import app as adapter
 from moeft.cli.data import app as data
 from moeft.cli.demo import demo
+from moeft.cli.dpo import dpo
 from moeft.cli.export import app as export
 from moeft.cli.fisher import fisher
+from moeft.cli.hard import app as hard
 from moeft.cli.layout import layout
 from moeft.cli.merge import FORWARD, merge
 from moeft.cli.plan import plan
@@ -27,12 +29,13 @@ from moeft.cli.subspace import subspace
 from moeft.errors import MoeftError
 
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (plan, quantize, sft, fisher, subspace, layout, report, run, demo):
+for _command in (plan, quantize, sft, dpo, fisher, subspace, layout, report, run, demo):
     app.command()(_command)
 app.command(context_settings=FORWARD)(merge)
 app.add_typer(adapter)
 app.add_typer(data)
 app.add_typer(export)
+app.add_typer(hard)
 
 
 def _print_version(asked: bool) -> None:

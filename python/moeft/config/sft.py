@@ -132,7 +132,14 @@ class Lora(Section):
         return value
 
 
-class Data(Section):
+class TuningData(Section):
+    """What every command that tunes adapters needs to know of its rows."""
+
+    chat_template: ChatTemplateName | Path | None
+    max_length: int
+
+
+class Data(TuningData):
     """Chat rows to train on, and which of their tokens count."""
 
     train: Annotated[
@@ -212,8 +219,8 @@ class Merge(Section):
     )
 
 
-class SftRecipe(Recipe):
-    """Everything that ``moeft sft`` needs to know."""
+class TuningRecipe(Recipe):
+    """What every command that tunes adapters needs to know."""
 
     model: Path = Field(description="Folder of the checkpoint to tune: 16-bit, or packed by `moeft quantize`")
     output: Path = Field(description="Run folder; a second start with the same recipe continues it")
@@ -223,7 +230,7 @@ class SftRecipe(Recipe):
     text_only: bool = Field(default=True, description="Load only the text part of a multimodal checkpoint")
     dtype: Dtype = Field(default="bfloat16", description="Type of the weights that are not in 4 bit")
     lora: Lora = Field(default_factory=Lora, description="The adapter to train")
-    data: Data = Field(description="Chat rows to train on")
+    data: TuningData
     evaluation: Evaluation = Field(default_factory=Evaluation, description="Generation on held-out rows")
     training: dict[str, Any] = Field(
         default_factory=dict,
@@ -235,6 +242,24 @@ class SftRecipe(Recipe):
         default=None, description="What training must leave alone; null leaves nothing alone"
     )
     merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")
+
+    def trained_adapters(self) -> list[str]:
+        """Names of the adapters that train, in the model; ``default`` is the newest."""
+        return ["default"]
+
+    def adapters(self, folder: Path) -> list[Path]:
+        """Folders of all adapters that the tuned model is made of, lowest first.
+
+        Args:
+            folder: Where those that train are saved: ``default`` in it, any other in a folder of its name.
+        """
+        return [*self.lora.stack_on, folder]
+
+
+class SftRecipe(TuningRecipe):
+    """Everything that ``moeft sft`` needs to know."""
+
+    data: Data = Field(description="Chat rows to train on")
 
 
 def validate_training_fields(names: Iterable[str]) -> None:

@@ -21,6 +21,10 @@ Reasoning = Literal["keep", "strip", "mask"]
 """Train the assistant's thoughts, leave them out of the text, or show them to the model without training them."""
 OnTooLong = Literal["reject", "truncate", "truncate_left", "split"]
 """Leave a row out that is too long, keep its first tokens, keep its last tokens, or cut it into rows that fit."""
+PairTooLong = Literal["reject", "truncate", "truncate_left"]
+"""Leave a pair out that is too long, cut the ends of its answers, or the beginning of their prompt."""
+PairLayout = Literal["padded", "packed", "shared_prefix"]
+"""A row for each answer, both in one row, or the prompt once with both answers behind it."""
 MAX_REJECT_SHARE = 0.05
 """Default of ``data.max_reject_share``."""
 

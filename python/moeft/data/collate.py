@@ -112,7 +112,12 @@ def _width(rows: Sequence[Example] | Sequence[Pack], multiple: int) -> int:
 def _padded(rows: Sequence[NDArray[Any]], width: int, value: int) -> Tensor:
     import torch
 
-    padded = np.full((len(rows), width), value, np.int64)
+    return torch.from_numpy(filled(rows, width, value))
+
+
+def filled(rows: Sequence[NDArray[Any]], width: int, value: int) -> NDArray[np.int64]:
+    """Rows of varied length as one array, ``[len(rows), width]``, with ``value`` behind each."""
+    array = np.full((len(rows), width), value, np.int64)
     for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
-    return torch.from_numpy(padded)
+        array[index, : len(row)] = row
+    return array

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moeft.demo.ops_vocabulary import CLOSERS, OPENERS, TOOLS, VALUES, Tool
-from moeft.evaluation.tool_protocol import ToolCall, format_tool_call
+from moeft.tool_protocols import ToolCall
+from moeft.tool_protocols.bracket import format_tool_call
 
 HELDOUT_SHARE = 0.2
 """Share of each tool's argument combinations that never occur in training."""

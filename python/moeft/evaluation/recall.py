@@ -113,7 +113,7 @@ def recall(
         margins = _margins(model, tokenizer, prompts, asked, batch_size)
         hits: Estimate | None = None
         if max_new_tokens:
-            sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
             replies = generate_replies(model, tokenizer, prompts, **sizes)
             right = [fact.answer.lower() in reply.lower() for fact, reply in zip(asked, replies, strict=True)]
             hits = bootstrap(right, level=level, seed=seed)

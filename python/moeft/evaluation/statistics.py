@@ -1,4 +1,4 @@
-"""Estimates with confidence intervals, by resampling what was measured.
+"""Estimates with confidence intervals, by resampling what was measured, and of shares by formula.
 
 Source:
     Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3: the percentile interval.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -74,3 +75,27 @@ def bootstrap(
     drawn = [statistic(units[rng.integers(len(units), size=len(units))]) for _ in range(resamples)]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high), level, len(units))
+
+
+def wilson(successes: int, num: int, *, level: float = 0.95) -> Estimate:
+    """A share with its score interval, which stays inside 0 to 1 and has a width at both ends.
+
+    Args:
+        successes: Units that count.
+        num: All units, at least 1.
+        level: Of the interval, between 0 and 1.
+
+    Raises:
+        ValueError: If the counts or the level make no sense.
+
+    Source:
+        Wilson, Probable Inference, 1927, https://doi.org/10.1080/01621459.1927.10502953
+    """
+    if not 0 <= successes <= num or num < 1 or not 0 < level < 1:
+        raise ValueError(f"{successes} of {num} at level {level}, expected a part of at least 1, and 0 < level < 1")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = successes / num
+    center = (share + z * z / (2 * num)) / (1 + z * z / num)
+    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
+    # At both ends the sums are exact but for rounding, which must not leave the share outside.
+    return Estimate(share, max(0.0, min(share, center - half)), min(1.0, max(share, center + half)), level, num)

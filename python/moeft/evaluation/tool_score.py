@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeft.evaluation.tool_protocol import ToolCallError, exact_match, parse_tool_call
+from moeft.tool_protocols import ToolCallError
+from moeft.tool_protocols.bracket import exact_match, parse_tool_call
 
 
 @dataclass(frozen=True)

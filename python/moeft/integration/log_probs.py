@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from moeft.errors import UnsupportedModelError
-from moeft.integration.fused_loss import plain_head
+from moeft.integration.fused_loss import PlainHead, plain_head
 from moeft.kernels import linear_log_probs
 
 
@@ -28,12 +28,31 @@ def token_log_probs(model: Any, labels: Tensor, *, chunk_rows: int | None = None
     Raises:
         UnsupportedModelError: If the model's head is not a plain linear layer.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = linear_head(model)
+    hidden = hidden_states(model, **inputs)
+    labels = labels.to(hidden.device)[:, 1:]
+    return linear_log_probs(hidden[:, :-1], head.weight, labels, head.softcap, chunk_rows)
+
+
+def linear_head(model: Any) -> PlainHead:
+    """The head of a model, which log-probabilities are computed with.
+
+    Raises:
+        UnsupportedModelError: If it is not a plain linear layer.
+    """
+    base = _base(model)
     head = plain_head(base)
     if head is None:
         raise UnsupportedModelError(
             f"the head of {type(base).__name__} is no linear layer without bias; score its logits"
         )
-    hidden = base.model(**inputs, use_cache=False).last_hidden_state
-    labels = labels.to(hidden.device)[:, 1:]
-    return linear_log_probs(hidden[:, :-1], head.weight, labels, head.softcap, chunk_rows)
+    return head
+
+
+def hidden_states(model: Any, **inputs: Any) -> Tensor:
+    """``[B, S, H]``, what goes into the head, for arguments of the model's forward."""
+    return _base(model).model(**inputs, use_cache=False).last_hidden_state
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -14,6 +14,9 @@
                   set
 ``frozen_base``   ``sha256``, ``bytes``, ``seconds``, ``changed``: frozen tensors that training altered
 ``protection``    ``mode``, ``parameters`` that are protected, ``bytes`` of their bases
+``reference``     ``cached``, ``computed``, ``verified``: sequences, two for each preference pair
+``stopped``       ``step``, ``reason``: a rule that ended training early
+``round``         ``number``, ``accuracy`` on held-out requests, ``gate_loss``
 ``failed``        ``error``
 ================  ==================================================================================
 """
@@ -32,6 +35,8 @@ from moeft.provenance.fingerprint import fingerprint
 
 class RunFolder:
     """One run on disk. As a context manager it marks the run finished, or failed when an exception passes.
+
+    A run that was paused stays so.
 
     Attributes:
         path: The folder.
@@ -148,7 +153,7 @@ class RunFolder:
 
     @property
     def status(self) -> str:
-        """``running`` (also after a kill), ``failed`` or ``finished``."""
+        """``running`` (also after a kill), ``paused``, ``failed`` or ``finished``."""
         return self.record["status"]
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -174,6 +179,11 @@ class RunFolder:
         self._update(status="finished", finished_at=_now())
         self._unlock()
 
+    def pause(self) -> None:
+        """Mark the run as one that the next start goes on with, and let other processes have the folder."""
+        self._update(status="paused")
+        self._unlock()
+
     def fail(self, error: BaseException) -> None:
         """Mark the run failed, with the error as an event, and let other processes have the folder."""
         self.event("failed", error=f"{type(error).__name__}: {error}")
@@ -186,10 +196,10 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            self.finish()
-        else:
+        if error is not None:
             self.fail(error)
+        elif self.status != "paused":
+            self.finish()
 
     def _update(self, **fields: Any) -> None:
         self.record.update(fields)

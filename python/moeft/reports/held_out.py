@@ -7,6 +7,21 @@ from moeft.reports.text import number, percent, table
 
 Figures = Mapping[str, Any]
 
+_PAIR_SHARES = {
+    "log_probs/accuracy": "pairs whose chosen answer is the likelier one",
+    "rewards/accuracy": "pairs whose chosen answer is preferred, against the reference",
+}
+_PAIR_FIGURES = {
+    "rewards/margin": "margin of rewards",
+    "rewards/chosen": "reward of the chosen answer",
+    "rewards/rejected": "reward of the rejected answer",
+    "log_probs/chosen_drift": "drift of the chosen answer, nats per token",
+    "kl": "divergence from the reference, nats per token",
+    "lengths/won": "tokens of chosen less rejected, pairs won",
+    "lengths/lost": "tokens of chosen less rejected, pairs lost",
+}
+"""Figures of held-out preference pairs."""
+
 
 def held_out_sections(heldout: Mapping[str, Figures] | None) -> list[str]:
     """Loss and tool calls, perplexity by turn, and recall; what was not measured is left out."""
@@ -20,13 +35,16 @@ def _rows(before: Figures, after: Figures) -> str:
     if not any(key in side for side in (before, after) for key in ("loss", "exact_match")):
         return ""
     rows = after.get("rows", before.get("rows"))
-    return "## Held-out rows\n\n" + table(
-        [f"{number(rows)} rows", "before", "after"],
-        [
-            ["loss, nats per token", before.get("loss"), after.get("loss")],
-            ["tool calls that match exactly", percent(before.get("exact_match")), percent(after.get("exact_match"))],
-        ],
-    )
+    is_pairs = "rewards/accuracy" in {**before, **after}
+    lines: list[list[Any]] = [
+        ["loss of pairs" if is_pairs else "loss, nats per token", before.get("loss"), after.get("loss")],
+        ["tool calls that match exactly", percent(before.get("exact_match")), percent(after.get("exact_match"))],
+    ]
+    if is_pairs:
+        for key, label in _PAIR_SHARES.items():
+            lines.append([label, percent(before.get(key)), percent(after.get(key))])
+        lines += [[label, before.get(key), after.get(key)] for key, label in _PAIR_FIGURES.items()]
+    return "## Held-out rows\n\n" + table([f"{number(rows)} rows", "before", "after"], lines)
 
 
 def _turns(before: Figures, after: Figures) -> str:

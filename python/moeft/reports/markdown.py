@@ -5,7 +5,8 @@
 ==============  ====================================================================================================
 ``bytes``       ``after`` and, if known, ``before``: bytes by component
 ``heldout``     ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``; ``turns``
-                and ``recall``, lists of what :mod:`moeft.evaluation` measures
+                and ``recall``, lists of what :mod:`moeft.evaluation` measures; of preference pairs the figures of
+                ``docs/preference.md``
 ``training``    ``steps``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_bytes``, ``skipped_steps``, and
                 ``routing``: ``experts`` and ``idle``, those without a token by layer
 ``plan``        ``peak_allocated_bytes`` as forecast; ``trainable_parameters``, ``parameters``, ``trainable_share``
@@ -142,7 +143,7 @@ def _training(training: Mapping[str, Any] | None, plan: Mapping[str, Any] | None
         return ""
     peak, planned = training.get("peak_bytes"), (plan or {}).get("peak_allocated_bytes")
     routing = training.get("routing")
-    hashes, logs = run.events("frozen_base"), run.events("train_log")
+    hashes, logs, stops = run.events("frozen_base"), run.events("train_log"), run.events("stopped")
     text = "## Training\n\n" + facts(
         [
             ("weights that train", _trainable(plan)),
@@ -156,6 +157,7 @@ def _training(training: Mapping[str, Any] | None, plan: Mapping[str, Any] | None
             ("experts without a token", routing and _idle(routing)),
             ("load of the busiest expert over the mean, last log", logs[-1].get("load_imbalance") if logs else None),
             ("frozen base", _frozen(hashes[-1]) if hashes else None),
+            ("stopped early", stops[-1]["reason"] if stops else None),
         ]
     )
     skipped = run.events("skipped_step")

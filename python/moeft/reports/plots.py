@@ -118,6 +118,65 @@ def plot_layer_importance(layers: Mapping[int, float], path: Path) -> None:
         axes.grid(axis="y")
 
 
+def plot_confusion(confusion: Mapping[str, Mapping[str, int]], path: Path) -> None:
+    """Draw which tool was called where which one was wanted; a share of each row's replies in shades of blue.
+
+    Args:
+        confusion: Wanted tool -> tool that was called -> replies.
+        path: PNG file to write.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    rows = sorted(confusion)
+    columns = sorted({name for row in confusion.values() for name in row} | set(rows))
+    with _figure(path, 2.4 + 0.34 * len(columns), 1.8 + 0.28 * len(rows)) as figure:
+        axes = figure.subplots()
+        shares = [[confusion[row].get(name, 0) / sum(confusion[row].values()) for name in columns] for row in rows]
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for y, row in enumerate(rows):
+            for x, name in enumerate(columns):
+                if count := confusion[row].get(name):
+                    axes.text(x, y, str(count), ha="center", va="center", fontsize=7,
+                              color="white" if shares[y][x] > 0.6 else _INK)  # fmt: skip
+        axes.set_title("Called tools by wanted tool, replies")
+        axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
+        axes.set_yticks(range(len(rows)), rows, fontsize=7)
+        axes.set_xlabel("called")
+        axes.set_ylabel("wanted")
+        axes.tick_params(length=0)
+
+
+def plot_rounds(rounds: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw held-out accuracy over rounds with its interval, and the gate's loss if there is one.
+
+    Args:
+        rounds: ``accuracy`` with ``value``, ``low`` and ``high``, and ``gate_loss`` or None, from round 0 on.
+        path: PNG file to write.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    gated = [entry.get("gate_loss") for entry in rounds]
+    with _figure(path, 5.0, 3.2) as figure:
+        axes = figure.subplots()
+        values = [entry["accuracy"]["value"] for entry in rounds]
+        below = [entry["accuracy"]["value"] - entry["accuracy"]["low"] for entry in rounds]
+        above = [entry["accuracy"]["high"] - entry["accuracy"]["value"] for entry in rounds]
+        axes.errorbar(range(len(rounds)), values, (below, above), color=_BLUE, marker="o", capsize=3)
+        axes.set_title("Right replies to held-out requests")
+        axes.set_xlabel("round")
+        axes.set_ylabel("share", color=_BLUE)
+        axes.set_ylim(0, 1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y")
+        if all(loss is not None for loss in gated):
+            losses = axes.twinx()
+            losses.plot(range(len(rounds)), gated, color=_ORANGE, linestyle=":", marker="D", linewidth=0.8)
+            losses.set_ylabel("loss of the gate, nats per token", color=_ORANGE)
+            losses.spines["right"].set_visible(True)
+
+
 @contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
     """A figure of ``width`` x ``height`` inches, written to ``path`` at the end; no global style changes."""

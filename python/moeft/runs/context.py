@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from moeft.config import SftRecipe
+from moeft.config import TuningRecipe
 from moeft.provenance import RunFolder
+
+R = TypeVar("R", bound=TuningRecipe)
 
 
 @dataclass
-class RunContext:
+class RunContext(Generic[R]):
     """A run that has begun, for the first time or again.
 
     Attributes:
@@ -23,7 +25,7 @@ class RunContext:
         metrics: Content of ``metrics.json``, with the figures of earlier starts; written after every stage.
     """
 
-    recipe: SftRecipe
+    recipe: R
     folder: RunFolder
     show: Callable[[str], None]
     metrics: dict[str, Any] = field(init=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moeft.config import SftRecipe
+from moeft.config import TuningRecipe
 from moeft.data.rows import Row, Rows, read_rows
 
 
@@ -21,7 +21,7 @@ class Conversations:
         DataError: If a file cannot be read, or holds too few exchanges to stand between a fact and its question.
     """
 
-    def __init__(self, recipe: SftRecipe, show: Callable[[str], None]) -> None:
+    def __init__(self, recipe: TuningRecipe, show: Callable[[str], None]) -> None:
         from moeft.evaluation.recall import check_filler
 
         self._settings = recipe.evaluation

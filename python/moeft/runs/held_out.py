@@ -10,7 +10,7 @@ from moeft.runs.conversations import Conversations
 from moeft.runs.replies import HeldOutCalls
 
 if TYPE_CHECKING:
-    from moeft.training.sft import SFTTrainer
+    from moeft.training.trainer import MoeTrainer
 
 
 class HeldOut:
@@ -23,7 +23,7 @@ class HeldOut:
         DataError: If a row of held-out tool calls cannot be used, or a file of conversations cannot be read.
     """
 
-    def __init__(self, run: RunContext) -> None:
+    def __init__(self, run: RunContext[Any]) -> None:
         self._run = run
         path = run.recipe.evaluation.tool_calls
         self._calls = None if path is None else HeldOutCalls(path, run.recipe.evaluation)
@@ -33,11 +33,13 @@ class HeldOut:
         """Whether an earlier start of the run has these figures."""
         return when in self._run.metrics.get("heldout", {})
 
-    def measure(self, trainer: SFTTrainer, when: str) -> None:
+    def measure(self, trainer: MoeTrainer, when: str) -> None:
         """Loss and scores of the trainer's model, ``before`` or ``after`` training."""
         figures: dict[str, Any] = {}
-        if trainer.eval_rows is not None:
-            figures["loss"] = trainer.evaluate()["eval_loss"]
+        if trainer.eval_dataset is not None:
+            measured = trainer.evaluate()
+            names = ("loss", *trainer.logged_figures)
+            figures |= {name: measured[f"eval_{name}"] for name in names if f"eval_{name}" in measured}
         if self._calls is not None:
             scores, replies = self._calls.score(trainer.model, trainer.processing_class)
             figures |= scores

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from moeft.config import SftRecipe, validate_optimizer, validate_training_fields
+from moeft.config import TuningRecipe, validate_optimizer, validate_training_fields
 from moeft.data import templates
 from moeft.errors import RecipeError
 
 
-def check(recipe: SftRecipe) -> None:
+def check(recipe: TuningRecipe) -> None:
     """Check the parts of a recipe that loading it does not check.
 
     Raises:
@@ -26,7 +26,7 @@ def check(recipe: SftRecipe) -> None:
     _check_merge(recipe)
 
 
-def _check_policy(recipe: SftRecipe) -> None:
+def _check_policy(recipe: TuningRecipe) -> None:
     from moeft.training.layer_policies import check_policy_choice
 
     policy = recipe.training.get("activation_checkpointing")
@@ -37,7 +37,7 @@ def _check_policy(recipe: SftRecipe) -> None:
         raise RecipeError(f"training.{error}") from error
 
 
-def _check_trackers(recipe: SftRecipe) -> None:
+def _check_trackers(recipe: TuningRecipe) -> None:
     from transformers.integrations import get_available_reporting_integrations
 
     wanted = recipe.training.get("report_to") or []
@@ -50,7 +50,7 @@ def _check_trackers(recipe: SftRecipe) -> None:
             )
 
 
-def _check_merge(recipe: SftRecipe) -> None:
+def _check_merge(recipe: TuningRecipe) -> None:
     if recipe.merge is None:
         return
     if recipe.merge.verify and recipe.lora.stack_on:

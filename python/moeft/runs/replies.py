@@ -59,5 +59,5 @@ class HeldOutCalls:
     def _generate(self, model: Any, tokenizer: Any, prompts: list[Any]) -> list[str]:
         from moeft.evaluation.generation import generate_replies
 
-        sizes = {"max_new_tokens": self.settings.max_new_tokens, "batch_size": self.settings.batch_size}
+        sizes: dict[str, Any] = {"max_new_tokens": self.settings.max_new_tokens, "batch_size": self.settings.batch_size}
         return generate_replies(model, tokenizer, prompts, **sizes)

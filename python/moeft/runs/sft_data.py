@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moeft.config import SftRecipe
 from moeft.runs.context import RunContext
+from moeft.runs.inputs import shared_input_files
 from moeft.runs.training_rows import data_files
 
 if TYPE_CHECKING:
@@ -19,25 +20,16 @@ EXAMPLE_CHARACTERS = 400
 
 def input_files(recipe: SftRecipe) -> dict[str, Path]:
     """Files and folders that a run reads, by their place in the recipe; a second start compares them."""
-    files = {"model": recipe.model, **data_files(recipe)}
+    files = data_files(recipe)
     files |= {
         name: path
-        for name, path in (
-            ("eval", recipe.data.eval),
-            ("tool_calls", recipe.evaluation.tool_calls),
-            ("turn_perplexity", recipe.evaluation.turn_perplexity),
-            ("recall", recipe.evaluation.recall and recipe.evaluation.recall.filler),
-            ("chat_template", recipe.data.chat_template),
-        )
+        for name, path in (("eval", recipe.data.eval), ("chat_template", recipe.data.chat_template))
         if isinstance(path, Path)
     }
-    if recipe.protection is not None:
-        wanted = {"subspace": recipe.protection.subspace, "layer_importance": recipe.protection.layer_importance}
-        files |= {f"protection.{name}": path for name, path in wanted.items() if path is not None}
-    return files | {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
+    return files | shared_input_files(recipe)
 
 
-def show_example(run: RunContext, trainer: SFTTrainer) -> None:
+def show_example(run: RunContext[SftRecipe], trainer: SFTTrainer) -> None:
     """The first training row as the model sees it, with what is trained in brackets."""
     from moeft.data.preview import bracketed, runs_of
 
@@ -45,7 +37,7 @@ def show_example(run: RunContext, trainer: SFTTrainer) -> None:
     run.show(bracketed(runs_of(trainer.train_rows.examples[0], trainer.processing_class), EXAMPLE_CHARACTERS))
 
 
-def record_rows(run: RunContext, trainer: SFTTrainer) -> None:
+def record_rows(run: RunContext[SftRecipe], trainer: SFTTrainer) -> None:
     """Count rows, tokens and packs into the figures and write ``rejects.jsonl``."""
     from moeft.data.rejects import summary, write_rejects
 

@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moeft.config import SftRecipe
 from moeft.errors import MoeftError
 from moeft.runs.adapter import adapted
+from moeft.runs.base_model import load_base, load_tokenizer_of
 from moeft.runs.context import RunContext
-from moeft.runs.preview import load_tokenizer
 from moeft.runs.sft_data import record_rows, show_example
 from moeft.runs.training_plan import plan_training
 from moeft.runs.training_rows import heldout_rows, sft_arguments, training_rows
 
 if TYPE_CHECKING:
-    from moeft.integration.audit import Audit
     from moeft.planning import Plan
     from moeft.training.sft import SFTTrainer
 
 
-def make_trainer(run: RunContext) -> SFTTrainer:
+def make_trainer(run: RunContext[SftRecipe]) -> SFTTrainer:
     """Everything that training needs; figures about bytes, rows and the plan go to the run's.
 
     Raises:
         MoeftError: If the model, its tokenizer, the adapter or the data cannot be used.
     """
-    from moeft import _core
-    from moeft.integration.audit import audit
-    from moeft.integration.loading import load
-    from moeft.integration.nf4_config import NF4Config
     from moeft.training.sft import SFTTrainer, check_encoded
 
     recipe = run.recipe
     args = sft_arguments(recipe, run.folder.path / "checkpoints")
-    wanted = recipe.quantization
-    config = None if wanted is None else NF4Config(**wanted.model_dump())
-    _core.tensors(str(recipe.model))  # Reads every header: a damaged shard answers before rows are encoded,
-    tokenizer, origin = load_tokenizer(recipe.model, recipe.data.chat_template)
-    if origin is not None:
-        run.show(f"chat template: {origin}")
-    # and bad rows before a large model is loaded.
-    rows, composition = training_rows(recipe.data, tokenizer, args, run.show)
-    run.metrics["composition"] = composition.to_json()
+    tokenizer = load_tokenizer_of(run, recipe.data.chat_template)
+    rows, composition = training_rows(recipe.data, tokenizer, args, run.show)  # Bad rows answer before a large model
+    run.metrics["composition"] = composition.to_json()  # is loaded.
     heldout = heldout_rows(recipe.data, run.show)
-    model, _ = load(recipe.model, config, recipe.text_only, recipe.dtype)
-    packed = getattr(model.config, "quantization_config", None)
-    found = audit(model, strict=bool(packed and packed.experts))
-    run.show(str(found))
-    run.metrics["bytes"] = _bytes_by_component(run, found)
+    model, found = load_base(run)
     check_encoded(rows, tokenizer, model)
     trainer = SFTTrainer(
         model=adapted(model, recipe.lora, rows.examples, run.metrics, run.show),
@@ -66,7 +52,7 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     return trainer
 
 
-def _forecast(run: RunContext) -> Plan | None:
+def _forecast(run: RunContext[SftRecipe]) -> Plan | None:
     """The plan of this run, for the report and for an error about memory."""
     from moeft.planning import plan
 
@@ -75,13 +61,3 @@ def _forecast(run: RunContext) -> Plan | None:
     except MoeftError as error:  # A model that loads and cannot be planned is no reason not to train it.
         run.show(f"no memory plan: {error}")
         return None
-
-
-def _bytes_by_component(run: RunContext, found: Audit) -> dict[str, Any]:
-    """Bytes of the checkpoint before and after packing; of the model in memory if it was packed while loading."""
-    from moeft.checkpoint import read_report
-
-    report = read_report(run.recipe.model)
-    if report is None:
-        return {"after": found.bytes_by_component()}
-    return {when: report.bytes_by_component(when) for when in ("before", "after")}

@@ -125,7 +125,9 @@ def _rows_of(batch: Batch) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _rows_in(dataset: Any, batch: Batch, places: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of rows of a batch in a dataset, found by their ids; those that it does not hold are left out."""
+    """Numbers of rows of a batch in a dataset: those that the batch names, or else found by their ids."""
+    if isinstance(named := batch.get("rows"), Tensor):
+        return tuple(int(named[place]) for place in places)
     mask = batch.get("attention_mask")
     plain = isinstance(mask, Tensor) and mask.shape == batch["input_ids"].shape
     wanted = {place: batch["input_ids"][place] for place in places}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from moeft.data.collate import PackingCollator
 from moeft.data.packing import Pack
 from moeft.errors import UnsupportedModelError
 from moeft.integration.document_masks import mask_documents
+from moeft.integration.embedding_gradient import embedding_gradient
 
 EXAMPLE_TOKENS = 4
 
@@ -46,26 +46,11 @@ def _keeps_apart(base: Any) -> bool:
     """Run a pack of two short examples: whether the second one is independent of the first.
 
     The last hidden states of the second example must have a gradient of exactly zero with respect to the embeddings of
-    the first: attention that masks gives it a weight of zero, which no rounding changes. Layers that carry a state from
-    token to token (linear attention, state-space layers, convolutions) do not read position ids and fail.
+    the first. Layers that carry a state from token to token (linear attention, state-space layers, convolutions) do not
+    read position ids and fail.
     """
-    embeddings: list[Tensor] = []
-
-    def keep(_: Any, __: Any, output: Tensor) -> Tensor:
-        embeddings.append(output.detach().requires_grad_())
-        return embeddings[-1]
-
-    training = [module for module in base.modules() if module.training]
-    handle = base.get_input_embeddings().register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            states = base.eval().base_model(**_batch(base), use_cache=False).last_hidden_state
-            (grad,) = torch.autograd.grad(states[0, EXAMPLE_TOKENS:].float().square().sum(), embeddings[0])
-    finally:
-        handle.remove()
-        for module in training:
-            module.training = True
-    return not grad[0, :EXAMPLE_TOKENS].any()
+    gradient_SH = embedding_gradient(base, _batch(base), slice(EXAMPLE_TOKENS, None))
+    return not gradient_SH[:EXAMPLE_TOKENS].any()
 
 
 def _batch(model: Any) -> dict[str, Tensor]:

@@ -87,19 +87,34 @@ class ProgressBar(ProgressCallback):
 
 
 class EventLog(TrainerCallback):
-    """Writes what Trainer logs as events of the run."""
+    """Writes what Trainer logs as events of the run.
 
-    def __init__(self, sink: EventSink) -> None:
+    Args:
+        sink: Where to.
+        figures: Names of a task's own figures; of held-out rows they stand behind ``eval_`` in logs.
+    """
+
+    def __init__(self, sink: EventSink, figures: tuple[str, ...] = ()) -> None:
         self.sink = sink
+        self.figures = figures
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Training figures and held-out losses."""
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
-            self.sink.event("eval", step=state.global_step, loss=logs["eval_loss"])
+            own = {key: logs[f"eval_{key}"] for key in self.figures if f"eval_{key}" in logs}
+            self.sink.event("eval", step=state.global_step, loss=logs["eval_loss"], **own)
         elif "loss" in logs:
-            keys = ("loss", "learning_rate", "tokens_per_second", "peak_bytes", "grad_norm", *ROUTING_KEYS)
+            keys = (
+                "loss",
+                "learning_rate",
+                "tokens_per_second",
+                "peak_bytes",
+                "grad_norm",
+                *ROUTING_KEYS,
+                *self.figures,
+            )
             self.sink.event("train_log", step=state.global_step, **{key: logs[key] for key in keys if key in logs})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -64,8 +64,8 @@ class RoutingMonitor(TrainerCallback):
         self._remove()
 
     def see_mask(self, attention_mask: Tensor | None) -> None:
-        """Take note of which tokens of the coming micro-batch are padding: ``[B, S]``, zero for padding."""
-        plain = attention_mask is not None and attention_mask.ndim == 2
+        """Take note of the padding of the coming micro-batch: ``[B, S]`` or ``[B, 2, S]``, zero for padding."""
+        plain = attention_mask is not None and attention_mask.ndim < 4
         self._counted_T = attention_mask.reshape(-1).double() if plain and attention_mask is not None else None
 
     @contextmanager

@@ -122,6 +122,10 @@ class SFTTrainer(MoeTrainer):
             **kwargs,
         )
 
+    def sample_sequences(self, count: int) -> list[list[int]]:
+        """Token ids of a few rows, held-out ones if there are any."""
+        return [row["input_ids"].tolist() for row in (self.eval_rows or self.train_rows).examples[:count]]
+
 
 def padding_id(tokenizer: Any) -> int:
     """Id that fills up rows. Any would do, since it is masked and has no label; many tokenizers name none."""

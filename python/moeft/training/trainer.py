@@ -55,6 +55,8 @@ class MoeTrainer(Trainer):
     """
 
     args: MoeConfig
+    logged_figures: tuple[str, ...] = ()
+    """Names of a task's own figures, which the run's events are to hold beside Trainer's."""
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class MoeTrainer(Trainer):
         if self.routing is not None:
             self.add_callback(self.routing)
         if events is not None:
-            self.add_callback(EventLog(events))
+            self.add_callback(EventLog(events, self.logged_figures))
         if self.args.check_frozen_base:
             self.add_callback(FrozenBase(events))
         if self.pop_callback(ProgressCallback) is not None:
@@ -222,6 +224,10 @@ class MoeTrainer(Trainer):
         total, count, rows = self.accelerator.reduce(torch.stack((total, count, rows)), "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
+
+    def sample_sequences(self, count: int) -> list[list[int]]:
+        """Token ids of a few rows to compare models on."""
+        raise NotImplementedError
 
     def _on_skip(self, step: int, reason: str, finding: Diagnosis | None) -> None:
         found = {} if finding is None else asdict(finding)

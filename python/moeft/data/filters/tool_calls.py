@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moeft.data.filters.filter import missing_extra
+from moeft.data.tool_schemas import argument_checker
 
 if TYPE_CHECKING:
     from moeft.data.rows import Row
-
-PYTHON_TYPES = {
-    "dict": "object",
-    "str": "string",
-    "int": "integer",
-    "float": "number",
-    "bool": "boolean",
-    "list": "array",
-    "tuple": "array",
-}
-"""Names of types that tool data sets write in place of JSON Schema's."""
 
 
 class ToolCallsFilter:
@@ -31,11 +20,7 @@ class ToolCallsFilter:
     name = "tool_calls"
 
     def __init__(self) -> None:
-        try:
-            import jsonschema
-        except ImportError as error:
-            raise missing_extra(self.name, "jsonschema") from error
-        self._jsonschema = jsonschema
+        self._problem = argument_checker(f"data.filters.{self.name}")
 
     def reason(self, row: Row, place: str) -> str | None:
         """The first call that is wrong, and how, or None."""
@@ -51,27 +36,3 @@ class ToolCallsFilter:
             if problem := self._problem(call["arguments"], schemas[name]):
                 return f"calls {name!r} with arguments against its schema: {problem}"
         return None
-
-    def _problem(self, arguments: dict[str, Any], schema: Any) -> str | None:
-        validator = self._jsonschema.Draft202012Validator(_in_json_schema(schema))
-        try:
-            error = self._jsonschema.exceptions.best_match(validator.iter_errors(arguments))
-        except (self._jsonschema.exceptions.UnknownType, self._jsonschema.exceptions.SchemaError, TypeError) as broken:
-            return f"the schema itself is broken ({type(broken).__name__})"
-        return None if error is None else error.message[:200]
-
-
-def _in_json_schema(schema: Any) -> Any:
-    """A schema with JSON Schema's names of types; ``any`` and a property's ``required: true`` are left out."""
-    if isinstance(schema, list):
-        return [_in_json_schema(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    read = {key: _in_json_schema(value) for key, value in schema.items()}
-    if isinstance(read.get("type"), str):
-        read["type"] = PYTHON_TYPES.get(read["type"], read["type"])
-        if read["type"] == "any":
-            del read["type"]
-    if isinstance(read.get("required"), bool):
-        del read["required"]
-    return read

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 _ROLES = {"SYSTEM": "system", "USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 _HEADER = re.compile(r"(?:^|\n)\s*(SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE): ?")
-_CALL = "<functioncall>"
+CALL = "<functioncall>"
 _QUOTED_ARGUMENTS = re.compile(r'("arguments"\s*:\s*)\'(.*)\'(\s*\}?\s*)$', re.DOTALL)
-_END = "<|endoftext|>"
+END = "<|endoftext|>"
 
 
 def is_dialogue(text: str) -> bool:
@@ -60,7 +60,7 @@ def parse_dialogue(text: str) -> Parsed:
     tools: list[Any] = []
     for header, content in zip(pieces[::2], pieces[1::2], strict=True):
         role = _ROLES[header]
-        content = content.replace(_END, "").strip()
+        content = content.replace(END, "").strip()
         if role == "system":
             content, tools = _split_schemas(content)
         messages.append(_message(role, content))
@@ -68,14 +68,19 @@ def parse_dialogue(text: str) -> Parsed:
 
 
 def _message(role: str, content: str) -> Message:
-    if role != "assistant" or _CALL not in content:
+    if role != "assistant" or CALL not in content:
         return {"role": role, "content": content}
-    said, *calls = content.split(_CALL)
-    read = [read_call(_call_object(call.strip()), "chat") for call in calls]
+    said, *calls = content.split(CALL)
+    read = [read_call(call_object(call.strip()), "chat") for call in calls]
     return {"role": role, "content": said.strip(), "tool_calls": read}
 
 
-def _call_object(text: str) -> Any:
+def call_object(text: str) -> Any:
+    """The JSON object of a call, whatever quotes stand around its arguments.
+
+    Raises:
+        DataError: If it is none.
+    """
     # The quotes around the arguments are not JSON, and what they hold is.
     plain = _QUOTED_ARGUMENTS.sub(lambda match: match[1] + match[2].replace("\\'", "'") + match[3], text)
     try:

@@ -1,0 +1,95 @@
+"""Attention masks for two answers behind one prompt, which is computed once.
+
+A token of an answer sees the prompt and its own answer up to itself; a sliding window counts positions, which go on
+from the prompt in both answers, not places in the row.
+
+Shapes: B rows, S tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeft.integration.document_masks import FULL, SLIDING
+from moeft.integration.embedding_gradient import embedding_gradient
+
+PREFIX = 0
+"""Segment of the prompt; every other number is an answer of its own."""
+_MASKED_ATTENTION = ("eager", "sdpa")
+PROBE_TOKENS = 4
+
+
+def prefix_masks(model: Any, segments_BS: Tensor, position_ids_BS: Tensor) -> Any:
+    """What to pass to the model as ``attention_mask``.
+
+    Args:
+        model: A causal language model of transformers, without a PEFT wrapper, that :func:`shares_prefix` accepts.
+        segments_BS: Which part of a pair a token belongs to.
+        position_ids_BS: Positions.
+
+    Returns:
+        A mask ``[B, 1, S, S]``, or one for each kind of attention layer.
+    """
+    config = model.config.get_text_config()
+    is_eager = config._attn_implementation == "eager"
+    dtype = model.get_input_embeddings().weight.dtype if is_eager else None
+    kinds = _kinds(config)
+    full_BSS = _visible(segments_BS)
+    masks = {FULL: full_BSS}
+    if SLIDING in kinds:
+        distance_BSS = position_ids_BS[:, :, None] - position_ids_BS[:, None, :]
+        masks[SLIDING] = full_BSS & (distance_BSS < config.sliding_window)
+    made = {kind: _for_attention(masks[kind], dtype) for kind in kinds}
+    return made if getattr(config, "layer_types", None) and len(kinds) > 1 else next(iter(made.values()))
+
+
+def shares_prefix(model: Any) -> bool:
+    """Whether the model computes two answers behind one prompt as it would each of them alone.
+
+    Asked of the model: the last hidden states of the second answer must have a gradient of exactly zero with respect
+    to the embeddings of the first, and another one with respect to the prompt's. Layers that carry a state from token
+    to token fail, and so do attention kernels that take no mask.
+
+    Args:
+        model: A causal language model of transformers, with or without adapters.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    if config._attn_implementation not in _MASKED_ATTENTION or not set(_kinds(config)) <= {FULL, SLIDING}:
+        return False
+    device = base.get_input_embeddings().weight.device
+    segments = torch.arange(3, device=device).repeat_interleave(PROBE_TOKENS)[None]
+    positions = torch.arange(3 * PROBE_TOKENS, device=device)[None] - PROBE_TOKENS * (segments == 2)
+    inputs = {
+        "input_ids": torch.arange(3 * PROBE_TOKENS, device=device)[None] % 2 + 1,  # ids that any vocabulary has
+        "position_ids": positions,
+        "attention_mask": prefix_masks(base, segments, positions),
+    }
+    gradient_SH = embedding_gradient(base, inputs, slice(2 * PROBE_TOKENS, None))
+    prompt, first_answer = gradient_SH[:PROBE_TOKENS], gradient_SH[PROBE_TOKENS : 2 * PROBE_TOKENS]
+    return bool(prompt.any()) and not first_answer.any()
+
+
+def _kinds(config: Any) -> list[str]:
+    """Kinds of attention layers; a model that does not list them has a window everywhere or nowhere."""
+    listed = getattr(config, "layer_types", None)
+    if listed:
+        return sorted(set(listed))
+    return [SLIDING if getattr(config, "sliding_window", None) is not None else FULL]
+
+
+def _visible(segments_BS: Tensor) -> Tensor:
+    of_query, of_key = segments_BS[:, :, None], segments_BS[:, None, :]
+    size = segments_BS.shape[1]
+    causal_SS = torch.ones(size, size, dtype=torch.bool, device=segments_BS.device).tril()
+    return causal_SS & ((of_key == PREFIX) | (of_key == of_query))
+
+
+def _for_attention(visible_BSS: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A boolean mask, or the one of a dtype that eager attention adds."""
+    if dtype is None:
+        return visible_BSS[:, None]
+    return torch.zeros_like(visible_BSS, dtype=dtype).masked_fill(~visible_BSS, torch.finfo(dtype).min)[:, None]

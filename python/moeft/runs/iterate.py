@@ -1,0 +1,208 @@
+"""``moeft hard iterate``: analyse, build pairs against the failures, tune, measure on held-out requests, and again.
+
+``round-0`` measures the policy as it comes. Every later round probes the best policy so far on seeds, builds pairs
+against what failed, tunes, and measures. Rounds end when held-out accuracy gains too little or the gate is broken; the
+adapters of the best round are those to use. What a round has finished is not done again after an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moeft.config import SftRecipe
+from moeft.config.dpo import DpoRecipe
+from moeft.config.iterate import IterateRecipe
+from moeft.errors import RunFolderError
+from moeft.hard.requests import HeldOutTexts, Request
+from moeft.hard.targets import Targets
+from moeft.provenance import RunFolder
+from moeft.runs import dpo, sft
+from moeft.runs.generated import Speaker
+from moeft.runs.hard import BuildSettings, Toolbox, analyze_replies, build_pairs
+
+Show = Callable[[str], None]
+
+
+def run(recipe: IterateRecipe, show: Show = print) -> RunFolder:
+    """Run rounds, or continue interrupted ones.
+
+    Args:
+        recipe: The resolved recipe.
+        show: Where to print what is found.
+
+    Returns:
+        The finished run folder: ``round-N/`` with pairs, analyses and the preference run, ``metrics.json`` with
+        ``rounds``, the ``best`` of them, its ``adapters``, and why rounds ended, and ``rounds.png``.
+
+    Raises:
+        MoeftError: If the recipe, the model, the data or the training cannot be used.
+    """
+    data = recipe.data
+    inputs = {"model": recipe.model, "tools": data.tools, "seeds": data.seeds, "heldout": data.heldout}
+    inputs |= {} if data.easy is None else {"easy": data.easy}
+    inputs |= {} if recipe.sft is None else {"sft": recipe.sft}
+    inputs |= {} if recipe.gate is None else {"gate": recipe.gate.rows}
+    inputs |= {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
+    seed = int(recipe.training.get("seed", 42))
+    with RunFolder.create(recipe.output, "moeft hard iterate", recipe.resolved(), inputs, seed) as folder:
+        _Rounds(recipe, folder, seed, show).run()
+    return folder
+
+
+@dataclass
+class _Rounds:
+    recipe: IterateRecipe
+    folder: RunFolder
+    seed: int
+    show: Show
+
+    def __post_init__(self) -> None:
+        data = self.recipe.data
+        self.tools = Toolbox.read(data.tools, data.protocol)
+        self.held_out = self.tools.requests(data.heldout, self.show)
+        texts = HeldOutTexts(request.prompt for request in self.held_out)
+        self.seeds = self.tools.requests(data.seeds, self.show, texts)
+        self.metrics: dict[str, Any] = self.folder.read_json("metrics.json") or {"rounds": []}
+
+    def run(self) -> None:
+        from moeft.reports.plots import plot_rounds
+
+        rounds = self.metrics["rounds"]
+        if not rounds:
+            self._measure(0, self._start())
+        while reason_to_stop(self.recipe, rounds) is None:
+            self._round(len(rounds))
+        self.metrics |= {"ended": reason_to_stop(self.recipe, rounds), "best": self._best()}
+        self.metrics["adapters"] = rounds[self._best()]["adapters"]
+        self.folder.write_json("metrics.json", self.metrics)
+        plot_rounds(rounds, self.folder.path / "rounds.png")
+        best = rounds[self._best()]
+        self.show(f"ended: {self.metrics['ended']}; best round {self._best()}: {best['accuracy']['value']:.1%}")
+
+    def _start(self) -> tuple[Path, ...]:
+        """Adapters that rounds start from, after supervised training if the recipe asks for it."""
+        if self.recipe.sft is None:
+            return self.recipe.lora.stack_on
+        output = self.folder.path / "sft"
+        recipe = SftRecipe.load(self.recipe.sft, [f"output={json.dumps(str(output))}"])
+        if not _is_finished(output):
+            sft.run(recipe, self.show)
+        return tuple(recipe.adapters(output / "adapter"))
+
+    def _round(self, number: int) -> None:
+        """Probe, build, tune and measure once."""
+        place = self.folder.path / f"round-{number}"
+        data = self.recipe.data
+        start = tuple(Path(path) for path in self.metrics["rounds"][-1]["adapters"])
+        pairs = place / "pairs.jsonl"
+        if not pairs.exists():
+            asked = random.Random(self.seed + number).sample(self.seeds, min(data.probes, len(self.seeds)))
+            analyze_replies(self.tools, asked, self._replies(start, asked), place / "probe", self.show)
+            build_pairs(
+                self.tools,
+                data.seeds,
+                pairs,
+                BuildSettings(data.pairs, data.share, seed=self.seed + number),
+                exclude=(data.heldout,),
+                easy=data.easy,
+                targets=Targets.read(place / "probe" / "targets.json"),
+                show=self.show,
+            )
+        recipe = self._tuning(pairs, place / "dpo", start, is_first=number == 1)
+        if not _is_finished(place / "dpo"):
+            dpo.run(recipe, self.show)
+        self._measure(number, tuple(recipe.adapters(place / "dpo" / "adapter")))
+
+    def _tuning(self, pairs: Path, output: Path, start: tuple[Path, ...], is_first: bool) -> DpoRecipe:
+        """A new adapter in the first round, which all later rounds train on."""
+        recipe, data = self.recipe, self.recipe.data
+        return DpoRecipe.model_validate(
+            {
+                "model": recipe.model,
+                "output": output,
+                "dtype": recipe.dtype,
+                "lora": recipe.lora.model_copy(update={"stack_on": start}),
+                "data": {
+                    "train": (pairs,),
+                    "max_length": data.max_length,
+                    "layout": data.layout,
+                    "chat_template": data.chat_template,
+                },
+                "preference": recipe.preference,
+                "reference": {"cache": self.folder.path / "reference"},
+                "training": recipe.training,
+                "train": "new" if is_first else "start",
+            }
+        )
+
+    def _measure(self, number: int, adapters: tuple[Path, ...]) -> None:
+        """Held-out accuracy and the gate's loss of a policy."""
+        from moeft.evaluation.turn_scores import score_turns
+
+        speaker = self._speaker(adapters)
+        model, tokenizer = speaker.load()
+        replies = speaker.replies(model, tokenizer, self.held_out, self.tools)
+        found = analyze_replies(
+            self.tools, self.held_out, replies, self.folder.path / f"round-{number}" / "heldout", self.show
+        )
+        entry: dict[str, Any] = {
+            "accuracy": found.accuracy.to_json(),
+            "failures": found.failures,
+            "adapters": [str(path) for path in adapters],
+            "gate_loss": None,
+        }
+        if self.recipe.gate is not None:
+            from moeft.data.rows import read_rows
+
+            scores = score_turns(model, tokenizer, read_rows(self.recipe.gate.rows, turns="any").rows)
+            turns = [turn for row in scores for turn in row]
+            entry["gate_loss"] = -sum(turn.log_prob for turn in turns) / sum(turn.tokens for turn in turns)
+        self.metrics["rounds"].append(entry)
+        self.folder.write_json("metrics.json", self.metrics)
+        self.folder.event("round", number=number, accuracy=found.accuracy.value, gate_loss=entry["gate_loss"])
+
+    def _best(self) -> int:
+        """The most accurate round whose gate holds; the earliest of equals."""
+        rounds, gate = self.metrics["rounds"], self.recipe.gate
+        kept = [
+            number
+            for number, entry in enumerate(rounds)
+            if gate is None or entry["gate_loss"] - rounds[0]["gate_loss"] <= gate.max_rise
+        ]
+        return max(kept, key=lambda number: (rounds[number]["accuracy"]["value"], -number))
+
+    def _replies(self, adapters: tuple[Path, ...], requests: list[Request]) -> list[str]:
+        speaker = self._speaker(adapters)
+        return speaker.replies(*speaker.load(), requests, self.tools)
+
+    def _speaker(self, adapters: tuple[Path, ...]) -> Speaker:
+        data = self.recipe.data
+        speaker = Speaker(self.recipe.model, adapters, self.recipe.dtype, data.chat_template)
+        return replace(speaker, max_new_tokens=data.max_new_tokens, batch_size=data.batch_size)
+
+
+def reason_to_stop(recipe: IterateRecipe, rounds: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why no further round is to follow those that were measured, or None."""
+    if (gate := recipe.gate) is not None and len(rounds) > 1:
+        rise = rounds[-1]["gate_loss"] - rounds[0]["gate_loss"]
+        if rise > gate.max_rise:
+            return f"the loss of the gate rose by {rise:.3g}, more than {gate.max_rise:g}"
+    if len(rounds) > 1:
+        gain = rounds[-1]["accuracy"]["value"] - rounds[-2]["accuracy"]["value"]
+        if gain <= recipe.min_gain:
+            return f"held-out accuracy changed by {gain:+.1%}, no more than {recipe.min_gain:.1%}"
+    if len(rounds) > recipe.rounds:
+        return f"{recipe.rounds} rounds"
+    return None
+
+
+def _is_finished(path: Path) -> bool:
+    try:
+        return RunFolder.open(path).status == "finished"
+    except RunFolderError:
+        return False

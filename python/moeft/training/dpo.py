@@ -1,0 +1,277 @@
+"""Preference tuning: the policy learns to prefer the chosen answer of a pair to the rejected one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from moeft.data import templates
+from moeft.data.pair_batches import PairCollator
+from moeft.data.pairs import EncodedPairs, Pair, encode_pairs
+from moeft.data.preferences import PreferenceRows, read_preferences
+from moeft.data.rejects import Reject
+from moeft.data.vocabulary import check_ids, check_vocabulary
+from moeft.errors import DataError
+from moeft.integration.log_probs import linear_head
+from moeft.progress_bar import step_bar
+from moeft.training.dpo_arguments import DPOConfig
+from moeft.training.preference.divergence import token_divergences
+from moeft.training.preference.figures import KEYS, PairFigures
+from moeft.training.preference.layout import usable_layout
+from moeft.training.preference.losses import PairLosses, pair_losses
+from moeft.training.preference.reference import Reference, ReferenceReport
+from moeft.training.preference.reference_cache import ReferenceCache
+from moeft.training.preference.reference_context import reference_context
+from moeft.training.preference.scores import PairScores, score_pairs, source_states
+from moeft.training.preference.starting_policy import StartingPolicy
+from moeft.training.preference.stop_rules import StopOnCollapse
+from moeft.training.sft import padding_id
+from moeft.training.trainer import MoeTrainer
+
+logger = logging.getLogger(__name__)
+Dataset = str | Path | Iterable[Mapping[str, Any]] | PreferenceRows | EncodedPairs
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Nats per token by which a cached log-probability may differ from a new one; batches differ in their padding."""
+TOLERANCE_16_BIT = 0.05
+DIVERGENCE_PAIRS = 64
+"""Held-out pairs on whose chosen answers the divergence from the reference is measured."""
+
+
+class DPOTrainer(MoeTrainer):
+    """Trains a policy on preference pairs; both answers of a pair go through the model in one forward pass.
+
+    The reference is the policy as it is handed in, with the same loaded weights: log-probabilities under it are taken
+    before the first step, from ``args.reference_cache`` as far as they are there.
+
+    Args:
+        model: The policy, usually a PeftModel.
+        args: Settings.
+        train_dataset: File of preference rows, rows as mappings, or encoded pairs.
+        processing_class: A fast tokenizer with a chat template.
+        eval_dataset: Held-out pairs in the same form.
+        **kwargs: As for :class:`moeft.training.trainer.MoeTrainer`.
+
+    Attributes:
+        train_pairs: What became of the training rows, rejects included.
+        eval_pairs: The same for held-out rows; None without any.
+        layout: How the two answers of a pair lie; another one than asked for if the model cannot do that.
+        reference: How the log-probabilities under the reference came about; None before they are known.
+        stopping: Why training stopped early, if it did.
+
+    Raises:
+        DataError: If no pair can be used, or the template hides what the assistant said.
+        UnsupportedModelError: If the head is no linear layer.
+        ValueError: If there is more than one device.
+    """
+
+    args: DPOConfig
+    logged_figures = KEYS
+
+    def __init__(
+        self,
+        model: Any,
+        args: DPOConfig,
+        train_dataset: Dataset,
+        processing_class: Any,
+        eval_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError("preference pairs are trained on one device; start one process with one visible GPU")
+        linear_head(model)
+        origin = templates.apply(processing_class, args.chat_template, model.config.model_type)
+        if origin is not None:
+            logger.info("chat template: %s", origin)
+        num_embeddings = model.get_input_embeddings().weight.shape[0]
+        check_vocabulary(processing_class, num_embeddings)
+        self.train_pairs = _encode(train_dataset, processing_class, args, num_embeddings)
+        self.eval_pairs = (
+            None if eval_dataset is None else _encode(eval_dataset, processing_class, args, num_embeddings)
+        )
+        self.layout = usable_layout(model, args.layout)
+        self.preference_loss = args.preference_loss
+        self.start = StartingPolicy(model)
+        self.reference: ReferenceReport | None = None
+        self._figures = PairFigures()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self.train_pairs.pairs,
+            eval_dataset=None if self.eval_pairs is None else self.eval_pairs.pairs,
+            processing_class=processing_class,
+            data_collator=PairCollator(padding_id(processing_class), self.layout),
+            **kwargs,
+        )
+        # The loss is divided by the pairs of a step, over all its micro-batches.
+        self.model_accepts_loss_kwargs = True
+        self.stopping = StopOnCollapse(args.stop_rules, self.events)
+        self.add_callback(self.stopping)
+
+    def prepare_reference(self) -> ReferenceReport | None:
+        """Take the log-probabilities under the reference, if the loss needs them and they are not known yet.
+
+        Pairs whose log-probability is not finite are left out and join the rejects.
+
+        Raises:
+            DataError: If none is left.
+        """
+        if self.reference is not None or not self.preference_loss.needs_reference:
+            return self.reference
+        cache = None
+        if self.args.reference_cache is not None:
+            context = reference_context(self.model, self.start, self._precision())
+            cache = ReferenceCache(self.args.reference_cache, context)
+        dtype = self.model.get_input_embeddings().weight.dtype
+        tolerance = TOLERANCE_16_BIT if self._precision() != "no" else TOLERANCE.get(dtype, TOLERANCE_16_BIT)
+        reference = Reference(
+            self._score_as_reference, self.args.eval_batch_size, cache, self.args.reference_verify, tolerance
+        )
+        reports = []
+        self.train_pairs, report = self._referenced(self.train_pairs, reference)
+        reports.append(report)
+        self.train_dataset = self.train_pairs.pairs
+        if self.eval_pairs is not None:
+            self.eval_pairs, report = self._referenced(self.eval_pairs, reference)
+            reports.append(report)
+            self.eval_dataset = self.eval_pairs.pairs
+        self.reference = ReferenceReport(
+            sum(report.cached for report in reports),
+            sum(report.computed for report in reports),
+            sum(report.verified for report in reports),
+        )
+        if self.events is not None:
+            counts = self.reference
+            self.events.event("reference", cached=counts.cached, computed=counts.computed, verified=counts.verified)
+        return self.reference
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, after the log-probabilities under the reference are known; as ``transformers.Trainer.train``."""
+        self.prepare_reference()
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure held-out pairs; as ``transformers.Trainer.evaluate``."""
+        self.prepare_reference()
+        return super().evaluate(*args, **kwargs)
+
+    def sample_sequences(self, count: int) -> list[list[int]]:
+        """Token ids of a few chosen conversations, held-out ones if there are any."""
+        pairs = (self.eval_pairs or self.train_pairs).pairs
+        return [example["input_ids"].tolist() for example in pairs.chosen[:count]]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Micro-batches of a step, and how many pairs they hold."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        return batches, sum(len(batch["rows"]) for batch in batches)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of the losses of a micro-batch's pairs over the pairs of the step, or of the micro-batch."""
+        losses, scores = self._losses(inputs)
+        if self.model.training and torch.is_grad_enabled():
+            self._figures.add(losses, scores, inputs["reference"])
+        loss = losses.loss.sum() / (num_items_in_batch or len(losses.loss))
+        return (loss, losses) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log Trainer's figures with those of the pairs."""
+        if "loss" in logs:
+            figures = self._figures.read(self.preference_loss.is_mean)
+            figures.pop("loss", None)
+            logs |= figures
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Figures of held-out pairs, and how far the policy is from the reference on their chosen answers."""
+        self.model.eval()
+        figures = PairFigures()
+        num_pairs = 0
+        kept: list[tuple[Any, Tensor]] = []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in dataloader:
+                inputs = self._prepare_inputs(batch)
+                losses, scores = self._losses(inputs)
+                figures.add(losses, scores, inputs["reference"])
+                if num_pairs < DIVERGENCE_PAIRS:
+                    kept.append((inputs, self._chosen_states(inputs)))
+                num_pairs += len(inputs["rows"])
+            divergences = self._divergences(kept)
+        read = figures.read(self.preference_loss.is_mean) | {"kl": float(divergences.double().mean())}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in read.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_pairs)
+
+    def _losses(self, inputs: Any) -> tuple[PairLosses, PairScores]:
+        scores = score_pairs(self.model, inputs)
+        reference = inputs["reference"] if self.preference_loss.needs_reference else None
+        return pair_losses(self.preference_loss, scores.sums, scores.counts, reference), scores
+
+    def _chosen_states(self, inputs: Any) -> Tensor:
+        """``[M, H]``, states before every token of the chosen answers of a batch."""
+        return source_states(self.model, inputs)[:, 0][inputs["targets"][:, 0] >= 0]
+
+    def _divergences(self, kept: list[tuple[Any, Tensor]]) -> Tensor:
+        """``KL(policy || reference)`` before every token, of batches with their states under the policy."""
+        head = linear_head(self.model)
+        with self.start.restored(self.model):
+            found = [token_divergences(states, self._chosen_states(inputs), head) for inputs, states in kept]
+        return torch.cat(found)
+
+    def _referenced(self, encoded: EncodedPairs, reference: Reference) -> tuple[EncodedPairs, ReferenceReport]:
+        self.model.eval()
+        with step_bar("reference", not self.args.disable_tqdm) as advance, self._routing_paused():
+            sums, report = reference.log_probs(encoded.pairs, advance)
+        pairs = encoded.pairs.with_reference(sums)
+        if not report.not_finite:
+            return replace(encoded, pairs=pairs), report
+        rejects = [
+            Reject(int(pairs.lines[row]), f"its log-probability under the reference is {sums[row].tolist()}", "pairs")
+            for row in report.not_finite
+        ]
+        kept = np.setdiff1d(np.arange(len(pairs)), report.not_finite)
+        if not len(kept):
+            raise DataError(f"no pair has a finite log-probability under the reference; first: {rejects[0].reason}")
+        logger.warning("%d pairs are left out: their log-probability under the reference is not finite", len(rejects))
+        return replace(encoded, pairs=pairs.take(kept), rejects=[*encoded.rejects, *rejects]), report
+
+    def _score_as_reference(self, pairs: Sequence[Pair]) -> PairScores:
+        batch = self._prepare_inputs(self.data_collator(pairs))
+        with self.compute_loss_context_manager():
+            return score_pairs(self.model, batch)
+
+    def _precision(self) -> str:
+        return str(self.accelerator.mixed_precision)
+
+    def _routing_paused(self) -> Any:
+        return nullcontext() if self.routing is None else self.routing.paused()
+
+
+def _encode(dataset: Dataset, tokenizer: Any, args: DPOConfig, num_embeddings: int) -> EncodedPairs:
+    if not isinstance(dataset, EncodedPairs):
+        rows = dataset if isinstance(dataset, PreferenceRows) else read_preferences(dataset)
+        options: dict[str, Any] = {
+            "reasoning": args.reasoning,
+            "max_length": args.max_length,
+            "on_too_long": args.on_too_long,
+        }
+        dataset = encode_pairs(rows, tokenizer, **options)
+    for side in (dataset.pairs.chosen, dataset.pairs.rejected):
+        check_ids(side, num_embeddings)
+    return dataset

@@ -1,0 +1,1 @@
+"""Preference tuning: losses over pairs, log-probabilities under the reference and their cache, figures, stop rules."""

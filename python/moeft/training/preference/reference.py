@@ -1,0 +1,125 @@
+"""Log-probabilities of pairs under the reference: from the cache, and the rest computed once, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moeft.data.example import IGNORE_INDEX
+from moeft.data.pairs import Pair, Pairs
+from moeft.progress_bar import Callback
+from moeft.training.preference.reference_cache import ReferenceCache, sequence_key
+from moeft.training.preference.scores import PairScores
+
+Score = Callable[[Sequence[Pair]], PairScores]
+
+
+@dataclass(frozen=True)
+class ReferenceReport:
+    """How the log-probabilities under the reference came about, in sequences: two for each pair."""
+
+    cached: int
+    computed: int
+    verified: int
+    """Of the cached ones, how many were computed again and compared."""
+    not_finite: tuple[int, ...] = ()
+    """Places of pairs with a log-probability that is not finite; they are in no cache."""
+
+    def __str__(self) -> str:
+        return f"reference: {self.cached} sequences from the cache, {self.verified} verified, {self.computed} computed"
+
+
+class ReferenceMismatchError(Exception):
+    """A cached value is not what the reference gives now."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Computes and keeps log-probabilities under the reference.
+
+    Args:
+        score: Scores some pairs under the reference.
+        batch_size: Pairs at a time.
+        cache: Where they are kept; None keeps nothing.
+        verify: Cached pairs to compute again.
+        tolerance: Largest difference in nats per token between a cached value and a new one.
+    """
+
+    score: Score
+    batch_size: int
+    cache: ReferenceCache | None
+    verify: int
+    tolerance: float
+
+    def log_probs(self, pairs: Pairs, advance: Callback | None = None) -> tuple[NDArray[np.float64], ReferenceReport]:
+        """``[N, 2]`` sums of all pairs, and where they came from.
+
+        A cache whose values are not those of this reference, which its name should have told, is set aside and
+        computed anew.
+        """
+        sums = np.full((len(pairs), 2), np.nan)
+        if self.cache is not None:
+            sums = self._cached(pairs, self.cache)
+        num_verified = 0
+        known = np.flatnonzero(~np.isnan(sums).any(1))
+        if self.cache is not None and self.verify and len(known):
+            try:
+                num_verified = self._check(pairs, known, sums)
+            except ReferenceMismatchError:
+                self.cache.discard()
+                sums[:] = np.nan
+        missing = np.flatnonzero(np.isnan(sums).any(1))
+        # Sequences of like length share a batch, so that little is spent on padding.
+        lengths = pairs.chosen.lengths + pairs.rejected.lengths
+        order = missing[np.argsort(lengths[missing], kind="stable")]
+        num_cached = int((~np.isnan(sums)).sum())
+        not_finite: list[int] = []
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            computed = self._compute(pairs, rows)
+            finite = np.isfinite(computed)
+            records: list[tuple[bytes, float, int]] = []
+            not_finite += rows[~finite.all(1)].tolist()
+            if self.cache is not None:
+                unknown = np.isnan(sums[rows]) & finite
+                for place, side in np.argwhere(unknown).tolist():
+                    key, count = _key(pairs[int(rows[place])], side)
+                    records.append((key, float(computed[place, side]), count))
+                self.cache.put(records)
+            sums[rows] = np.where(np.isnan(sums[rows]), computed, sums[rows])
+            if advance is not None:
+                advance(start + len(rows), len(order), "pairs")
+        computed_sequences = 2 * len(pairs) - num_cached
+        return sums, ReferenceReport(num_cached, computed_sequences, num_verified, tuple(sorted(not_finite)))
+
+    def _cached(self, pairs: Pairs, cache: ReferenceCache) -> NDArray[np.float64]:
+        found = [[cache.get(*_key(pair, side)) for side in range(2)] for pair in pairs]
+        return np.array([[np.nan if value is None else value for value in row] for row in found])
+
+    def _check(self, pairs: Pairs, known: NDArray[np.int64], sums: NDArray[np.float64]) -> int:
+        """Compute some cached pairs again, evenly over the data set."""
+        places = np.unique(np.linspace(0, len(known) - 1, min(self.verify, len(known))).round().astype(int))
+        rows = known[places]
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            counts = np.array([[_key(pairs[int(row)], side)[1] for side in range(2)] for row in batch])
+            difference = np.abs(self._compute(pairs, batch) - sums[batch]) / counts
+            if not (difference <= self.tolerance).all():
+                raise ReferenceMismatchError
+        return 2 * len(rows)
+
+    def _compute(self, pairs: Pairs, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        with torch.no_grad():
+            sums_B2: Any = self.score([pairs[int(row)] for row in rows]).sums
+        return sums_B2.double().cpu().numpy()
+
+
+def _key(pair: Pair, side: int) -> tuple[bytes, int]:
+    """Key of one answer's sequence, and its compared tokens."""
+    example = pair["chosen"] if side == 0 else pair["rejected"]
+    return sequence_key(example), int((example["labels"][1:] != IGNORE_INDEX).sum())

@@ -1,0 +1,69 @@
+"""Log-probabilities of both answers of every pair of a batch, in one forward pass.
+
+Shapes: B pairs, S tokens of a row, M compared tokens of an answer, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from moeft.data.example import IGNORE_INDEX
+from moeft.integration.log_probs import hidden_states, linear_head
+from moeft.integration.shared_prefix import prefix_masks
+from moeft.kernels import linear_log_probs
+
+Batch = Mapping[str, Any]
+"""From :class:`moeft.data.pair_batches.PairCollator`, on the model's device."""
+
+
+class PairScores(NamedTuple):
+    """Of each pair, chosen then rejected."""
+
+    sums: Tensor
+    """``[B, 2]``, log-probabilities, summed over compared tokens, in nats; float32, or float64 for such a model."""
+    counts: Tensor
+    """``[B, 2]``, compared tokens."""
+
+
+def score_pairs(model: Any, batch: Batch) -> PairScores:
+    """Log-probabilities of both answers of each pair.
+
+    Args:
+        model: A causal language model with a linear head, with or without adapters.
+        batch: Pairs in any layout.
+
+    Raises:
+        UnsupportedModelError: If the head is no linear layer.
+    """
+    head = linear_head(model)
+    targets_B2M = batch["targets"]
+    log_probs_B2M = linear_log_probs(source_states(model, batch), head.weight, targets_B2M, head.softcap)
+    return PairScores(log_probs_B2M.sum(-1), count_targets(batch))
+
+
+def count_targets(batch: Batch) -> Tensor:
+    """``[B, 2]``, compared tokens of each answer."""
+    return (batch["targets"] != IGNORE_INDEX).sum(-1)
+
+
+def source_states(model: Any, batch: Batch) -> Tensor:
+    """``[B, 2, M, H]``, the last hidden states from which compared tokens are predicted."""
+    hidden = hidden_states(model, **_inputs(model, batch))
+    sources_B2M = batch["sources"]
+    states_BTH = hidden.reshape(len(sources_B2M), -1, hidden.shape[-1])
+    index = sources_B2M.flatten(1)[..., None].expand(-1, -1, hidden.shape[-1])
+    return states_BTH.gather(1, index).view(*sources_B2M.shape, hidden.shape[-1])
+
+
+def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    ids, positions = batch["input_ids"], batch.get("position_ids")
+    if positions is None:
+        return {"input_ids": ids.flatten(0, 1), "attention_mask": batch["attention_mask"].flatten(0, 1)}
+    inputs = {"input_ids": ids, "position_ids": positions}
+    if "segments" in batch:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inputs["attention_mask"] = prefix_masks(base, batch["segments"], positions)
+    return inputs
