@@ -123,6 +123,17 @@ def test_experts_of_sizes_that_grouped_mm_refuses_are_merged_and_proven(tmp_path
     assert whole.model.layers[0].mlp.experts.down_proj.grad.abs().sum() > 0
 
 
+def test_dense_model_of_sizes_that_divide_nothing_goes_the_whole_way(tmp_path, monkeypatch):
+    config, options = CONFIGS["gemma4_e4b"]
+    sizes = {"hidden_size": 52, "intermediate_size": 87, "num_attention_heads": 3, "num_key_value_heads": 1}
+    heads = {"head_dim": 10, "global_head_dim": 22, "hidden_size_per_layer_input": 17, "vocab_size": 197}
+    odd = {**options, **sizes, **heads, "vocab_size_per_layer_input": 197}
+    monkeypatch.setitem(CONFIGS, "gemma4_e4b", (config, odd))
+    chain = Chain("gemma4_e4b", tmp_path)
+    test_streamed_checkpoint_equals_packing_while_loading(chain, tmp_path)
+    test_every_proof_holds(chain)
+
+
 def test_dense_model_has_no_experts_to_pack(tmp_path):
     base = save_tiny_model("llama", tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"this llama model has no experts.*experts=False"):

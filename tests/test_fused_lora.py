@@ -73,7 +73,7 @@ def test_16_bit_model_keeps_no_float32_copy_of_inputs():
 
 
 @pytest.mark.parametrize(
-    "case", ["dropout", "dora", "lora_bias", "disabled", "merged", "two adapters", "autocast", "adapter_names"]
+    "case", ["dropout", "dora", "lora_bias", "disabled", "merged", "two adapters", "autocast", "adapter_names", "hooks"]
 )
 def test_what_is_not_one_plain_adapter_is_left_to_peft(case, monkeypatch):
     options = {"dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}}
@@ -81,6 +81,10 @@ def test_what_is_not_one_plain_adapter_is_left_to_peft(case, monkeypatch):
     if case == "two adapters":
         model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"]))
         model.base_model.set_adapter(["default", "other"])
+    if case == "hooks":
+        for name, module in model.named_modules():
+            if "lora_A" in name:
+                module.register_forward_hook(lambda *_: None)
     if case == "merged":
         model.merge_adapter()
     fuse_lora(model)

@@ -36,8 +36,8 @@ def fuse_lora(model: nn.Module) -> int:
     """Give the LoRA layers of this model instance a forward with one operation for their update.
 
     The class of a layer becomes a subclass of the one it had. Outputs and gradients differ from PEFT's by roundings of
-    the adapter's dtype. Hooks on the modules of the factors are not called; factors that a launcher shards must be
-    left to PEFT. Fusing again changes nothing.
+    the adapter's dtype. With hooks on the modules of the factors PEFT's forward runs, which calls them; factors that a
+    launcher shards must be left to PEFT. Fusing again changes nothing.
 
     Args:
         model: A model with PEFT's adapters, or without.
@@ -58,11 +58,13 @@ def fuse_lora(model: nn.Module) -> int:
 def _is_plain(layer: Any, name: str) -> bool:
     """Whether an adapter of a layer is a product of two factors and nothing else, at this moment."""
     dropout = layer.lora_dropout[name]
+    factors = layer.lora_A[name], layer.lora_B[name]
     return not (
         layer.disable_adapters
         or layer.merged
         or name in layer.lora_variant
-        or layer.lora_B[name].bias is not None
+        or factors[1].bias is not None
+        or any(factor._forward_hooks or factor._forward_pre_hooks for factor in factors)
         or (dropout.training and not isinstance(dropout, nn.Identity))
     )
 
