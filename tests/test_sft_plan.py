@@ -150,6 +150,23 @@ def test_tracker_that_is_not_installed_is_refused_before_anything_is_written(bas
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("max_steps", "ten", "a number; its default is -1"),
+        ("seed", "abc", "a number; its default is 42"),
+        ("learning_rate", None, "a number; its default is 5e-05"),
+        ("gradient_accumulation_steps", 0, "a whole number from 1"),
+        ("per_device_train_batch_size", 1.5, "a whole number from 1"),
+    ],
+)
+def test_trainer_value_that_is_no_number_is_refused_before_anything_is_written(base, tmp_path, name, value, expected):  # noqa: F811
+    path = write_recipe(tmp_path, base, training={name: value})
+    with pytest.raises(RecipeError, match=rf"training\.{name} is {value!r}, expected {expected}"):
+        start(path)
+    assert not (tmp_path / "run").exists()
+
+
 def test_tensorboard_gets_the_figures_of_every_step(base, tmp_path, monkeypatch):  # noqa: F811
     pytest.importorskip("tensorboardX", reason='tensorboardX is absent: pip install "moeft[test]"')
     from tensorboardX.proto.event_pb2 import Event

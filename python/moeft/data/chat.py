@@ -119,20 +119,23 @@ def encode(
     if isinstance(rows, Rows):
         rejects += rows.rejects
         source, read, rows = rows.source, rows.summary, rows.rows
-    kept: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
-    num_shortened = 0
-    with as_written(backend):
+    shortened: list[int] = []
+
+    def kept() -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
         for row, ids, trained in _tokenized(_rendered(rows, renderer, source, rejects), backend):
             pieces, reason = fit(trained, max_length, on_too_long)
             if not pieces:
                 rejects.append(Reject(row.line, reason, source))
-            # Copies, so that a piece does not keep the whole row in memory.
-            kept += [(ids[piece].copy(), trained[piece].copy()) for piece in pieces]
-            num_shortened += bool(pieces) and pieces != [slice(0, len(ids))]
-    if not kept:
+            elif pieces != [slice(0, len(ids))]:
+                shortened.append(row.line)
+            yield from ((ids[piece], trained[piece]) for piece in pieces)
+
+    with as_written(backend):
+        examples = Examples.of(kept())
+    if not examples:
         first = "; ".join(f"line {reject.line}: {reject.reason}" for reject in rejects[:3])
         raise DataError(f"{source}: no row is left to train on. First reasons: {first or 'there were no rows'}")
-    return Encoded(Examples.of(kept), sorted(rejects, key=lambda reject: reject.line), num_shortened, read)
+    return Encoded(examples, sorted(rejects, key=lambda reject: reject.line), len(shortened), read)
 
 
 def encode_messages(

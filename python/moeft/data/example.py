@@ -34,14 +34,15 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def of(cls, rows: Iterable[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> "Examples":
-        """Join rows given as ids and trained tokens."""
-        rows = list(rows)
-        ids, trained = [ids for ids, _ in rows], [trained for _, trained in rows]
-        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        """Join rows given as ids and trained tokens, one after the other: no row is held twice."""
+        # A buffer that grows is moved by the system, page by page, where joining arrays would copy all of them.
+        all_ids, all_trained, stops = bytearray(), bytearray(), [0]
+        for ids, trained in rows:
+            all_ids += np.asarray(ids, np.int32).tobytes()
+            all_trained += trained.tobytes()
+            stops.append(stops[-1] + len(ids))
         return cls(
-            np.concatenate(ids, dtype=np.int32) if ids else np.empty(0, np.int32),
-            np.concatenate(trained) if trained else np.empty(0, np.bool_),
-            offsets,
+            np.frombuffer(all_ids, np.int32), np.frombuffer(all_trained, np.bool_), np.array(stops, dtype=np.int64)
         )
 
     @classmethod

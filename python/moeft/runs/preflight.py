@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from moeft.config import TuningRecipe, validate_optimizer, validate_training_fields
+from moeft.config.trainer_values import validate_trainer_values
 from moeft.data import templates
 from moeft.errors import RecipeError
 
@@ -18,6 +19,7 @@ def check(recipe: TuningRecipe) -> None:
             would be refused.
     """
     validate_training_fields(recipe.training)
+    validate_trainer_values(recipe.training)
     validate_optimizer(recipe.training)
     _check_policy(recipe)
     _check_trackers(recipe)

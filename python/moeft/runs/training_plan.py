@@ -71,7 +71,9 @@ def plan_training(trainer: SFTTrainer, base_parameters: int, forecast: Plan | No
     from moeft.training.probe import time_micro_batch
 
     args = trainer.args
-    batches = len(trainer.get_train_dataloader())
+    rows: Any = trainer.train_dataset
+    share = len(rows) / (args.train_batch_size * args.world_size)
+    batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
     # As transformers.Trainer counts: what is left of an epoch behind whole steps makes one more.
     steps_per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
