@@ -3,7 +3,7 @@
 For each seed: train the demo's adapter on ops-agent rows, build hard pairs from those rows and held-out pairs
 from requests whose combinations never occur in training, tune a second adapter, and measure.
 
-    python benches/preference.py [--seeds 3] [--sft-steps 200] [--dpo-steps 100] [--out FOLDER]
+    python benches/preference.py [--seeds 3] [--sft-steps 200] [--dpo-steps 80] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from moeft.demo.run import prepare
 from moeft.runs import dpo, sft
 from moeft.runs.hard import BuildSettings, Toolbox, build_pairs
 
-PAIRS, HELD_OUT_PAIRS = 780, 260
+PAIRS, HELD_OUT_PAIRS = 390, 130
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sft-steps", type=int, default=200)
-    parser.add_argument("--dpo-steps", type=int, default=100)
+    parser.add_argument("--dpo-steps", type=int, default=80)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)  # as the demo does

@@ -92,3 +92,12 @@ def test_tokenizer_without_a_padding_token_gives_the_same_replies(model, tokeniz
     tokenizer.pad_token = None
     assert generate_replies(model, tokenizer, PROMPTS, max_new_tokens=8) == expected
     assert tokenizer.pad_token is None
+
+
+def test_special_tokens_stay_if_asked_for_up_to_the_end_of_the_turn(model, tokenizer):
+    prompts, options = ["hello", "a longer request"], {"max_new_tokens": 12}
+    plain = generate_replies(model, tokenizer, prompts, **options)
+    marked = generate_replies(model, tokenizer, prompts, skip_special_tokens=False, **options)
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in marked]
+    assert [tokenizer.decode(row, skip_special_tokens=True) for row in ids] == plain
+    assert all(tokenizer.pad_token_id not in row and tokenizer.eos_token_id not in row for row in ids)

@@ -98,10 +98,10 @@ def test_a_round_of_the_loop_probes_builds_tunes_and_measures(files, tmp_path):
         "lora": {"rank": 2},
         "data": {
             "tools": str(files / "tools.json"), "seeds": str(files / "seeds.jsonl"),
-            "heldout": str(files / "heldout.jsonl"), "pairs": 26, "probes": 6, "max_new_tokens": 4, "max_length": 1500,
+            "heldout": str(files / "heldout.jsonl"), "pairs": 13, "probes": 3, "max_new_tokens": 3, "max_length": 1500,
         },
         "preference": {"loss": "sigmoid_norm", "beta": 1.0},
-        "training": {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True,
+        "training": {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True,
                      "save_strategy": "no"},
         "gate": {"rows": str(gate), "max_rise": 5.0},
         "rounds": 2,

@@ -60,11 +60,18 @@ class ToolSchemas:
     def properties(self, name: str) -> dict[str, Any]:
         """Schemas of a tool's parameters, by name."""
         properties = self._parameters[name].get("properties")
-        return dict(properties) if isinstance(properties, Mapping) else {}
+        listed = properties if isinstance(properties, Mapping) else {}
+        return {name: schema if isinstance(schema, Mapping) else {} for name, schema in listed.items()}
 
     def required(self, name: str) -> tuple[str, ...]:
         """Parameters that a call of the tool must have."""
-        return tuple(self._parameters[name].get("required") or ())
+        required = self._parameters[name].get("required")
+        return tuple(required) if isinstance(required, list) else ()
+
+    def choices(self, name: str, key: str) -> list[Any]:
+        """Values that a parameter is restricted to; empty if it is not."""
+        choices = self.properties(name).get(key, {}).get("enum")
+        return list(choices) if isinstance(choices, list) else []
 
     def problem(self, name: str, arguments: Mapping[str, Any]) -> str | None:
         """Why a call could not be carried out, or None. An argument that the schema does not have is one reason."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import defaultdict
@@ -44,12 +45,12 @@ class Workshop:
         self.protocol = protocol
         self.rng = rng
         self._confusion = confusion
-        self._values: dict[str, list[Any]] = defaultdict(list)
+        values: dict[str, dict[str, Any]] = defaultdict(dict)
         for request in requests:
             for call in request.calls:
                 for key, value in call.arguments.items():
-                    if not any(equal_values(value, known) for known in self._values[key]):
-                        self._values[key].append(value)
+                    values[key].setdefault(json.dumps(value, sort_keys=True), value)
+        self._values = {key: list(known.values()) for key, known in values.items()}
 
     def called(self, calls: Sequence[ToolCall]) -> Message:
         """An earlier turn of the assistant that calls tools."""
@@ -77,12 +78,11 @@ class Workshop:
 
     def other_value(self, tool: str, key: str, value: Any) -> Any:
         """Another value that fits the schema of an argument; None if there is no other."""
-        schema = self.schemas.properties(tool).get(key) or {}
-        choices = list(schema.get("enum") or [])
+        choices = self.schemas.choices(tool, key)
         if not choices and isinstance(value, bool):
             choices = [not value]
         if not choices:
-            choices = [known for known in self._values[key] if type(known) is type(value)]
+            choices = [known for known in self._values.get(key, ()) if type(known) is type(value)]
             if isinstance(value, int | float) and not isinstance(value, bool):
                 choices += [value + 1, value * 10]
             elif isinstance(value, str) and len(value) > 1:
@@ -125,12 +125,11 @@ class Workshop:
         return str(function.get("description") or self.words(name)).strip().rstrip(".")
 
     def _any_value(self, tool: str, key: str) -> Any:
-        schema = self.schemas.properties(tool).get(key) or {}
-        choices = list(schema.get("enum") or self._values[key])
+        choices = self.schemas.choices(tool, key) or self._values.get(key)
         if choices:
             return self.rng.choice(choices)
         return {"string": key, "integer": 1, "number": 1, "boolean": True, "array": [], "object": {}}.get(
-            str(schema.get("type"))
+            str(self.schemas.properties(tool).get(key, {}).get("type"))
         )
 
     def _likeness(self, one: str, other: str) -> float:

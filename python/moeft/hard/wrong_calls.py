@@ -113,7 +113,7 @@ def edge_case(shop: Workshop, request: Request) -> Draft | None:
     shop.rng.shuffle(found)
     for index, key, value in found:
         call = request.calls[index]
-        is_closed = "enum" in shop.schemas.properties(call.name).get(key, {})
+        is_closed = bool(shop.schemas.choices(call.name, key))
         asked = value.upper() if is_closed else shop.rng.choice(EDGES)
         right, wrong = (value, asked) if is_closed else (asked, _mangled(asked))
         calls = _replaced(request, index, ToolCall(call.name, {**call.arguments, key: right}))

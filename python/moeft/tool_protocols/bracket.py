@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moeft.tool_protocols.call import Reply, ToolCall, ToolCallError, ToolProtocol
+from moeft.tool_protocols.call import Reply, ToolCall, ToolCallError, ToolProtocol, parse_marked
 from moeft.tool_protocols.json_values import read_json, write_json
 
 _OPEN = "[TOOL: "
@@ -47,14 +47,7 @@ def parse_reply(text: str) -> Reply:
     Raises:
         ToolCallError: If a call is begun that is not well-formed.
     """
-    said: list[str] = []
-    calls: list[ToolCall] = []
-    position = 0
-    while (start := text.find(_MARK, position)) >= 0:
-        said.append(text[position:start])
-        call, position = _call(text, start)
-        calls.append(call)
-    return Reply("".join([*said, text[position:]]), tuple(calls))
+    return parse_marked(text, _MARK, _call)
 
 
 def _call(text: str, position: int) -> tuple[ToolCall, int]:

@@ -82,6 +82,24 @@ class ToolProtocol:
         return f"{said}\n{self.format(calls)}" if said else self.format(calls)
 
 
+def parse_marked(text: str, mark: str, read_call: Callable[[str, int], tuple[ToolCall, int]]) -> Reply:
+    """Take a reply apart whose calls begin with a mark.
+
+    Args:
+        text: The reply.
+        mark: What a call begins with.
+        read_call: Reads the call at a position; gives it, and the position behind it.
+    """
+    said: list[str] = []
+    calls: list[ToolCall] = []
+    position = 0
+    while (start := text.find(mark, position)) >= 0:
+        said.append(text[position:start])
+        call, position = read_call(text, start)
+        calls.append(call)
+    return Reply("".join([*said, text[position:]]), tuple(calls))
+
+
 def equal_values(one: Any, other: Any) -> bool:
     """Whether two JSON values are equal; Python alone takes true for 1."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):

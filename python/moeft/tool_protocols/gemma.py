@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moeft.tool_protocols.call import Reply, ToolCall, ToolCallError, ToolProtocol
+from moeft.tool_protocols.call import Reply, ToolCall, ToolCallError, ToolProtocol, parse_marked
 from moeft.tool_protocols.json_values import read_json, write_json
 
 _OPEN, _CLOSE, _QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
@@ -27,15 +27,8 @@ def parse(text: str) -> Reply:
     Raises:
         ToolCallError: If a call is begun that is not well-formed.
     """
-    said: list[str] = []
-    calls: list[ToolCall] = []
-    position = 0
-    while (start := text.find(_OPEN, position)) >= 0:
-        said.append(text[position:start])
-        call, position = _call(text, start + len(_OPEN))
-        calls.append(call)
-    said.append(text[position:])
-    return Reply(_MARKS.sub("", "".join(said)), tuple(calls))
+    reply = parse_marked(text, _OPEN, _call)
+    return Reply(_MARKS.sub("", reply.said), reply.calls)
 
 
 def format_calls(calls: Sequence[ToolCall]) -> str:
@@ -49,7 +42,7 @@ def format_calls(calls: Sequence[ToolCall]) -> str:
 
 
 def _call(text: str, position: int) -> tuple[ToolCall, int]:
-    position = _expect(text, position, "call:")
+    position = _expect(text, position + len(_OPEN), "call:")
     name, position = _name(text, position, "the name of a tool")
     arguments, position = _object(text, _expect(text, position, "{"), 0)
     return ToolCall(name, arguments), _expect(text, position, _CLOSE)

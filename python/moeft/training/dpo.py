@@ -66,7 +66,7 @@ class DPOTrainer(MoeTrainer):
         eval_pairs: The same for held-out rows; None without any.
         layout: How the two answers of a pair lie; another one than asked for if the model cannot do that.
         reference: How the log-probabilities under the reference came about; None before they are known.
-        stopping: Why training stopped early, if it did.
+        stopping: The stop rules; their ``reason`` says why training stopped early, if it did.
 
     Raises:
         DataError: If no pair can be used, or the template hides what the assistant said.

@@ -62,9 +62,7 @@ class Reference:
         A cache whose values are not those of this reference, which its name should have told, is set aside and
         computed anew.
         """
-        sums = np.full((len(pairs), 2), np.nan)
-        if self.cache is not None:
-            sums = self._cached(pairs, self.cache)
+        sums = self._cached(pairs)
         num_verified = 0
         known = np.flatnonzero(~np.isnan(sums).any(1))
         if self.cache is not None and self.verify and len(known):
@@ -73,31 +71,36 @@ class Reference:
             except ReferenceMismatchError:
                 self.cache.discard()
                 sums[:] = np.nan
+        num_cached = int((~np.isnan(sums)).sum())
         missing = np.flatnonzero(np.isnan(sums).any(1))
         # Sequences of like length share a batch, so that little is spent on padding.
         lengths = pairs.chosen.lengths + pairs.rejected.lengths
         order = missing[np.argsort(lengths[missing], kind="stable")]
-        num_cached = int((~np.isnan(sums)).sum())
-        not_finite: list[int] = []
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             computed = self._compute(pairs, rows)
-            finite = np.isfinite(computed)
-            records: list[tuple[bytes, float, int]] = []
-            not_finite += rows[~finite.all(1)].tolist()
-            if self.cache is not None:
-                unknown = np.isnan(sums[rows]) & finite
-                for place, side in np.argwhere(unknown).tolist():
-                    key, count = _key(pairs[int(rows[place])], side)
-                    records.append((key, float(computed[place, side]), count))
-                self.cache.put(records)
+            self._keep(pairs, rows, np.where(np.isnan(sums[rows]), computed, np.nan))
             sums[rows] = np.where(np.isnan(sums[rows]), computed, sums[rows])
             if advance is not None:
                 advance(start + len(rows), len(order), "pairs")
-        computed_sequences = 2 * len(pairs) - num_cached
-        return sums, ReferenceReport(num_cached, computed_sequences, num_verified, tuple(sorted(not_finite)))
+        not_finite = np.flatnonzero(~np.isfinite(sums).all(1)).tolist()
+        return sums, ReferenceReport(num_cached, 2 * len(pairs) - num_cached, num_verified, tuple(not_finite))
 
-    def _cached(self, pairs: Pairs, cache: ReferenceCache) -> NDArray[np.float64]:
+    def _keep(self, pairs: Pairs, rows: NDArray[np.int64], computed: NDArray[np.float64]) -> None:
+        """Put those of ``[B, 2]`` sums into the cache that are finite."""
+        if self.cache is None:
+            return
+        records = []
+        for place, side in np.argwhere(np.isfinite(computed)).tolist():
+            key, count = _key(pairs[int(rows[place])], side)
+            records.append((key, float(computed[place, side]), count))
+        self.cache.put(records)
+
+    def _cached(self, pairs: Pairs) -> NDArray[np.float64]:
+        """``[N, 2]`` sums that the cache has, and NaN."""
+        if self.cache is None:
+            return np.full((len(pairs), 2), np.nan)
+        cache = self.cache
         found = [[cache.get(*_key(pair, side)) for side in range(2)] for pair in pairs]
         return np.array([[np.nan if value is None else value for value in row] for row in found])
 
