@@ -95,6 +95,42 @@ def test_an_interrupt_says_so_and_exits_with_130(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_killed_merge_goes_on_inside_its_only_file_and_makes_damage_anew(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors = {f"model.x{i}": torch.randn(1024, 1024, generator=generator) for i in range(6)}
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    models = [{"model": str(tmp_path / name)} for name in ("a", "b")]
+    recipe = {"merge_method": "slerp", "models": models, "parameters": {"t": 0.3}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    # Written bytes are kept in the background, so the work pauses a little before it is killed at two thirds.
+    script = (
+        "import os, signal, time\n"
+        "from moeft import _core\n"
+        "def progress(done, total, what):\n"
+        "    time.sleep(0.02)\n"
+        "    if done > total * 2 / 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"text = open({str(tmp_path / 'recipe.yaml')!r}).read()\n"
+        f"_core.merge_checkpoint(text, '.', {str(tmp_path / 'out')!r}, progress)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    partial = tmp_path / "out.partial" / "model.safetensors"
+    damaged = bytearray(partial.read_bytes())
+    damaged[2_000_000] ^= 1
+    partial.write_bytes(damaged)
+    again = run(tmp_path, tmp_path / "out", "", "--json")
+    report = json.loads(again.stdout)
+    # Of the 24 MB some 16 were written; the damage was in the first tensor of 4 MB.
+    assert 6e6 < report["bytes_resumed"] < 14e6
+    assert run(tmp_path, tmp_path / "expected").returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
 def test_a_damaged_file_is_named(prepared, tmp_path):
     tuned = prepared / "tuned"
     index = json.loads((tuned / "model.safetensors.index.json").read_text())

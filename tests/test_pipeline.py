@@ -106,6 +106,7 @@ def test_stages_that_depend_on_the_seed_run_once_for_each(folder):
         ({"a": {"sft": {"model": "one", "output": "x", "data": {"train": "rows.jsonl"}}}}, "output is given"),
         ({"a": {"sft": {"model": "one", "data": {"trian": "rows.jsonl"}}}}, "did you mean data.train"),
         ({"a": {"fisher": {"model": "one", "prompts": "rows.jsonl", "rows": 0}}}, "greater than or equal to 1"),
+        ({"a": {"compare": {"models": {"one": "one"}}}}, "rows or tool_calls"),
         ({}, "at least 1"),
     ],
 )

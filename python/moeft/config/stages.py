@@ -1,12 +1,13 @@
 """Recipes of the stages that have no command with a recipe of its own: what their options are on a command line."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moeft.config.recipe import Recipe
 from moeft.config.sft import Dtype, Target
+from moeft.config.sources import TrainOn
 
 
 class FisherRecipe(Recipe):
@@ -17,7 +18,7 @@ class FisherRecipe(Recipe):
     rows: int = Field(default=200, ge=1, description="Rows to measure")
     labels: Literal["data", "sampled"] = Field(default="data", description="The rows' tokens, or the model's own")
     targets: tuple[Target, ...] | None = Field(default=None, description="Weights to measure; null takes all")
-    train_on: str = Field(default="assistant", description="Tokens whose likelihood counts")
+    train_on: TrainOn = Field(default="assistant", description="Tokens whose likelihood counts")
     max_length: int = Field(default=4096, ge=2, description="Longer rows are cut to this many tokens")
     dtype: Dtype = Field(default="bfloat16", description="Type of the weights that are not in 4 bit")
     seed: int = Field(default=0, ge=0, description="Of the choice of rows and of sampled labels")
@@ -57,3 +58,9 @@ class CompareRecipe(Recipe):
     max_new_tokens: int = Field(default=64, ge=1, description="Longest reply in tokens")
     batch_size: int = Field(default=16, ge=1, description="Rows at once")
     dtype: Dtype = Field(default="float32", description="Type to compute in")
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> Self:
+        if not self.rows and self.tool_calls is None:
+            raise ValueError("rows or tool_calls to compare the models on")
+        return self

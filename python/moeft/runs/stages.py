@@ -88,6 +88,14 @@ def _read_merge(step: Step) -> dict[str, Any]:
     return content
 
 
+def _read_fisher(step: Step) -> FisherRecipe:
+    from moeft.planning.sizes import parse_bytes
+
+    recipe = FisherRecipe.from_content(step.content, f"stages.{step.name}", step.start)
+    parse_bytes(recipe.memory)
+    return recipe
+
+
 def _run_sft(recipe: SftRecipe, out: Path, show: Show) -> None:
     from moeft.runs.sft import run
 
@@ -139,7 +147,7 @@ def _is_checkpoint(out: Path) -> bool:
 
 KINDS = {
     "sft": Kind(_read_sft, _run_sft, _is_finished_run),
-    "fisher": Kind(_as(FisherRecipe), _run_fisher, _is_finished_run),
+    "fisher": Kind(_read_fisher, _run_fisher, _is_finished_run),
     "subspace": Kind(_as(SubspaceRecipe), _run_subspace, lambda out: (out / SUBSPACE).is_file()),
     "quantize": Kind(_as(QuantizeRecipe), _run_quantize, _is_checkpoint),
     "merge": Kind(_read_merge, _run_merge, _is_checkpoint),

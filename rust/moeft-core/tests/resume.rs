@@ -130,17 +130,21 @@ fn a_large_tensor_is_kept_in_parts_with_what_its_report_has_summed_up() {
         save(&folder.path().join(name).join("model.safetensors"), &tensors);
         fs::write(folder.path().join(name).join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
     }
-    let text = "merge_method: slerp\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.3}";
-    let work = |name: &str, progress: &mut dyn Progress| {
-        let recipe = Recipe::parse(text, folder.path()).unwrap();
-        merge(recipe, &folder.path().join(name), Options::default(), progress)
-    };
-    let mut count = StopAt::new(usize::MAX);
-    work("expected", &mut count).unwrap();
-    assert!(work("out", &mut StopAt::new(count.calls - 2)).is_err());
-    let report = work("out", &mut Silent).unwrap();
-    assert!((4_000_000..6_000_000).contains(&report.bytes_resumed), "{}", report.bytes_resumed);
-    assert_eq!(files(&folder.path().join("out")), files(&folder.path().join("expected")));
+    for unit in ["tensor", "row"] {
+        let text =
+            format!("merge_method: slerp\nmodels: [{{model: a}}, {{model: b}}]\nparameters: {{t: 0.3, unit: {unit}}}");
+        let work = |name: String, progress: &mut dyn Progress| {
+            let recipe = Recipe::parse(&text, folder.path()).unwrap();
+            merge(recipe, &folder.path().join(name), Options::default(), progress)
+        };
+        let mut count = StopAt::new(usize::MAX);
+        work(format!("{unit}-expected"), &mut count).unwrap();
+        assert!(work(format!("{unit}-out"), &mut StopAt::new(count.calls - 2)).is_err());
+        let report = work(format!("{unit}-out"), &mut Silent).unwrap();
+        assert!((4_000_000..6_000_000).contains(&report.bytes_resumed), "{}", report.bytes_resumed);
+        let [out, expected] = ["out", "expected"].map(|part| files(&folder.path().join(format!("{unit}-{part}"))));
+        assert_eq!(out, expected);
+    }
 }
 
 #[test]

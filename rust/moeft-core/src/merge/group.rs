@@ -41,7 +41,9 @@ pub fn write_group(
     while gather(&mut kernels, &work, slots, &mut |place| progress.advance(0, &jobs[place].1.name))? {}
 
     for (task, kernel) in tasks.iter_mut().zip(&kernels) {
-        task.branch = kernel.as_ref().and_then(|kernel| kernel.branch());
+        if kernel.as_deref().is_some_and(Kernel::counts_while_combining) {
+            task.restart(writer);
+        }
     }
     let left = |place: usize| (tasks[place].done..tasks[place].chunks).map(move |chunk| (place, chunk));
     let items: Vec<Item> = (0..tasks.len()).flat_map(left).collect();
@@ -58,12 +60,19 @@ pub fn write_group(
         let is_copy = kernels[place].is_none() && job.out == tensor.info.dtype;
         let source = is_copy.then(|| (tensor.shard, tensor.info.offset + (chunk * CHUNK_BYTES) as u64));
         writer.append_from(&job.name, &slot.output, source)?;
-        tasks[place].add(&slot.gathered);
+        let task = &mut tasks[place];
+        task.add(&slot.gathered);
+        if task.is_finished() {
+            task.branch = kernels[place].as_deref().and_then(Kernel::branch);
+        }
         writer.mark(&[&job.name], tasks[place].state())?;
         progress.advance(slot.output.len() as u64, &job.name)
     };
     pipeline(threads(), slots, items.len(), fill, commit)?;
-    reports.extend(tasks.into_iter().filter_map(Task::report));
+    for (task, kernel) in tasks.into_iter().zip(kernels) {
+        let branch = kernel.as_deref().and_then(Kernel::branch);
+        reports.extend(Task { branch, ..task }.report());
+    }
     Ok(())
 }
 

@@ -98,6 +98,11 @@ pub trait Kernel: Send + Sync {
     /// Computes merged weights. The inputs may be overwritten.
     fn combine(&self, block: &mut Block, out: &mut [f32]);
 
+    /// Whether [`Kernel::branch`] depends on what [`Kernel::combine`] met, so that a tensor cannot be continued.
+    fn counts_while_combining(&self) -> bool {
+        false
+    }
+
     /// What was done where the values decide it, for the report.
     fn branch(&self) -> Option<String> {
         None

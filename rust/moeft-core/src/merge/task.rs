@@ -51,9 +51,15 @@ impl<'a> Task<'a> {
         task
     }
 
+    /// Starts over.
+    pub fn restart(&mut self, writer: &mut StagedFile<'_>) {
+        writer.restart(&self.job.name);
+        (self.done, self.found) = (0, Gathered::default());
+    }
+
     /// Whether every chunk is written.
     pub fn is_finished(&self) -> bool {
-        self.done == self.chunks && self.chunks > 0
+        self.done > 0 && self.done == self.chunks
     }
 
     /// Takes in the next chunk.

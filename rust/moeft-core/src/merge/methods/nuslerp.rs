@@ -51,6 +51,10 @@ impl Kernel for Nuslerp {
         }
     }
 
+    fn counts_while_combining(&self) -> bool {
+        self.arc.rows
+    }
+
     fn branch(&self) -> Option<String> {
         Some(self.arc.branch())
     }

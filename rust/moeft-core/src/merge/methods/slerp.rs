@@ -56,6 +56,10 @@ impl Kernel for Slerp {
         self.arc.combine(block.start, &block.base, &block.inputs[0], out);
     }
 
+    fn counts_while_combining(&self) -> bool {
+        self.arc.rows
+    }
+
     fn branch(&self) -> Option<String> {
         Some(self.arc.branch())
     }
@@ -75,7 +79,7 @@ pub(super) struct Arc {
     collinear: f64,
     unit_len: usize,
     /// Whether units are rows, which lie whole in every block.
-    rows: bool,
+    pub rows: bool,
     units: usize,
     coefficients: Vec<[f64; 2]>,
     arcs: AtomicU64,
