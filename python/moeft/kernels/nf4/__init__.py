@@ -8,7 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from moeft.kernels.nf4 import cpu, reference
+from moeft.kernels.dispatch import in_triton
+from moeft.kernels.nf4 import cpu, gpu, reference
 from moeft.kernels.nf4.weight import NESTED_BLOCK, Codebook, Layout, NestedStatistics, NF4Weight
 
 __all__ = [
@@ -98,6 +99,8 @@ def dequantize(weight: NF4Weight, out: Tensor | None = None, dtype: torch.dtype 
         raise ValueError(f"out is on {out.device}, the packed weight on {weight.device}")
     if weight.device.type == "cpu":
         cpu.dequantize(weight, out)
+    elif in_triton(out):
+        gpu.dequantize(_contiguous(weight), out)
     else:
         weight = restore_absmax(weight)
         values = reference.dequantize(weight.packed, weight.absmax, weight.layout, out.dtype, weight.codebook)
@@ -122,6 +125,10 @@ def _nest(weight: NF4Weight) -> NF4Weight:
     codes, absmax2, offset = cpu.nest(weight.absmax.cpu())
     nested = NestedStatistics(absmax2.to(weight.device), offset.to(weight.device))
     return replace(weight, absmax=codes.to(weight.device), nested=nested)
+
+
+def _contiguous(weight: NF4Weight) -> NF4Weight:
+    return replace(weight, packed=weight.packed.contiguous(), absmax=weight.absmax.contiguous())
 
 
 def _check(name: str, tensor: Tensor) -> None:
