@@ -43,11 +43,10 @@ def gated_linear_kernel(
     """
     PARTS: tl.constexpr = (INNER + N - 1) // N
     number = tl.program_id(0) // PARTS
-    expert = tl.load(tiles + 2 * number)
+    expert = tl.load(tiles + 2 * number).to(tl.int64)
     if (expert >= first_expert) & (expert < stop_expert):
         rows = tl.load(tiles + 2 * number + 1) + tl.arange(0, M)
         row_mask = rows < tl.load(offsets + expert + 1)
-        expert = expert.to(tl.int64)
         in_weight = expert
         if absmax is None:
             in_weight = expert - first_expert
@@ -58,10 +57,10 @@ def gated_linear_kernel(
             values = tl.load(codes + tl.arange(0, 16))
         gate = tl.zeros((M, N), tl.float32)
         up = tl.zeros((M, N), tl.float32)
-        x += (source_rows(rows, row_mask, permutation, top_k) * HIDDEN)[:, None]
+        source = x + (source_rows(rows, row_mask, permutation, top_k) * HIDDEN)[:, None]
         for start in range(0, HIDDEN, K):
             inner = start + tl.arange(0, K)
-            left = tl.load(x + inner[None, :], mask=row_mask[:, None] & (inner < HIDDEN)[None, :], other=0.0)
+            left = tl.load(source + inner[None, :], mask=row_mask[:, None] & (inner < HIDDEN)[None, :], other=0.0)
             gate_tile = weight_tile(
                 weight, absmax, absmax2, nested_offset, dynamic_map, values, in_weight, out, out_mask, start,
                 2 * INNER, HIDDEN, BLOCK_SIZE, N, K,

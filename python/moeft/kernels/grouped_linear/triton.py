@@ -92,31 +92,30 @@ def grouped_linear_kernel(
     # Outputs change fastest: programs that run together share rows and an expert's weight in the cache.
     PARTS: tl.constexpr = (OUTER + N - 1) // N
     number = tl.program_id(0) // PARTS
-    expert = tl.load(tiles + 2 * number)
+    expert = tl.load(tiles + 2 * number).to(tl.int64)
     if (expert >= first_expert) & (expert < stop_expert):
         rows = tl.load(tiles + 2 * number + 1) + tl.arange(0, M)
         row_mask = rows < tl.load(offsets + expert + 1)
-        expert = expert.to(tl.int64)
         in_weight = expert
         if absmax is None:
             in_weight = expert - first_expert
         first = (tl.program_id(0) % PARTS) * N
         out = first + tl.arange(0, N)
         out_mask = out < OUTER
-        y += rows.to(tl.int64)[:, None] * OUTER + out[None, :]
+        place = y + rows.to(tl.int64)[:, None] * OUTER + out[None, :]
         y_mask = row_mask[:, None] & out_mask[None, :]
         if ADD:
-            total = tl.load(y, mask=y_mask, other=0.0).to(tl.float32)
+            total = tl.load(place, mask=y_mask, other=0.0).to(tl.float32)
         else:
             total = tl.zeros((M, N), tl.float32)
             values = codes
             if codes is not None:
                 values = tl.load(codes + tl.arange(0, 16))
-            x += (source_rows(rows, row_mask, permutation, top_k) * INNER)[:, None]
+            source = x + (source_rows(rows, row_mask, permutation, top_k) * INNER)[:, None]
             for start in range(0, INNER, K):
                 inner = start + tl.arange(0, K)
                 inner_mask = inner < INNER
-                left = tl.load(x + inner[None, :], mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
+                left = tl.load(source + inner[None, :], mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
                 if TRANSPOSE:
                     right = weight_tile(
                         weight, absmax, absmax2, nested_offset, dynamic_map, values, in_weight, inner, inner_mask, first,
@@ -133,4 +132,4 @@ def grouped_linear_kernel(
                 total, low, factor, expert, rows.to(tl.int64), row_mask, out, out_mask, scaling,
                 RANK, RANKS, 1 if TRANSPOSE else RANK, OUTER if TRANSPOSE else 1, RANK * OUTER,
             )  # fmt: skip
-        tl.store(y, total.to(y.dtype.element_ty), mask=y_mask)
+        tl.store(place, total.to(y.dtype.element_ty), mask=y_mask)
