@@ -40,8 +40,9 @@ class ExpertBlock(torch.autograd.Function):
         keep = any(ctx.needs_input_grad[:6])
         factors = (a_up, b_up, a_down, b_down)
         routing = (permutation, inverse, offsets)
-        stacks = _stacks(weights)
-        out_TH, *saved = operator.experts_forward(x_TH, weight_Tk, *routing, *stacks, *factors, *scalings, gate, keep)
+        out_TH, *saved = operator.experts_forward(
+            x_TH, weight_Tk, *routing, *stacks(weights), *factors, *scalings, gate, keep
+        )
         if keep:
             ctx.save_for_backward(x_TH, weight_Tk, *routing, *factors, *saved)
         ctx.weights, ctx.gate, ctx.scalings = weights, gate, scalings
@@ -59,7 +60,7 @@ class ExpertBlock(torch.autograd.Function):
             permutation,
             inverse,
             offsets,
-            *_stacks(ctx.weights),
+            *stacks(ctx.weights),
             *factors,
             *ctx.scalings,
             ctx.gate,
@@ -69,7 +70,8 @@ class ExpertBlock(torch.autograd.Function):
         return *(gradient if wanted else None for wanted, gradient in needed), *([None] * 6)
 
 
-def _stacks(weights: Weights) -> tuple[list[Tensor], list[int], list[Tensor], list[int], str]:
+def stacks(weights: Weights) -> tuple[list[Tensor], list[int], list[Tensor], list[int], str]:
+    """Both stacks as the operators take them."""
     gate_up, gate_up_sizes, codebook = operator.flatten(weights.gate_up)
     down, down_sizes, _ = operator.flatten(weights.down)
     return gate_up, gate_up_sizes, down, down_sizes, codebook

@@ -70,11 +70,10 @@ def forward(
     low_down = _reduce(act_RI, down_factors, tiles, None, 1)
     y_RH = grouped_linear(act_RI, down, tiles, low_rank=low_down)
     out_TH = combine(y_RH, buckets.inverse, weight_Tk, top_k)
-    empty = x_TH.new_empty(0)
     return out_TH, Saved(
-        empty if h_R2I is None else h_R2I,
-        low_up.rows if low_up and keep else empty,
-        low_down.rows if low_down and keep else empty,
+        x_TH.new_empty(0) if h_R2I is None or not keep else h_R2I,
+        low_up.rows if low_up and keep else x_TH.new_empty(0),
+        low_down.rows if low_down and keep else x_TH.new_empty(0),
     )
 
 
@@ -94,7 +93,7 @@ def backward(
     from moeft.kernels.experts import triton as kernels
 
     top_k, inner = weight_Tk.shape[1], saved.h.shape[-1] // 2
-    rows, empty = weight_Tk.numel(), x_TH.new_empty(0)
+    rows = weight_Tk.numel()
     tiles = Tiles.of(buckets.offsets, rows)
     permutation, grad_TH, x_TH = buckets.permutation, grad_TH.contiguous(), x_TH.contiguous()
 
@@ -112,7 +111,8 @@ def backward(
             saved.h, grad_act_RI, grad_h_R2I, act_RI, weight_Tk, grad_weight_Tk, permutation,
             INNER=inner, GATE=gate, SIZE=_columns(inner), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    grad_a_down = grad_b_down = empty
+    # Tensors of their own: an operator's outputs may not share memory.
+    grad_a_up, grad_b_up, grad_a_down, grad_b_down = (x_TH.new_empty(0) for _ in range(4))
     if down_factors and g_low and act_RI is not None:
         weight_R1 = weight_Tk.view(-1)[permutation, None]
         low_R = (saved.low_down * weight_R1).to(x_TH.dtype)
@@ -122,7 +122,6 @@ def backward(
     h_low = _restore(grad_h_R2I, up_factors, tiles, None, 1)
     grad_x_RH = grouped_linear(grad_h_R2I, gate_up, tiles, transpose=True, low_rank=h_low)
     grad_x_TH = combine(grad_x_RH, buckets.inverse, None, top_k)
-    grad_a_up = grad_b_up = empty
     if up_factors and h_low:
         grad_a_up = _grad_a(h_low.rows, x_TH, buckets.offsets, up_factors, permutation, top_k)
         grad_b_up = _grad_b(grad_h_R2I, saved.low_up, buckets, up_factors)

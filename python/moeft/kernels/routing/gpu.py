@@ -9,8 +9,20 @@ CHUNK_ELEMENTS = 1 << 14  # rows of a chunk times experts: what a program of 8 w
 WARPS = 8
 
 
+@torch.library.custom_op("moeft::bucket", mutates_args=())
 def bucket(top_k_index_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`moeft.kernels.routing.reference.bucket`."""
+    """As :func:`moeft.kernels.routing.reference.bucket`, opaque to ``torch.compile``."""
+    return sort_rows(top_k_index_R, num_experts)
+
+
+@bucket.register_fake
+def _(top_k_index_R, num_experts):  # noqa: ANN001, ANN202
+    permutation = torch.empty_like(top_k_index_R, dtype=torch.int64)
+    return permutation, torch.empty_like(permutation), top_k_index_R.new_empty(num_experts + 1, dtype=torch.int32)
+
+
+def sort_rows(top_k_index_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the kernels of :func:`bucket`."""
     from moeft.kernels.routing import triton as kernels
 
     rows, device = top_k_index_R.numel(), top_k_index_R.device
