@@ -61,19 +61,35 @@ class Compiled(NamedTuple):
 
 
 @contextmanager
-def recorded() -> Iterator[list[LaunchRecord]]:
-    """Collect launches instead of making them; each kind once."""
+def counted(names: list[str]) -> Iterator[None]:
+    """Collect the names of launches instead of making them."""
+    with _replaced(lambda kernel, *_: names.append(kernel.fn.__name__)):
+        yield
+
+
+def launches(call: Callable[[], object]) -> list[LaunchRecord]:
+    """What a function would launch, each kind once."""
     records: list[LaunchRecord] = []
 
-    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        found = _record(self, args, kwargs)
+    def collect(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = _record(kernel, args, kwargs)
         if found not in records:
             records.append(found)
 
+    with _replaced(collect):
+        call()
+    return records
+
+
+@contextmanager
+def _replaced(instead: Callable[..., None]) -> Iterator[None]:
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        instead(self, args, kwargs)
+
     original = JITFunction.run
-    JITFunction.run = record
+    JITFunction.run = run
     try:
-        yield records
+        yield
     finally:
         JITFunction.run = original
 
@@ -139,10 +155,3 @@ def _longest_loop(code: str) -> int:
         if operation.startswith("BRA") and target and (start := int(target[1], 16)) < int(address, 16):
             longest = max(longest, sum(start <= a <= int(address, 16) for a in addresses))
     return longest
-
-
-def launches(call: Callable[[], object]) -> list[LaunchRecord]:
-    """What a function launches."""
-    with recorded() as records:
-        call()
-    return records

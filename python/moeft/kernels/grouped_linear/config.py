@@ -50,7 +50,7 @@ def launch_of(kind: str, m: int, outer: int, inner: int, device: torch.device) -
 
 
 def candidates(kind: str, m: int, outer: int) -> tuple[Launch, ...]:
-    """Launches to choose from, the default first. All fit 99 KiB of shared memory without spills (tests say so)."""
+    """Launches to choose from. The first, the default, fits 99 KiB of shared memory without spills (tests say so)."""
     if outer <= NARROW:  # a rank: few outputs, so that a long step keeps memory busy
         n = max(16, 1 << (outer - 1).bit_length())
         return Launch(n, 64, 4, 3), Launch(n, 128, 4, 2)
@@ -73,7 +73,7 @@ def path_of_weight(weight: NF4Weight | Tensor, rows: int, x: Tensor) -> Path:
     by_pytorch = hopper and fits_grouped_mm(weight, x.dtype)
     if not isinstance(weight, NF4Weight):
         return "grouped_mm" if by_pytorch else "workspace"
-    most_fused = 16 if hopper else 128 if capability_of(x.device) == A100 else 255
+    most_fused = 16 if hopper else 128 if capability_of(x.device) == A100 else 256
     if rows <= most_fused * weight.shape[0]:
         return "fused"
     stack_bytes = weight.shape.numel() * x.element_size()
