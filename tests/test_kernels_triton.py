@@ -54,11 +54,11 @@ def compiled(tmp_path_factory):
     """What the launches compile to, by capability and name: decoding products everywhere, the rest where it differs."""
     os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     wanted = launches(86, 512)
+    wanted += launches(86, 4096, "-packed") + launches(90, 128, "-packed")
     for capability in (80, 89, 120):
-        wanted += launches(capability, 512, "-packed")
-    wanted += launches(86, 2048, "-packed") + launches(90, 128, "-packed")
+        wanted += launches(capability, 512, "linear_kernel-packed")
     for capability in (86, 90):
-        wanted += launches(capability, 16384, "linear_kernel[")
+        wanted += launches(capability, 16384, "M=128,N=64")
     by_name = {(capability, record.name): record for capability, record in reversed(wanted)}
     with ThreadPoolExecutor(2) as pool:
         codes = pool.map(lambda key: triton_targets.compile_for(by_name[key], key[0]), by_name)

@@ -18,8 +18,8 @@ Path = Literal["fused", "workspace", "grouped_mm"]
 WORKSPACE_VARIABLE = "MOEFT_WORKSPACE_MIB"
 NARROW = 64  # outputs of a product with a rank
 ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm refuses other strides
-HOPPER = (9, 0)
 A100 = (8, 0)
+DATACENTER = (9, 10)  # Hopper and its successor; GeForce Blackwell is sm_120, with the matrix units of Ada
 
 
 class Launch(NamedTuple):
@@ -65,15 +65,15 @@ def candidates(kind: str, m: int, outer: int) -> tuple[Launch, ...]:
 def path_of_weight(weight: NF4Weight | Tensor, rows: int, x: Tensor) -> Path:
     """How a stack meets ``rows`` rows of the dtype and on the device of ``x``.
 
-    Up to sm_89 decoding hides behind the slower matrix units, so the product decodes; the A100 reads a restored weight
-    faster once it serves more than 128 rows, Hopper and later once it serves more than a tile. PyTorch's kernel needs
-    the whole stack restored; below sm_90 it waits for the device.
+    On GeForce cards decoding hides behind slower matrix units, so the product decodes; the A100 reads a restored weight
+    faster once it serves more than 128 rows, sm_90 and sm_100 once it serves more than a tile. PyTorch's kernel needs
+    the whole stack restored; on other GPUs it waits for the device.
     """
-    hopper = capability_of(x.device) >= HOPPER
-    by_pytorch = hopper and fits_grouped_mm(weight, x.dtype)
+    datacenter = capability_of(x.device)[0] in DATACENTER
+    by_pytorch = datacenter and fits_grouped_mm(weight, x.dtype)
     if not isinstance(weight, NF4Weight):
         return "grouped_mm" if by_pytorch else "workspace"
-    most_fused = 16 if hopper else 128 if capability_of(x.device) == A100 else 256
+    most_fused = 16 if datacenter else 128 if capability_of(x.device) == A100 else 256
     if rows <= most_fused * weight.shape[0]:
         return "fused"
     stack_bytes = weight.shape.numel() * x.element_size()
