@@ -2,8 +2,8 @@
 
 usage: python benches/gpu.py [--out FILE.jsonl] [--minutes 8] [--only SECTION ...] [--tiny]
 
-Without a GPU, ``TRITON_INTERPRET=1 MOEFT_KERNELS=triton python benches/gpu.py --tiny`` runs every line at sizes that mean
-nothing, so that a GPU's time is not spent on a slip of the pen.
+Without a GPU, ``TRITON_INTERPRET=1 MOEFT_KERNELS=triton python benches/gpu.py --tiny`` runs every line at sizes that
+mean nothing, so that a GPU's time is not spent on a slip of the pen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-SECTIONS = ("limits", "restoring", "routes", "products", "thin", "loss_head", "model")
+SECTIONS = ("limits", "restoring", "routes", "tuning", "products", "thin", "loss_head", "model")
 
 
 def main() -> int:

@@ -19,9 +19,8 @@ from moeft.kernels.nf4 import reference as nf4_reference
 from moeft.kernels.routing import gpu as routing
 from moeft.kernels.routing import reference as routing_reference
 
-# One bf16 rounding is 0.0017 relative RMS; up to ten in a row add in quadrature; twice that. Float32 sums of 2,816 terms.
-BF16, FLOAT32 = 2 * 0.0017 * 10**0.5, 3e-5
-GELU = torch.nn.GELU(approximate="tanh")
+# One bf16 rounding is 0.0017 relative RMS; up to ten in a row add in quadrature; twice that. Float32 sums of 2,816
+# terms. BF16, FLOAT32 = 2 * 0.0017 * 10**0.5, 3e-5 GELU = torch.nn.GELU(approximate="tanh")
 
 
 def run(bench: Bench) -> bool:
@@ -165,5 +164,3 @@ def _by_pytorch() -> Iterator[None]:
             del os.environ["MOEFT_KERNELS"]
         else:
             os.environ["MOEFT_KERNELS"] = before
-
-

@@ -8,10 +8,13 @@ import torch
 
 from gpu_harness import Bench, dense
 from moeft.kernels import linear_cross_entropy
+from moeft.kernels import tuning as kernel_tuning
+from moeft.kernels.experts import gpu
 from moeft.kernels.grouped_linear import config
 from moeft.kernels.grouped_linear import gpu as grouped
 from moeft.kernels.grouped_outer.gpu import grouped_outer
 from moeft.kernels.nf4 import gpu as nf4_gpu
+from moeft.kernels.routing import Buckets
 from moeft.kernels.routing import gpu as routing
 from moeft.kernels.routing import reference as routing_reference
 
@@ -48,6 +51,29 @@ def routes(bench: Bench) -> None:
         for name, path in (("triton", routing), ("stable argsort", routing_reference)):
             seconds = bench.seconds(lambda p=path, i=index: p.bucket(i, bench.shapes.experts))
             bench.write("routing", path=name, tokens=tokens, seconds=seconds)
+
+
+def tuning(bench: Bench) -> None:
+    """Choose the launches of a layer's products, forward and backward, and keep them for this GPU."""
+    if bench.device.type != "cuda":
+        return
+    s = bench.shapes
+    up, down = bench.packed(s.experts, 2 * s.inner, s.hidden), bench.packed(s.experts, s.hidden, s.inner)
+    factors = [
+        gpu.Factors(bench.randn(s.experts * s.rank, columns), bench.randn(rows, s.rank * s.experts), 1.0)
+        for rows, columns in ((2 * s.inner, s.hidden), (s.hidden, s.inner))
+    ]
+    for tokens in (s.tokens[-3], s.tokens[-1]):
+        x, weights = bench.randn(tokens, s.hidden), bench.randn(tokens, s.top_k, dtype=torch.float32)
+        buckets = Buckets(*routing.bucket(bench.routing(tokens).flatten(), s.experts))
+        for stacks in ((up, down), (dense(up, s.dtype), dense(down, s.dtype))):
+
+            def run(x=x, weights=weights, buckets=buckets, stacks=stacks) -> None:
+                _, saved = gpu.forward(x, weights, *stacks, *factors, buckets, "gelu_tanh", True)
+                gpu.backward(x, x, weights, *stacks, *factors, buckets, "gelu_tanh", saved)
+
+            for key, seconds in kernel_tuning.tune(bench.device, run, 3).items():
+                bench.write("tuning", key=key, tokens=tokens, seconds={str(tuple(c)): t for c, t in seconds.items()})
 
 
 def products(bench: Bench) -> None:

@@ -59,6 +59,4 @@ def route(tokens: int) -> None:
 def loss_head(tokens: int) -> None:
     """Loss and gradient of the hidden states."""
     hidden = empty(tokens, HIDDEN).requires_grad_()
-    head.LinearLogProbs.apply(
-        hidden, empty(VOCABULARY, HIDDEN), empty(tokens, dtype=torch.int64), 30.0, None, True
-    )
+    head.LinearLogProbs.apply(hidden, empty(VOCABULARY, HIDDEN), empty(tokens, dtype=torch.int64), 30.0, None, True)

@@ -1,17 +1,13 @@
-"""Run by ``test_kernels_triton.py`` in a process of its own with ``TRITON_INTERPRET=1``: Triton's kernels on the CPU.
+"""Triton's kernels on the CPU, run by ``test_kernels_triton.py`` in a process of its own:
+
+    TRITON_INTERPRET=1 MOEFT_KERNELS=triton python -m pytest tests/triton_interpreted.py
 
 Float32 throughout: the interpreter reads bfloat16 operands of a dot product as integers.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
-
-assert os.environ["TRITON_INTERPRET"] == "1", "must be set before triton is imported"
-os.environ["MOEFT_KERNELS"] = "triton"
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import torch
@@ -81,9 +77,7 @@ def test_grouped_products_equal_the_definition(counts, rows, columns, block_size
     expected = grouped_reference.grouped_linear(x, dense, offsets)
     expected += 0.7 * grouped_reference.grouped_linear(low, b, offsets)
     torch.testing.assert_close(forward, expected, rtol=1e-5, atol=1e-4)
-    back = grouped.grouped_linear(
-        g, weight, tiles, transpose=True, low_rank=grouped.LowRank(low, a, 0.7), path=path
-    )
+    back = grouped.grouped_linear(g, weight, tiles, transpose=True, low_rank=grouped.LowRank(low, a, 0.7), path=path)
     expected = grouped_reference.grouped_linear(g, dense.mT, offsets)
     expected += 0.7 * grouped_reference.grouped_linear(low, a.mT, offsets)
     torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-4)

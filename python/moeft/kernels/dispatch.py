@@ -22,10 +22,10 @@ _logger = logging.getLogger(__name__)
 def choice() -> str:
     """What ``MOEFT_KERNELS`` asks for.
 
-    "auto" is the Rust core on the CPU, Triton's kernels on a GPU that has them, else PyTorch's operations. "pytorch" leaves
-    the layers to PyTorch everywhere; packing, and routing on the CPU, stay where they are. "triton" makes a GPU without
-    Triton's kernels an error; the CPU is served too under ``TRITON_INTERPRET=1``. "reference" takes the definitions of
-    the expert block and the loss head, slow and with whole weights.
+    "auto" is the Rust core on the CPU, Triton's kernels on a GPU that has them, else PyTorch's operations. "pytorch"
+    leaves the layers to PyTorch everywhere; packing, and routing on the CPU, stay where they are. "triton" makes a GPU
+    without Triton's kernels an error; the CPU is served too under ``TRITON_INTERPRET=1``. "reference" takes the
+    definitions of the expert block and the loss head, slow and with whole weights.
 
     Raises:
         ValueError: If the variable is set to something else.

@@ -13,43 +13,56 @@ from typing import Any, TypeVar
 
 import torch
 
-from moeft.errors import MoeftError
-
 VARIABLE = "MOEFT_CACHE"
 Choice = TypeVar("Choice", bound=tuple)
 
 _logger = logging.getLogger(__name__)
 _tables: dict[Path, dict[str, list[Any]]] = {}
+_forced: dict[str, tuple] = {}
+_asked: dict[str, Sequence[tuple]] = {}
 
 
 def lookup(key: str, device: torch.device, candidates: Sequence[Choice]) -> Choice:
-    """The candidate that :func:`measure` kept for a key on this device, else the first.
+    """The candidate that :func:`tune` kept for a key on this device, else the first.
 
     An entry that is no candidate (another version wrote it) is passed over. No host synchronisation.
     """
+    _asked[key] = candidates
     kept = _table(_file(device)).get(key) if device.type == "cuda" else None
-    return next((c for c in candidates if list(c) == kept), candidates[0])
+    wanted = list(_forced.get(key, kept or ()))
+    return next((c for c in candidates if list(c) == wanted), candidates[0])
 
 
-def measure(
-    key: str, device: torch.device, candidates: Sequence[Choice], run: Callable[[Choice], object], repeats: int = 5
-) -> dict[Choice, float]:
-    """Time every candidate, keep the fastest on disk, and return seconds by candidate.
+def tune(device: torch.device, run: Callable[[], object], repeats: int = 5) -> dict[str, dict[tuple, float]]:
+    """Time a function with every candidate of every choice that it meets, and keep the fastest on disk.
 
-    Waits for the device: for benches and first starts, not for training steps. A candidate that the device cannot launch
-    is left out.
+    Compiles and waits for the device: for benches and first starts, not for training steps. A candidate that the device
+    cannot launch is left out.
 
-    Raises:
-        MoeftError: If the device can launch none of them.
+    Args:
+        device: A GPU.
+        run: Something that launches kernels, such as a layer forward and backward.
+        repeats: Runs of which the median counts.
+
+    Returns:
+        Seconds of ``run`` by choice and candidate.
     """
-    seconds = {c: s for c in candidates if (s := _seconds(lambda c=c: run(c), device, repeats)) is not None}
-    if not seconds:
-        raise MoeftError(f"none of {len(candidates)} launches of {key} runs on {torch.cuda.get_device_name(device)}")
+    _asked.clear()
+    run()
+    measured: dict[str, dict[tuple, float]] = {}
+    for key, candidates in list(_asked.items()):
+        seconds = {}
+        for candidate in candidates:
+            _forced[key] = candidate
+            time = _seconds(run, device, repeats)
+            if time is not None:
+                seconds[candidate] = time
+        _forced[key] = min(seconds, key=lambda c: seconds[c], default=candidates[0])
+        measured[key] = seconds
     file = _file(device)
-    table = {**_table(file), key: list(min(seconds, key=lambda c: seconds[c]))}
-    _write(file, table)
-    _tables[file] = table
-    return seconds
+    _tables[file] = {**_table(file), **{key: list(_forced.pop(key)) for key in measured}}
+    _write(file, _tables[file])
+    return measured
 
 
 def cache_folder() -> Path:

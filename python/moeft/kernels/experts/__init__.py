@@ -36,8 +36,8 @@ def experts(
     The weights are frozen: gradients reach ``x``, ``top_k_weights`` and the LoRA factors. The delta ``B @ A`` and the
     gradient of a full weight are never formed. Under autocast the rows are cast to its dtype.
 
-    On the CPU all of it happens in the Rust core, in float32 between the rounding of inputs and outputs, and on a GPU in
-    Triton's kernels, without waiting for the device. An activation that these do not know, and float64, go through
+    On the CPU all of it happens in the Rust core, in float32 between the rounding of inputs and outputs, and on a GPU
+    in Triton's kernels, without waiting for the device. An activation that these do not know, and float64, go through
     PyTorch; on a GPU so do transposed and interleaved stacks and biases.
 
     Args:
@@ -56,7 +56,8 @@ def experts(
         ``[T, H]`` in the dtype of ``x``; summed over the choices in fixed order, so deterministic.
 
     Raises:
-        ValueError: If shapes do not fit together, or a dense weight or a bias requires a gradient.
+        ValueError: If shapes do not fit together, tensors lie on several devices, or a dense weight or a bias requires
+            a gradient.
     """
     _check_weights(gate_up, down, gate_up_bias, down_bias, layout)
     _check_tokens(x, top_k_index, top_k_weights, layout.sizes(down.shape)[2])
@@ -65,6 +66,14 @@ def experts(
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     lora = lora or ExpertLora()
+    _check_devices(
+        x,
+        top_k_index=top_k_index,
+        top_k_weights=top_k_weights,
+        gate_up=gate_up,
+        down=down,
+        **{f"a factor of {name}": a for name, (a, _, _) in zip(lora._fields, lora, strict=True)},
+    )
     weights = Weights(gate_up, down, gate_up_bias, down_bias, layout)
     if choice() == "reference":
         biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
@@ -105,6 +114,12 @@ def _check_weights(
     for name, tensor in frozen.items():
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(f"{name} requires a gradient, but this operation trains only LoRA; freeze the weight")
+
+
+def _check_devices(x: Tensor, **others: NF4Weight | Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}; move the layer to one device")
 
 
 def _check_tokens(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, hidden: int) -> None:

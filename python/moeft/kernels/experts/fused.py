@@ -2,8 +2,8 @@
 
 Shapes: T tokens, k experts per token, H hidden, R = T * k rows.
 
-Saved for backward: the tokens, the routing, the input of the activation and rank-sized products. Weights are kept as the
-object that holds them, and asked for again in backward, so that one whose bytes come and go works too.
+Saved for backward: the tokens, the routing, the input of the activation and rank-sized products. Weights are kept as
+the object that holds them, and asked for again in backward, so that one whose bytes come and go works too.
 """
 
 from __future__ import annotations

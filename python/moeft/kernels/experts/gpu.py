@@ -185,9 +185,7 @@ def _gated(
     return h_kept, act_RI
 
 
-def _reduce(
-    x: Tensor, factors: Factors | None, tiles: Tiles, permutation: Tensor | None, top_k: int
-) -> LowRank | None:
+def _reduce(x: Tensor, factors: Factors | None, tiles: Tiles, permutation: Tensor | None, top_k: int) -> LowRank | None:
     """Rows through A, and B that they are to meet."""
     if factors is None:
         return None

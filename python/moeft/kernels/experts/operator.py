@@ -75,7 +75,7 @@ def experts_forward(
 
 @experts_forward.register_fake
 def _(x, weights, permutation, inverse, offsets, gate_up, gate_up_sizes, down, down_sizes, codebook,
-      a_up, b_up, a_down, b_down, scaling_up, scaling_down, gate, keep):  # fmt: skip  # noqa: ANN001, ANN202
+      a_up, b_up, a_down, b_down, scaling_up, scaling_down, gate, keep):  # fmt: skip
     rows, num_experts = weights.numel(), gate_up_sizes[0]
 
     def kept(columns: int, wanted: bool) -> Tensor:
@@ -132,6 +132,8 @@ def experts_backward(
 
 @experts_backward.register_fake
 def _(grad, x, weights, permutation, inverse, offsets, gate_up, gate_up_sizes, down, down_sizes, codebook,
-      a_up, b_up, a_down, b_down, scaling_up, scaling_down, gate, h, low_up, low_down):  # fmt: skip  # noqa: ANN001, ANN202
-    factors = (x.new_empty(0) if factor is None else torch.empty_like(factor) for factor in (a_up, b_up, a_down, b_down))
+      a_up, b_up, a_down, b_down, scaling_up, scaling_down, gate, h, low_up, low_down):  # fmt: skip
+    factors = (
+        x.new_empty(0) if factor is None else torch.empty_like(factor) for factor in (a_up, b_up, a_down, b_down)
+    )
     return torch.empty_like(x), torch.empty_like(weights), *factors

@@ -1,7 +1,7 @@
 """Triton code of the expert block: gate, up and activation in one product; the activation's backward; the combine.
 
-Shapes: R rows, E experts, H hidden, I expert hidden, k experts per token; M rows of a tile, N of its outputs, K inputs of
-a step.
+Shapes: R rows, E experts, H hidden, I expert hidden, k experts per token; M rows of a tile, N of its outputs, K inputs
+of a step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def gated_linear_kernel(
 ):  # fmt: skip
     """Tiles of gate and up of ``x @ W^T + scaling * low @ factor`` and of ``act = f(gate) * up``; W is ``[2I, H]``.
 
-    ``h [R, 2I]`` keeps gate and up for backward unless it is None. Experts and gathering as in ``grouped_linear_kernel``.
+    ``h [R, 2I]`` keeps gate and up for backward unless it is None. Experts and gathering as in
+    ``grouped_linear_kernel``.
     """
     PARTS: tl.constexpr = (INNER + N - 1) // N
     number = tl.program_id(0) // PARTS
@@ -74,7 +75,8 @@ def gated_linear_kernel(
         rows = rows.to(tl.int64)
         if RANK > 0:
             gate = add_low_rank(
-                gate, low, factor, expert, rows, row_mask, out, out_mask, scaling, RANK, RANKS, RANK, 1, 2 * INNER * RANK
+                gate, low, factor, expert, rows, row_mask, out, out_mask, scaling,
+                RANK, RANKS, RANK, 1, 2 * INNER * RANK,
             )  # fmt: skip
             up = add_low_rank(
                 up, low, factor + INNER * RANK, expert, rows, row_mask, out, out_mask, scaling,

@@ -18,8 +18,8 @@ __all__ = ["grouped_linear", "grouped_outer"]
 def grouped_linear(x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor, *, transpose: bool = False) -> Tensor:
     """Multiply each expert's block of rows by that expert's weight.
 
-    On the CPU weights are restored in panels of 128 KiB; on a GPU in tiles inside the product, or into a buffer that all
-    layers share; by PyTorch's operations a few experts at a time in at most 64 MiB.
+    On the CPU weights are restored in panels of 128 KiB; on a GPU in tiles inside the product, or into a buffer that
+    all layers share; by PyTorch's operations a few experts at a time in at most 64 MiB.
 
     Args:
         x_RK: Rows sorted by expert. ``[R, F]`` with ``transpose``.

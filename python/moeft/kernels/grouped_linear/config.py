@@ -34,8 +34,8 @@ class Launch(NamedTuple):
 def rows_of_tile(rows: int, num_experts: int) -> int:
     """Rows of a tile: few enough that experts with few rows do not multiply zeros.
 
-    At 32 rows per expert and a coefficient of variation of 0.7, tiles of 32 rows compute 1.5 times the rows, tiles of 64
-    2.2 times.
+    At 32 rows per expert and a coefficient of variation of 0.7, tiles of 32 rows compute 1.5 times the rows, tiles of
+    64 2.2 times.
     """
     mean = rows / max(1, num_experts)
     return next((size for size, most in ((16, 16), (32, 64), (64, 192)) if mean <= most), 128)

@@ -41,7 +41,15 @@ class Tiles(NamedTuple):
         number = -(-rows // m) + num_experts
         tiles = torch.empty(number, 2, dtype=torch.int32, device=offsets.device)
         kernels.tile_map_kernel[(-(-number // MAP_SIZE),)](
-            offsets, tiles, number, E=num_experts, EP=power_of_two(num_experts), M=m, SIZE=MAP_SIZE, num_warps=4, enable_fp_fusion=False
+            offsets,
+            tiles,
+            number,
+            E=num_experts,
+            EP=power_of_two(num_experts),
+            M=m,
+            SIZE=MAP_SIZE,
+            num_warps=4,
+            enable_fp_fusion=False,
         )
         return cls(tiles, offsets, m, rows)
 
@@ -68,15 +76,14 @@ def grouped_linear(
     """As :func:`moeft.kernels.grouped_linear.grouped_linear`, with rows gathered and a low-rank product added.
 
     Args:
-        x: ``[R, K]``; with a ``permutation``, ``[R / top_k, K]`` tokens, of which row r takes ``permutation[r] // top_k``.
+        x: ``[R, K]``; with a ``permutation``, ``[R / top_k, K]`` tokens, of which row r is ``permutation[r] // top_k``.
         weight: ``[E, F, K]``, packed or dense.
         tiles: The tiles of the R rows.
         transpose: Multiply by the weight itself, ``[R, F]`` to ``[R, K]``.
         permutation: int64 ``[R]`` or None.
         top_k: Rows of a token.
         low_rank: What to add.
-        path: How a packed weight is read; by default as :func:`config.path_of` says. A dense one goes through PyTorch's
-            kernel with "grouped_mm", else through ours.
+        path: How the weight is read, by default as :func:`config.path_of_weight` says.
     """
     num_experts, out_features, in_features = weight.shape
     y = x.new_empty(tiles.rows, in_features if transpose else out_features)
@@ -171,7 +178,15 @@ def workspace(device: torch.device, dtype: torch.dtype, elements: int) -> Tensor
     """A buffer that all layers share, at least as long; its values last until the next call."""
     buffer = _workspaces.get((device, dtype))
     if buffer is None or buffer.numel() < elements:
-        buffer = _workspaces[device, dtype] = torch.empty(elements, dtype=dtype, device=device)
+        _workspaces.pop((device, dtype), None)
+        try:
+            buffer = torch.empty(elements, dtype=dtype, device=device)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"no room for {elements * dtype.itemsize >> 20} MiB of restored experts; "
+                f"set {config.WORKSPACE_VARIABLE} lower, to 64 for instance ({error})"
+            ) from error
+        _workspaces[device, dtype] = buffer
     return buffer[:elements]
 
 

@@ -82,10 +82,10 @@ def grouped_linear_kernel(
 ):  # fmt: skip
     """One tile of ``y = x @ W^T + scaling * low @ factor``; ``x @ W`` with ``TRANSPOSE``.
 
-    Only tiles of the experts from ``first_expert`` up to ``stop_expert`` are computed; a dense ``weight`` begins with the
-    first of these, packed codes with expert 0. With a ``permutation``, row r of ``x`` is gathered from token
-    ``permutation[r] // top_k``. ``factor`` is ``[E, out, r]``, or ``[E, r, out]`` with ``TRANSPOSE``. With ``ADD`` there is
-    no product with a weight: ``y`` holds it already.
+    Only tiles of the experts from ``first_expert`` up to ``stop_expert`` are computed; a dense ``weight`` begins with
+    the first of these, packed codes with expert 0. With a ``permutation``, row r of ``x`` is gathered from token
+    ``permutation[r] // top_k``. ``factor`` is ``[E, out, r]``, or ``[E, r, out]`` with ``TRANSPOSE``. With ``ADD``
+    there is no product with a weight: ``y`` holds it already.
     """
     INNER: tl.constexpr = ROWS if TRANSPOSE else COLUMNS
     OUTER: tl.constexpr = COLUMNS if TRANSPOSE else ROWS
@@ -118,8 +118,8 @@ def grouped_linear_kernel(
                 left = tl.load(source + inner[None, :], mask=row_mask[:, None] & inner_mask[None, :], other=0.0)
                 if TRANSPOSE:
                     right = weight_tile(
-                        weight, absmax, absmax2, nested_offset, dynamic_map, values, in_weight, inner, inner_mask, first,
-                        ROWS, COLUMNS, BLOCK_SIZE, K, N,
+                        weight, absmax, absmax2, nested_offset, dynamic_map, values, in_weight,
+                        inner, inner_mask, first, ROWS, COLUMNS, BLOCK_SIZE, K, N,
                     ).to(left.dtype)  # fmt: skip
                 else:
                     right = weight_tile(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STEP = 64  # rows
+STEP = 32  # rows
 WIDEST = 128  # columns of a tile, beside at most 64 of the other side
 
 
@@ -57,7 +57,7 @@ def grouped_outer(
         FT=f_tile,
         KT=k_tile,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
         enable_fp_fusion=False,
     )
     return out

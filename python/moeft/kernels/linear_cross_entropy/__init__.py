@@ -42,11 +42,11 @@ def linear_log_probs(
 ) -> Tensor:
     """Log-probability of each row's label under ``softmax(softcap * tanh(hidden @ head^T / softcap))``.
 
-    Rows whose label is -100 are skipped before the matmul, but not by Triton's kernels, which would have to wait for the
-    device to know them. The others go through the head ``chunk_rows`` at a time. The
-    gradient of ``hidden`` for a coefficient of one is formed in the same pass, so that no logits outlive a chunk and
-    backward only scales. Kept for backward: that gradient, ``[M, H]`` in the dtype of ``hidden``. A head that requires
-    a gradient gets one, for one more pass over the logits in backward.
+    Rows whose label is -100 are skipped before the matmul, but not by Triton's kernels, which would have to wait for
+    the device to know them. The others go through the head ``chunk_rows`` at a time. The gradient of ``hidden`` for a
+    coefficient of one is formed in the same pass, so that no logits outlive a chunk and backward only scales. Kept for
+    backward: that gradient, ``[M, H]`` in the dtype of ``hidden``. A head that requires a gradient gets one, for one
+    more pass over the logits in backward.
 
     Args:
         hidden: ``[N, H]`` or any leading shape, last hidden states.
@@ -61,7 +61,8 @@ def linear_log_probs(
 
     Raises:
         TypeError: If ``labels`` is not int64, or ``hidden`` or ``head_weight`` not floating.
-        ValueError: If shapes do not fit, a label is out of range (with Triton's kernels its row is NaN instead), or ``softcap`` or ``chunk_rows`` is not positive.
+        ValueError: If shapes do not fit, a label is out of range (with Triton's kernels its row is NaN instead), or
+            ``softcap`` or ``chunk_rows`` is not positive.
 
     Source:
         Cut Cross-Entropy, https://arxiv.org/abs/2411.09009; the soft cap is that of Gemma 2 and later.

@@ -2,9 +2,9 @@
 
 Shapes: N rows, C rows of a chunk, H hidden, V vocabulary.
 
-As in ``function.py`` the gradient of the hidden states is formed in the forward for a coefficient of one. Which rows count
-is known on the device only, so all of them go through the head. One buffer in the dtype of the rows holds a chunk's
-logits and then their gradients.
+As in ``function.py`` the gradient of the hidden states is formed in the forward for a coefficient of one. Which rows
+count is known on the device only, so all of them go through the head. One buffer in the dtype of the rows holds a
+chunk's logits and then their gradients.
 """
 
 from __future__ import annotations

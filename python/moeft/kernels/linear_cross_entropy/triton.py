@@ -7,6 +7,7 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-1e38)
 
+
 @triton.jit
 def capped(logits, softcap, SOFTCAP: tl.constexpr):
     """``softcap * tanh(logits / softcap)`` and the square of that tanh; without a cap the logits and 0."""
@@ -24,8 +25,8 @@ def log_probs_kernel(
 ):  # fmt: skip
     """Log-probability of a row's label; with ``GRADIENT`` the row of ``logits [C, V]`` becomes its gradient.
 
-    The gradient is times the row's coefficient, if there are any. A row that is ignored gets 0 throughout, a label that is
-    out of range NaN.
+    The gradient is times the row's coefficient, if there are any. A row that is ignored gets 0 throughout, a label that
+    is out of range NaN.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)

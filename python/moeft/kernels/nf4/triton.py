@@ -1,7 +1,7 @@
 """Triton code for NF4 and FP4: the kernel that restores a weight, and the tiles that kernels of products restore.
 
-Pointers: ``packed`` uint8 codes; ``absmax`` float32, or uint8 codes with ``absmax2``, ``offset`` and ``dynamic_map`` of a
-double-quantised weight, else None; ``codes`` the sixteen values, float32.
+Pointers: ``packed`` uint8 codes; ``absmax`` float32, or uint8 codes with ``absmax2``, ``offset`` and ``dynamic_map`` of
+a double-quantised weight, else None; ``codes`` the sixteen values, float32.
 
 Launch with ``enable_fp_fusion=False``: a fused multiply-add would change bits.
 """
@@ -37,8 +37,8 @@ def tile(
 ):  # fmt: skip
     """Rows of an expert's ``[ROWS, COLUMNS]`` from a column on, ``[HEIGHT, WIDTH]`` float32; 0 where masked.
 
-    ``expert`` is int64, ``codes`` a tensor. Where no run of 64 values crosses a row or a block, 64 values share a load of
-    their scale; any other weight looks up each value on its own, which is slow and rare.
+    ``expert`` is int64, ``codes`` a tensor. Where no run of 64 values crosses a row or a block, 64 values share a load
+    of their scale; any other weight looks up each value on its own, which is slow and rare.
     """
     ELEMENTS: tl.constexpr = ROWS * COLUMNS
     BLOCKS: tl.constexpr = (ELEMENTS + BLOCK_SIZE - 1) // BLOCK_SIZE

@@ -41,7 +41,7 @@ def scatter_kernel(
     index, counts, totals, permutation, inverse, offsets, num_rows,
     E: tl.constexpr, EP: tl.constexpr, C: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
-    """Sorted position of every row of a chunk: the expert's start, rows in earlier chunks, rows before it in its own."""
+    """Sorted position of a chunk's rows: the expert's start, rows in earlier chunks, rows before it in its own."""
     chunk = tl.program_id(0)
     rows = chunk * C + tl.arange(0, C)
     expert = tl.arange(0, EP)
