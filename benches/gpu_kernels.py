@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,8 +122,8 @@ def thin(bench: Bench) -> None:
         a, x, g = bench.randn(s.experts, s.rank, s.hidden), bench.randn(rows, s.hidden), bench.randn(rows, s.rank)
         read = x.numel() * x.element_size()
         for name, run in (
-            ("rows through A", lambda: grouped.grouped_linear(x, a, tiles, path="workspace")),
-            ("outer products", lambda: grouped_outer(g, x, offsets)),
+            ("rows through A", partial(grouped.grouped_linear, x, a, tiles, path="workspace")),
+            ("outer products", partial(grouped_outer, g, x, offsets)),
         ):
             seconds = bench.seconds(run)
             bench.write("thin", what=name, tokens=tokens, seconds=seconds, bytes_per_second=read / seconds)

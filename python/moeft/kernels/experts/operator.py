@@ -7,6 +7,7 @@ block size) and its codebook, because operators take no objects.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,18 +75,16 @@ def experts_forward(
 
 
 @experts_forward.register_fake
-def _(x, weights, permutation, inverse, offsets, gate_up, gate_up_sizes, down, down_sizes, codebook,
-      a_up, b_up, a_down, b_down, scaling_up, scaling_down, gate, keep):  # fmt: skip
-    rows, num_experts = weights.numel(), gate_up_sizes[0]
+def _(x: Tensor, weights: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes, a_up, a_down, keep = others[4], others[8], others[10], others[15]
 
     def kept(columns: int, wanted: bool) -> Tensor:
-        return x.new_empty(rows, columns) if wanted else x.new_empty(0)
+        return x.new_empty(weights.numel(), columns) if wanted else x.new_empty(0)
 
-    up_rank = 0 if a_up is None else a_up.shape[0] // num_experts
-    down_rank = 0 if a_down is None else a_down.shape[0] // num_experts
+    up_rank, down_rank = (0 if a is None else a.shape[0] // sizes[0] for a in (a_up, a_down))
     return (
         torch.empty_like(x),
-        kept(gate_up_sizes[1], keep),
+        kept(sizes[1], keep),
         kept(up_rank, keep and a_up is not None),
         kept(down_rank, keep and a_down is not None),
     )
@@ -131,9 +130,6 @@ def experts_backward(
 
 
 @experts_backward.register_fake
-def _(grad, x, weights, permutation, inverse, offsets, gate_up, gate_up_sizes, down, down_sizes, codebook,
-      a_up, b_up, a_down, b_down, scaling_up, scaling_down, gate, h, low_up, low_down):  # fmt: skip
-    factors = (
-        x.new_empty(0) if factor is None else torch.empty_like(factor) for factor in (a_up, b_up, a_down, b_down)
-    )
-    return torch.empty_like(x), torch.empty_like(weights), *factors
+def _(grad: Tensor, x: Tensor, weights: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    gradients = (x.new_empty(0) if factor is None else torch.empty_like(factor) for factor in others[8:12])
+    return torch.empty_like(x), torch.empty_like(weights), *gradients

@@ -104,7 +104,7 @@ def chunks(
 ) -> Iterator[tuple[int, int, tuple[Tensor | None, ...]]]:
     """First expert, end, and pointers of the weight that a launch reads; with "fused" packed, else restored."""
     num_experts = weight.shape[0]
-    if path == "fused":
+    if path == "fused" and isinstance(weight, NF4Weight):
         yield 0, num_experts, PackedPointers.of(weight)
         return
     chunk = num_experts

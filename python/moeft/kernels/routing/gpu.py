@@ -16,7 +16,7 @@ def bucket(top_k_index_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 
 
 @bucket.register_fake
-def _(top_k_index_R, num_experts):
+def _(top_k_index_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     permutation = torch.empty_like(top_k_index_R, dtype=torch.int64)
     return permutation, torch.empty_like(permutation), top_k_index_R.new_empty(num_experts + 1, dtype=torch.int32)
 
