@@ -247,3 +247,16 @@ def test_core_knows_activations_by_what_they_are():
     )
     assert cpu.gate_of(ACT2FN["gelu_pytorch_tanh"]) == cpu.gate_of(torch.nn.GELU("tanh")) == cpu.Gate("gelu_tanh")
     assert cpu.gate_of(torch.nn.GELU()) is cpu.gate_of(torch.relu) is None
+
+
+def test_operands_on_several_devices_are_refused():
+    case = Case(torch.float32)
+    with pytest.raises(ValueError, match=r"down is on meta, but x on cpu; move the layer to one device"):
+        experts(case.x, case.index, case.weights, case.gate_up, torch.empty(7, 64, 48, device="meta"), functional.silu)
+
+
+def test_reference_is_taken_when_asked_for(monkeypatch):
+    monkeypatch.setenv("MOEFT_KERNELS", "reference")
+    case = Case(torch.float32, biased=True)
+    for ours, theirs in zip(case.run(experts), case.run(reference.experts), strict=True):
+        assert torch.equal(ours, theirs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
@@ -63,7 +62,8 @@ def fuse_loss(model: PreTrainedModel) -> bool:
         labels = labels.to(hidden.device)[:, 1:]
         loss = linear_cross_entropy(hidden[:, :-1], model.get_output_embeddings().weight, labels, softcap)
         count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        count = torch.as_tensor(count, device=loss.device).clamp(min=1)
+        # A number of the host stays one: making it a tensor on a GPU would wait for the device.
+        count = count.to(loss.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
         return CausalLMOutputWithPast(loss=loss / count)
 
     forward.loss_is_fused = True  # type: ignore[attr-defined]

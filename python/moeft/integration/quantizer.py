@@ -62,7 +62,7 @@ class NF4Quantizer(HfQuantizer):
         from moeft.integration import peft_lora  # PEFT imports models, which import this module
 
         family = model_family.of_model(model)
-        replaced = _replace_modules(model, family, self.quantization_config)
+        replaced = replace_modules(model, family, self.quantization_config)
         if not self.pre_quantized:
             for module in replaced:
                 module.expect_unpacked(model.dtype)
@@ -136,7 +136,12 @@ class NF4Quantizer(HfQuantizer):
         )
 
 
-def _replace_modules(model: nn.Module, family: families.Family, config: NF4Config) -> list[PackedModule]:
+def replace_modules(model: nn.Module, family: families.Family, config: NF4Config) -> list[PackedModule]:
+    """Put packed modules, still without bytes, in the place of those that a config names, and return them.
+
+    Raises:
+        UnsupportedModelError: If the model has none of what the config names.
+    """
     replaced: list[PackedModule] = []
     found = set()
     for name, module in list(model.named_modules()):

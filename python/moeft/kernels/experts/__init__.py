@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeft.kernels.dispatch import in_core
-from moeft.kernels.experts import cpu, function
+from moeft.kernels.dispatch import choice, in_core, in_triton
+from moeft.kernels.experts import cpu, function, fused, reference
 from moeft.kernels.experts.lora import ExpertLora, LoraFactors
 from moeft.kernels.experts.spec import PLAIN, Activation, ClampedSwiglu, ExpertLayout, Weights
 from moeft.kernels.nf4 import NF4Weight
@@ -36,8 +36,9 @@ def experts(
     The weights are frozen: gradients reach ``x``, ``top_k_weights`` and the LoRA factors. The delta ``B @ A`` and the
     gradient of a full weight are never formed. Under autocast the rows are cast to its dtype.
 
-    On the CPU all of it happens in the Rust core, in float32 between the rounding of inputs and outputs; an activation
-    that the core does not know, and float64, go through PyTorch.
+    On the CPU all of it happens in the Rust core, in float32 between the rounding of inputs and outputs, and on a GPU
+    in Triton's kernels, without waiting for the device. An activation that these do not know, and float64, go through
+    PyTorch; on a GPU so do transposed and interleaved stacks and biases.
 
     Args:
         x: ``[T, H]`` tokens, float32, bfloat16 or float16.
@@ -55,7 +56,8 @@ def experts(
         ``[T, H]`` in the dtype of ``x``; summed over the choices in fixed order, so deterministic.
 
     Raises:
-        ValueError: If shapes do not fit together, or a dense weight or a bias requires a gradient.
+        ValueError: If shapes do not fit together, tensors lie on several devices, or a dense weight or a bias requires
+            a gradient.
     """
     _check_weights(gate_up, down, gate_up_bias, down_bias, layout)
     _check_tokens(x, top_k_index, top_k_weights, layout.sizes(down.shape)[2])
@@ -63,21 +65,29 @@ def experts(
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    buckets = bucket(top_k_index, gate_up.shape[0])
     lora = lora or ExpertLora()
-    gate = cpu.gate_of(activation) if in_core(x) else None
-    block = function.ExpertBlock if gate is None else cpu.ExpertBlock
-    out = block.apply(
+    _check_devices(
         x,
-        top_k_weights,
-        *lora.gate_up.tensors,
-        *lora.down.tensors,
-        buckets,
-        Weights(gate_up, down, gate_up_bias, down_bias, layout),
-        activation if gate is None else gate,
-        lora.scalings,
+        top_k_index=top_k_index,
+        top_k_weights=top_k_weights,
+        gate_up=gate_up,
+        down=down,
+        **{f"a factor of {name}": a for name, (a, _, _) in zip(lora._fields, lora, strict=True)},
     )
-    return out.to(dtype)
+    weights = Weights(gate_up, down, gate_up_bias, down_bias, layout)
+    if choice() == "reference":
+        biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+        return reference.experts(
+            x, top_k_index, top_k_weights, gate_up, down, activation, lora, **biases, layout=layout
+        ).to(dtype)
+    buckets = bucket(top_k_index, gate_up.shape[0])
+    leaves = (x, top_k_weights, *lora.gate_up.tensors, *lora.down.tensors)
+    gate = cpu.gate_of(activation)
+    if gate is not None and in_core(x):
+        return cpu.ExpertBlock.apply(*leaves, buckets, weights, gate, lora.scalings).to(dtype)
+    if gate is not None and in_triton(x) and fused.knows(weights, gate.name):
+        return fused.ExpertBlock.apply(*leaves, *buckets, weights, gate.name, lora.scalings).to(dtype)
+    return function.ExpertBlock.apply(*leaves, buckets, weights, activation, lora.scalings).to(dtype)
 
 
 def _check_weights(
@@ -104,6 +114,12 @@ def _check_weights(
     for name, tensor in frozen.items():
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(f"{name} requires a gradient, but this operation trains only LoRA; freeze the weight")
+
+
+def _check_devices(x: Tensor, **others: NF4Weight | Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}; move the layer to one device")
 
 
 def _check_tokens(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, hidden: int) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moeft.kernels.dispatch import in_core
-from moeft.kernels.grouped_linear import cpu, pytorch
+from moeft.kernels.dispatch import in_core, in_triton
+from moeft.kernels.grouped_linear import cpu, gpu, pytorch
+from moeft.kernels.grouped_outer import gpu as outer_gpu
 from moeft.kernels.nf4 import NF4Weight
 
 __all__ = ["grouped_linear", "grouped_outer"]
@@ -17,8 +18,8 @@ __all__ = ["grouped_linear", "grouped_outer"]
 def grouped_linear(x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor, *, transpose: bool = False) -> Tensor:
     """Multiply each expert's block of rows by that expert's weight.
 
-    A dequantised stack never exists: on the CPU weights are restored in panels of 128 KiB, elsewhere a few experts at
-    a time in at most 64 MiB.
+    On the CPU weights are restored in panels of 128 KiB; on a GPU in tiles inside the product, or into a buffer that
+    all layers share; by PyTorch's operations a few experts at a time in at most 64 MiB.
 
     Args:
         x_RK: Rows sorted by expert. ``[R, F]`` with ``transpose``.
@@ -43,6 +44,8 @@ def grouped_linear(x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor,
         )
     if in_core(x_RK):
         return cpu.grouped_linear(x_RK, weight, offsets_E1, transpose)
+    if in_triton(x_RK):
+        return gpu.grouped_linear(x_RK, weight, gpu.Tiles.of(offsets_E1, x_RK.shape[0]), transpose=transpose)
     return pytorch.grouped_linear(x_RK, weight, offsets_E1, transpose)
 
 
@@ -57,4 +60,6 @@ def grouped_outer(g_RF: Tensor, x_RK: Tensor, offsets_E1: Tensor) -> Tensor:
     Returns:
         ``[E, F, K]``; zero for an expert without rows.
     """
+    if in_triton(g_RF):
+        return outer_gpu.grouped_outer(g_RF, x_RK, offsets_E1)
     return pytorch.grouped_outer(g_RF, x_RK, offsets_E1)

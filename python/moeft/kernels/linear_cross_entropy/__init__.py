@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeft.kernels.dispatch import choice, in_triton
+from moeft.kernels.linear_cross_entropy import gpu, reference
 from moeft.kernels.linear_cross_entropy.function import LinearLogProbs
 from moeft.kernels.linear_cross_entropy.reference import IGNORE_INDEX
 
@@ -27,6 +29,11 @@ def linear_cross_entropy(
     Returns:
         Scalar float32 (float64 for float64 rows); 0 when no row counts.
     """
+    _check(hidden, head_weight, labels, softcap, chunk_rows)
+    if choice() == "reference":
+        return reference.linear_cross_entropy(hidden, head_weight, labels, softcap)
+    if in_triton(hidden):
+        return -_all_log_probs(hidden, head_weight, labels, softcap, chunk_rows).sum()
     return -_counted_log_probs(hidden, head_weight, labels, softcap, chunk_rows)[0].sum()
 
 
@@ -35,10 +42,11 @@ def linear_log_probs(
 ) -> Tensor:
     """Log-probability of each row's label under ``softmax(softcap * tanh(hidden @ head^T / softcap))``.
 
-    Rows whose label is -100 are skipped before the matmul. The others go through the head ``chunk_rows`` at a time. The
-    gradient of ``hidden`` for a coefficient of one is formed in the same pass, so that no logits outlive a chunk and
-    backward only scales. Kept for backward: that gradient, ``[M, H]`` in the dtype of ``hidden``. A head that requires
-    a gradient gets one, for one more pass over the logits in backward.
+    Rows whose label is -100 are skipped before the matmul, but not by Triton's kernels, which would have to wait for
+    the device to know them. The others go through the head ``chunk_rows`` at a time. The gradient of ``hidden`` for a
+    coefficient of one is formed in the same pass, so that no logits outlive a chunk and backward only scales. Kept for
+    backward: that gradient, ``[M, H]`` in the dtype of ``hidden``. A head that requires a gradient gets one, for one
+    more pass over the logits in backward.
 
     Args:
         hidden: ``[N, H]`` or any leading shape, last hidden states.
@@ -46,18 +54,24 @@ def linear_log_probs(
         labels: Class of each row, int64, already shifted; -100 for rows that do not count.
         softcap: Soft cap of the logits, or None.
         chunk_rows: Rows of logits in memory at a time, in two float32 buffers; by default as many as 32 Mi logits hold,
-            and at most 1024.
+            and at most 1024. With Triton's kernels in one buffer of the rows' dtype, 128 Mi logits and 4096 rows.
 
     Returns:
         Float32 (float64 for float64 rows) in the shape of ``labels``; 0 where a row does not count.
 
     Raises:
         TypeError: If ``labels`` is not int64, or ``hidden`` or ``head_weight`` not floating.
-        ValueError: If shapes do not fit, a label is out of range, or ``softcap`` or ``chunk_rows`` is not positive.
+        ValueError: If shapes do not fit, a label is out of range (with Triton's kernels its row is NaN instead), or
+            ``softcap`` or ``chunk_rows`` is not positive.
 
     Source:
         Cut Cross-Entropy, https://arxiv.org/abs/2411.09009; the soft cap is that of Gemma 2 and later.
     """
+    _check(hidden, head_weight, labels, softcap, chunk_rows)
+    if choice() == "reference":
+        return reference.linear_log_probs(hidden, head_weight, labels, softcap)
+    if in_triton(hidden):
+        return _all_log_probs(hidden, head_weight, labels, softcap, chunk_rows).view(labels.shape)
     counted_M, rows = _counted_log_probs(hidden, head_weight, labels, softcap, chunk_rows)
     return counted_M.new_zeros(labels.numel()).index_copy(0, rows, counted_M).view(labels.shape)
 
@@ -66,7 +80,6 @@ def _counted_log_probs(
     hidden: Tensor, head_weight: Tensor, labels: Tensor, softcap: float | None, chunk_rows: int | None
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the rows that count, and which rows these are."""
-    _check(hidden, head_weight, labels, softcap, chunk_rows)
     labels_N = labels.reshape(-1)
     rows = (labels_N != IGNORE_INDEX).nonzero().squeeze(-1)
     targets_M = labels_N.index_select(0, rows)
@@ -81,6 +94,20 @@ def _counted_log_probs(
             hidden_MH, head_weight, targets_M, softcap, chunk_rows, torch.is_grad_enabled()
         )
     return log_probs_M, rows
+
+
+def _all_log_probs(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, softcap: float | None, chunk_rows: int | None
+) -> Tensor:
+    """Log-probabilities of all rows, ``[N]``; which of them count stays on the device."""
+    hidden_NH = hidden.reshape(-1, hidden.shape[-1])
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden_NH = hidden_NH.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return gpu.LinearLogProbs.apply(
+            hidden_NH, head_weight, labels.reshape(-1), softcap, chunk_rows, torch.is_grad_enabled()
+        )
 
 
 def _check(hidden: Tensor, head_weight: Tensor, labels: Tensor, softcap: float | None, chunk_rows: int | None) -> None:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moeft.kernels.routing import cpu, reference
+from moeft.kernels.dispatch import has_triton
+from moeft.kernels.routing import cpu, gpu, reference
 
 __all__ = ["Buckets", "LoadStatistics", "bucket", "load_statistics"]
 
@@ -61,6 +62,8 @@ def bucket(top_k_index: Tensor, num_experts: int) -> Buckets:
         raise ValueError(f"top_k_index has {shape[1]} choices per token, expected at most num_experts = {num_experts}")
     if top_k_index.is_cpu:
         return Buckets(*cpu.bucket(top_k_index, num_experts))
+    if has_triton(top_k_index.device):
+        return Buckets(*gpu.bucket(top_k_index.flatten(), num_experts))
     return Buckets(*reference.bucket(top_k_index.flatten(), num_experts))
 
 

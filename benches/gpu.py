@@ -1,0 +1,87 @@
+"""Measure the GPU path: every kernel's correctness first, then speed, memory and whole training steps. Under 8 minutes.
+
+usage: python benches/gpu.py [--out FILE.jsonl] [--minutes 8] [--only SECTION ...] [--tiny]
+
+Without a GPU, ``TRITON_INTERPRET=1 MOEFT_KERNELS=triton python benches/gpu.py --tiny`` runs every line at sizes that
+mean nothing, so that a GPU's time is not spent on a slip of the pen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+SECTIONS = ("limits", "restoring", "routes", "tuning", "products", "thin", "loss_head", "model")
+
+
+def main() -> int:
+    """Run the sections; 1 if a kernel is wrong or a section failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="file of JSON lines, by default named after the GPU and the day")
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, for a machine without a GPU")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and not arguments.tiny:
+        parser.error("there is no CUDA device; --tiny runs through the bench without one")
+
+    import gpu_correctness
+    import gpu_harness
+    import gpu_kernels
+    import gpu_steps
+
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no-gpu"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    out = arguments.out or Path(__file__).parent / "results" / f"{slug}-{datetime.date.today()}.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shapes = gpu_harness.TINY if arguments.tiny else gpu_harness.Shapes()
+    bench = gpu_harness.Bench(shapes, out, 60 * arguments.minutes - 30)
+    bench.write("machine", **machine(name))
+    torch.manual_seed(0)
+    green = False
+    with bench.section("correctness"):
+        green = gpu_correctness.run(bench)
+    if not green:
+        bench.write("stopped", reason="a kernel is wrong; nothing is timed")
+        return 1
+    for section in arguments.only:
+        if bench.is_late:
+            bench.write("stopped", reason=f"no time left for {section}")
+            break
+        if section == "model":
+            gpu_steps.run(bench)
+            continue
+        with bench.section(section):
+            getattr(gpu_kernels, section)(bench)
+    if bench.failed:
+        bench.write("failed", sections=bench.failed)
+    return 1 if bench.failed else 0
+
+
+def machine(name: str) -> dict[str, object]:
+    """What the numbers were measured on."""
+    import transformers
+    import triton
+
+    capability = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else None
+    memory = torch.cuda.get_device_properties(0).total_memory if capability else 0
+    return {
+        "gpu": name,
+        "capability": capability,
+        "memory_bytes": memory,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Time the kernels: restoring, grouped products by every path, thin products, routing, loss head."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from gpu_harness import Bench, dense
+from moeft.kernels import linear_cross_entropy
+from moeft.kernels import tuning as kernel_tuning
+from moeft.kernels.experts import gpu
+from moeft.kernels.grouped_linear import config
+from moeft.kernels.grouped_linear import gpu as grouped
+from moeft.kernels.grouped_outer.gpu import grouped_outer
+from moeft.kernels.nf4 import gpu as nf4_gpu
+from moeft.kernels.routing import Buckets
+from moeft.kernels.routing import gpu as routing
+from moeft.kernels.routing import reference as routing_reference
+
+
+def limits(bench: Bench) -> None:
+    """The machine's own rates: a copy in memory, a large dense product."""
+    big = bench.device.type == "cuda"
+    source = torch.empty(1 << 32 if big else 1 << 16, dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    seconds = bench.seconds(lambda: target.copy_(source))
+    bench.write("limits", what="copy", bytes_per_second=2 * source.numel() / seconds)
+    size = 8192 if big else 64
+    a, b = bench.randn(size, size), bench.randn(size, size)
+    bench.write("limits", what="dense product", flops=2 * size**3 / bench.seconds(lambda: a @ b))
+
+
+def restoring(bench: Bench) -> None:
+    """NF4 with nested statistics to 16 bits: bytes read and written per second."""
+    s = bench.shapes
+    weight = bench.packed(s.experts, 2 * s.inner, s.hidden)
+    out = torch.empty(weight.shape, dtype=s.dtype, device=bench.device)
+    moved = weight.nbytes + out.numel() * out.element_size()
+    for size, warps in ((4096, 4), (2048, 4), (8192, 8), (1024, 2)):
+        nf4_gpu.SIZE, nf4_gpu.WARPS = size, warps
+        seconds = bench.seconds(lambda: nf4_gpu.dequantize(weight, out))
+        bench.write("dequantize", size=size, warps=warps, seconds=seconds, bytes_per_second=moved / seconds)
+    nf4_gpu.SIZE, nf4_gpu.WARPS = 4096, 4
+
+
+def routes(bench: Bench) -> None:
+    """Permutation, inverse and offsets, beside a stable sort."""
+    for tokens in bench.shapes.tokens:
+        index = bench.routing(tokens).flatten()
+        for name, path in (("triton", routing), ("stable argsort", routing_reference)):
+            seconds = bench.seconds(lambda p=path, i=index: p.bucket(i, bench.shapes.experts))
+            bench.write("routing", path=name, tokens=tokens, seconds=seconds)
+
+
+def tuning(bench: Bench) -> None:
+    """Choose the launches of a layer's products, forward and backward, and keep them for this GPU."""
+    if bench.device.type != "cuda":
+        return
+    s = bench.shapes
+    up, down = bench.packed(s.experts, 2 * s.inner, s.hidden), bench.packed(s.experts, s.hidden, s.inner)
+    factors = [
+        gpu.Factors(bench.randn(s.experts * s.rank, columns), bench.randn(rows, s.rank * s.experts), 1.0)
+        for rows, columns in ((2 * s.inner, s.hidden), (s.hidden, s.inner))
+    ]
+    for tokens in (s.tokens[-3], s.tokens[-1]):
+        x, weights = bench.randn(tokens, s.hidden), bench.randn(tokens, s.top_k, dtype=torch.float32)
+        buckets = Buckets(*routing.bucket(bench.routing(tokens).flatten(), s.experts))
+        for stacks in ((up, down), (dense(up, s.dtype), dense(down, s.dtype))):
+
+            def run(x=x, weights=weights, buckets=buckets, stacks=stacks) -> None:
+                _, saved = gpu.forward(x, weights, *stacks, *factors, buckets, "gelu_tanh", True)
+                gpu.backward(x, x, weights, *stacks, *factors, buckets, "gelu_tanh", saved)
+
+            for key, seconds in kernel_tuning.tune(bench.device, run, 3).items():
+                bench.write("tuning", key=key, tokens=tokens, seconds={str(tuple(c)): t for c, t in seconds.items()})
+
+
+def products(bench: Bench) -> None:
+    """gate_up forward and backward by every path, TFLOP/s of rows that exist."""
+    s = bench.shapes
+    weight = bench.packed(s.experts, 2 * s.inner, s.hidden)
+    resident = dense(weight, s.dtype)
+    for tokens in s.tokens:
+        if bench.is_late:
+            return
+        rows = tokens * s.top_k
+        _, _, offsets = routing.bucket(bench.routing(tokens).flatten(), s.experts)
+        flops = 2 * rows * 2 * s.inner * s.hidden
+        paths = {"fused": weight, "workspace": weight, "grouped_mm": weight}
+        chosen = config.path_of_weight(weight, rows, bench.randn(1, 1))
+        for m in sorted({config.rows_of_tile(rows, s.experts), 64, 128}):
+            tiles = grouped.Tiles.of(offsets, rows, m)
+            for transpose in (False, True):
+                x = bench.randn(rows, 2 * s.inner if transpose else s.hidden)
+                for path, stack in [*paths.items(), ("resident", resident), ("resident grouped_mm", resident)]:
+                    if m != config.rows_of_tile(rows, s.experts) and "grouped_mm" in path:
+                        continue
+                    how: Any = {"resident": "workspace", "resident grouped_mm": "grouped_mm"}.get(path, path)
+                    record = {"path": path, "tokens": tokens, "transpose": transpose, "rows_of_tile": m}
+                    try:
+                        seconds = bench.seconds(
+                            lambda x=x, w=stack, t=tiles, b=transpose, h=how: grouped.grouped_linear(
+                                x, w, t, transpose=b, path=h
+                            ),
+                            5,
+                        )
+                    except Exception as error:  # one path may not run on this GPU; the others still tell
+                        bench.write("products", **record, error=f"{type(error).__name__}: {error}"[:300])
+                        continue
+                    bench.write("products", **record, seconds=seconds, flops=flops / seconds, default=path == chosen)
+
+
+def thin(bench: Bench) -> None:
+    """Low-rank products and the outer products of their gradients."""
+    s = bench.shapes
+    for tokens in s.tokens[-2:]:
+        rows = tokens * s.top_k
+        _, _, offsets = routing.bucket(bench.routing(tokens).flatten(), s.experts)
+        tiles = grouped.Tiles.of(offsets, rows)
+        a, x, g = bench.randn(s.experts, s.rank, s.hidden), bench.randn(rows, s.hidden), bench.randn(rows, s.rank)
+        read = x.numel() * x.element_size()
+        for name, run in (
+            ("rows through A", partial(grouped.grouped_linear, x, a, tiles, path="workspace")),
+            ("outer products", partial(grouped_outer, g, x, offsets)),
+        ):
+            seconds = bench.seconds(run)
+            bench.write("thin", what=name, tokens=tokens, seconds=seconds, bytes_per_second=read / seconds)
+
+
+def loss_head(bench: Bench) -> None:
+    """Loss and gradient of the hidden states, of all rows."""
+    s = bench.shapes
+    head = bench.randn(s.vocabulary, s.hidden) * 0.02
+    for tokens in s.tokens[-2:]:
+        hidden = bench.randn(tokens, s.hidden).requires_grad_()
+        labels = torch.randint(0, s.vocabulary, (tokens,), device=bench.device)
+
+        def run(hidden=hidden, labels=labels) -> None:
+            linear_cross_entropy(hidden, head, labels, 30.0).backward()
+            hidden.grad = None
+
+        seconds = bench.seconds(run, 3)
+        flops = 4 * tokens * s.vocabulary * s.hidden
+        bench.write("loss head", tokens=tokens, seconds=seconds, flops=flops / seconds)

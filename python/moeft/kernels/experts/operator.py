@@ -1,0 +1,135 @@
+"""The expert block on a GPU as two operators of PyTorch, opaque to ``torch.compile`` and to CUDA graphs' checks.
+
+A stack is passed as its tensors (a dense one; codes and absmax; or with nested absmax and offset), its sizes (shape and
+block size) and its codebook, because operators take no objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeft.kernels.experts import gpu
+from moeft.kernels.nf4 import NestedStatistics, NF4Weight
+from moeft.kernels.routing import Buckets
+
+
+def flatten(weight: NF4Weight | Tensor) -> tuple[list[Tensor], list[int], str]:
+    """Tensors, sizes and codebook of a stack."""
+    if isinstance(weight, Tensor):
+        return [weight], [*weight.shape, 0], "nf4"
+    nested = [] if weight.nested is None else [weight.nested.absmax, weight.nested.offset]
+    return [weight.packed, weight.absmax, *nested], [*weight.shape, weight.block_size], weight.codebook
+
+
+def _unflatten(tensors: Sequence[Tensor], sizes: Sequence[int], codebook: str) -> NF4Weight | Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    packed, absmax, *nested = tensors
+    *shape, block_size = sizes
+    statistics = NestedStatistics(*nested) if nested else None
+    return NF4Weight(packed, absmax, torch.Size(shape), block_size, statistics, "nf4" if codebook == "nf4" else "fp4")
+
+
+def _factors(a: Tensor | None, b: Tensor | None, scaling: float) -> gpu.Factors | None:
+    return None if a is None or b is None else gpu.Factors(a, b, scaling)
+
+
+@torch.library.custom_op("moeft::experts_forward", mutates_args=())
+def experts_forward(
+    x: Tensor,
+    weights: Tensor,
+    permutation: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    gate_up: Sequence[Tensor],
+    gate_up_sizes: Sequence[int],
+    down: Sequence[Tensor],
+    down_sizes: Sequence[int],
+    codebook: str,
+    a_up: Tensor | None,
+    b_up: Tensor | None,
+    a_down: Tensor | None,
+    b_down: Tensor | None,
+    scaling_up: float,
+    scaling_down: float,
+    gate: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, and what backward needs; see :func:`moeft.kernels.experts.gpu.forward`."""
+    out, saved = gpu.forward(
+        x,
+        weights,
+        _unflatten(gate_up, gate_up_sizes, codebook),
+        _unflatten(down, down_sizes, codebook),
+        _factors(a_up, b_up, scaling_up),
+        _factors(a_down, b_down, scaling_down),
+        Buckets(permutation, inverse, offsets),
+        gate,
+        keep,
+    )
+    return out, *saved
+
+
+@experts_forward.register_fake
+def _(x: Tensor, weights: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes, a_up, a_down, keep = others[4], others[8], others[10], others[15]
+
+    def kept(columns: int, wanted: bool) -> Tensor:
+        return x.new_empty(weights.numel(), columns) if wanted else x.new_empty(0)
+
+    up_rank, down_rank = (0 if a is None else a.shape[0] // sizes[0] for a in (a_up, a_down))
+    return (
+        torch.empty_like(x),
+        kept(sizes[1], keep),
+        kept(up_rank, keep and a_up is not None),
+        kept(down_rank, keep and a_down is not None),
+    )
+
+
+@torch.library.custom_op("moeft::experts_backward", mutates_args=())
+def experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    permutation: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    gate_up: Sequence[Tensor],
+    gate_up_sizes: Sequence[int],
+    down: Sequence[Tensor],
+    down_sizes: Sequence[int],
+    codebook: str,
+    a_up: Tensor | None,
+    b_up: Tensor | None,
+    a_down: Tensor | None,
+    b_down: Tensor | None,
+    scaling_up: float,
+    scaling_down: float,
+    gate: str,
+    h: Tensor,
+    low_up: Tensor,
+    low_down: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, ``weights`` and the factors; see :func:`moeft.kernels.experts.gpu.backward`."""
+    return gpu.backward(
+        grad,
+        x,
+        weights,
+        _unflatten(gate_up, gate_up_sizes, codebook),
+        _unflatten(down, down_sizes, codebook),
+        _factors(a_up, b_up, scaling_up),
+        _factors(a_down, b_down, scaling_down),
+        Buckets(permutation, inverse, offsets),
+        gate,
+        gpu.Saved(h, low_up, low_down),
+    )
+
+
+@experts_backward.register_fake
+def _(grad: Tensor, x: Tensor, weights: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    gradients = (x.new_empty(0) if factor is None else torch.empty_like(factor) for factor in others[8:12])
+    return torch.empty_like(x), torch.empty_like(weights), *gradients

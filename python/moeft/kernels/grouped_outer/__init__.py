@@ -1,0 +1,1 @@
+"""Sums of outer products over rows sorted by expert: the gradients of low-rank factors."""

@@ -1,0 +1,97 @@
+"""Triton's kernels on a GPU: equal to PyTorch's operations, without a wait for the device, inside a CUDA graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moeft.kernels import experts, linear_cross_entropy, nf4
+from moeft.kernels.experts import fused
+from moeft.kernels.grouped_linear import config
+from moeft.kernels.routing import bucket
+from tests.test_kernels_experts import NAMES, TOLERANCE, Case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, sm_80 or newer"),
+]
+GELU = torch.nn.GELU(approximate="tanh")
+
+
+class GpuCase(Case):
+    """The inputs of a block on the GPU, bf16, with packed weights."""
+
+    def __init__(self, **sizes):
+        super().__init__(torch.bfloat16, **sizes)
+        for name in ("x", "index", "weights", "grad"):
+            setattr(self, name, getattr(self, name).cuda())
+        self.factors = [factor.cuda() for factor in self.factors]
+        self.gate_up, self.down = (
+            nf4.quantize(nf4.dequantize(w).cuda(), double_quant=True) for w in (self.gate_up, self.down)
+        )
+
+
+@pytest.mark.parametrize("routing", ["any", "one", "hole"])
+@pytest.mark.parametrize("path", ["fused", "workspace", "grouped_mm"])
+def test_block_and_every_gradient_equal_pytorch(monkeypatch, routing, path):
+    chosen = config.path_of_weight
+    monkeypatch.setattr(config, "path_of_weight", lambda w, *a: path if isinstance(w, nf4.NF4Weight) else chosen(w, *a))
+    case = GpuCase(hidden=256, inner=192, tokens=300, experts=8, routing=routing, rank=8)
+    ours = case.run(experts, GELU)
+    monkeypatch.setenv("MOEFT_KERNELS", "pytorch")
+    for name, a, b in zip(NAMES, ours, case.run(experts, GELU), strict=True):
+        assert float((a - b).double().norm() / b.double().norm()) <= TOLERANCE[torch.bfloat16], name
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_restored_bits_equal_the_definition(double_quant, monkeypatch):
+    weight = nf4.quantize(torch.randn(3, 70, 66, device="cuda"), double_quant=double_quant)
+    ours = nf4.dequantize(weight)
+    monkeypatch.setenv("MOEFT_KERNELS", "pytorch")
+    assert torch.equal(ours, nf4.dequantize(weight))
+
+
+def test_step_does_not_wait_for_the_device():
+    case = GpuCase(hidden=256, inner=192, tokens=300, experts=8, rank=8)
+    head, labels = torch.randn(999, 256, device="cuda").bfloat16(), torch.randint(0, 999, (300,), device="cuda")
+
+    def step():
+        case.run(lambda *a, **k: experts(*a, **k), GELU)
+        hidden = case.x.clone().requires_grad_()
+        linear_cross_entropy(hidden, head, labels, 30.0).backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_block_can_be_captured_in_a_cuda_graph():
+    case = GpuCase(hidden=256, inner=192, tokens=64, experts=8, rank=8)
+    weights = fused.Weights(case.gate_up, case.down)
+
+    def block():
+        buckets = bucket(case.index, 8)
+        return fused.ExpertBlock.apply(case.x, case.weights, *case.factors, *buckets, weights, "gelu_tanh", (1.0, 1.0))
+
+    expected = block()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        block()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = block()
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+def test_weight_on_another_device_is_refused():
+    case = GpuCase(hidden=64, inner=64)
+    with pytest.raises(ValueError, match=r"gate_up is on cpu, but x on cuda:0; move the layer to one device"):
+        experts(case.x, case.index, case.weights, nf4.dequantize(case.gate_up).cpu(), case.down, GELU)

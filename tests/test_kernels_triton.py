@@ -1,0 +1,161 @@
+"""Triton's kernels where there is no GPU: run by its interpreter, and compiled for GPUs down to machine code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moeft.kernels import dispatch
+from moeft.kernels.grouped_linear import config
+from tests import meta_launches
+
+triton_targets = pytest.importorskip(
+    "tests.triton_targets",
+    reason="needs Triton, which comes with PyTorch for Linux: pip install triton",
+    exc_type=ImportError,
+)
+
+HERE = Path(__file__).parent
+BUDGET = HERE / "vectors" / "triton_instructions.json"
+MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB that a program may have
+PRODUCTS = ("grouped_linear_kernel", "gated_linear_kernel", "grouped_outer_kernel")
+
+
+def test_kernels_equal_their_definitions_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "MOEFT_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
+    file = HERE / "triton_interpreted.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(file)]
+    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def launches(capability: int, tokens: int, only: str = "") -> list[tuple[int, triton_targets.LaunchRecord]]:
+    """Every launch of a layer and, without ``only``, of routing and loss head; else those whose name has it."""
+
+    def call() -> None:
+        meta_launches.expert_block(tokens)
+        if not only:
+            meta_launches.route(tokens)
+            meta_launches.loss_head(tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "capability_of", lambda _: divmod(capability, 10))
+        records = triton_targets.launches(call)
+    return [(capability, record) for record in records if only in record.name]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What the launches compile to, by capability and name: decoding products everywhere, the rest where it differs."""
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    wanted = launches(86, 512)
+    wanted += launches(86, 4096, "-packed") + launches(90, 128, "-packed")
+    for capability in (80, 89, 120):
+        wanted += launches(capability, 512, "linear_kernel-packed")
+    for capability in (86, 90):
+        wanted += launches(capability, 16384, "M=128,N=64")
+    by_name = {(capability, record.name): record for capability, record in reversed(wanted)}
+    with ThreadPoolExecutor(2) as pool:
+        codes = pool.map(lambda key: triton_targets.compile_for(by_name[key], key[0]), by_name)
+        results = dict(zip(by_name, codes, strict=True))
+    del os.environ["TRITON_CACHE_DIR"]
+    return results
+
+
+@pytest.mark.slow
+def test_programs_fit_the_shared_memory_of_their_gpu(compiled):
+    assert {capability for capability, _ in compiled} == set(MOST_SHARED)
+    too_large = {
+        key: code.shared_bytes for key, code in compiled.items() if code.shared_bytes > MOST_SHARED[key[0]] << 10
+    }
+    assert not too_large
+
+
+@pytest.mark.slow
+def test_no_program_spills_registers(compiled):
+    assert not {key: code.stack_bytes for key, code in compiled.items() if code.stack_bytes}
+
+
+@pytest.mark.slow
+def test_products_use_matrix_instructions(compiled):
+    products = {key: code.has_mma for key, code in compiled.items() if key[1].startswith(PRODUCTS)}
+    assert products
+    assert all(products.values()), [key for key, has_mma in products.items() if not has_mma]
+
+
+@pytest.mark.slow
+def test_main_loops_stay_in_their_instruction_budget(compiled):
+    """The budgets are what Triton 3.9 compiles to and a tenth more: decoding must hide behind the matrix units."""
+    budget = json.loads(BUDGET.read_text("utf-8"))
+    found = {f"sm_{capability} {name}": code.loop_instructions for (capability, name), code in compiled.items()}
+    missing = [key for key in budget if key not in found]
+    assert not missing
+    over = {key: (found[key], most) for key, most in budget.items() if found[key] > most}
+    assert not over
+
+
+class OperationCount(TorchDispatchMode):
+    """PyTorch's operations that launch something."""
+
+    NOTHING = ("view", "empty", "permute", "slice", "transpose", "detach", "expand", "t.default", "select.int")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = str(function).removeprefix("aten.")
+        if not any(part in name for part in self.NOTHING):
+            self.names.append(name)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (9, 0)], ids=["sm_86", "sm_90"])
+def test_layer_of_experts_takes_at_most_sixty_launches(monkeypatch, capability):
+    """Forward and backward with factors on both stacks, 4,096 tokens."""
+    monkeypatch.setattr(config, "capability_of", lambda _: capability)
+    monkeypatch.setattr(config, "workspace_bytes", lambda _: 2 << 30)
+    kernels = []
+    with triton_targets.counted(kernels):
+        meta_launches.expert_block(4096)  # constants are made once
+        kernels.clear()
+        with OperationCount() as operations:
+            meta_launches.route(4096)
+            meta_launches.expert_block(4096)
+    assert kernels
+    assert len(kernels) + len(operations.names) <= 60, (kernels, operations.names)
+
+
+def test_triton_on_a_gpu_that_is_too_old_is_said_once_and_not_used(monkeypatch, caplog):
+    dispatch._obstacle.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    device = torch.device("cuda", 0)
+    assert not dispatch.has_triton(device)
+    assert not dispatch.has_triton(device)
+    assert caplog.text.count("Tesla T4 is sm_75, and Triton's kernels need sm_80 or newer") == 1
+    monkeypatch.setenv("MOEFT_KERNELS", "triton")
+    with pytest.raises(ValueError, match=r"MOEFT_KERNELS is 'triton', but Tesla T4 is sm_75"):
+        dispatch.has_triton(device)
+    dispatch._obstacle.cache_clear()
+
+
+def test_missing_triton_falls_back_to_pytorch(monkeypatch, caplog):
+    dispatch._obstacle.cache_clear()
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: None)
+    assert not dispatch.has_triton(torch.device("cuda", 0))
+    assert "the package triton is not installed" in caplog.text
+    dispatch._obstacle.cache_clear()
+
+
+def test_import_of_the_kernels_does_not_load_triton():
+    code = "import sys, moeft.kernels; sys.exit('triton.language' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
