@@ -21,12 +21,13 @@ from moeft.cli.merge import FORWARD, merge
 from moeft.cli.plan import plan
 from moeft.cli.quantize import quantize
 from moeft.cli.report import report
+from moeft.cli.serve import serve
 from moeft.cli.sft import sft
 from moeft.cli.subspace import subspace
 from moeft.errors import MoeftError
 
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (plan, quantize, sft, fisher, subspace, layout, report, demo):
+for _command in (plan, quantize, sft, fisher, subspace, layout, serve, report, demo):
     app.command()(_command)
 app.command(context_settings=FORWARD)(merge)
 app.add_typer(adapter)
