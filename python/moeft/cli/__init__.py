@@ -16,6 +16,7 @@ from moeft.cli.data import app as data
 from moeft.cli.demo import demo
 from moeft.cli.export import app as export
 from moeft.cli.fisher import fisher
+from moeft.cli.imatrix import imatrix
 from moeft.cli.layout import layout
 from moeft.cli.merge import FORWARD, merge
 from moeft.cli.plan import plan
@@ -27,7 +28,7 @@ from moeft.cli.subspace import subspace
 from moeft.errors import MoeftError
 
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (plan, quantize, sft, fisher, subspace, layout, serve, report, demo):
+for _command in (plan, quantize, sft, fisher, subspace, imatrix, layout, serve, report, demo):
     app.command()(_command)
 app.command(context_settings=FORWARD)(merge)
 app.add_typer(adapter)

@@ -66,8 +66,9 @@ def smoke_test(client: Client, max_tokens: int = 128) -> SmokeTest:
 
     Returns:
         ``completion``: the model goes on with a text. ``chat``: the reply holds text and none of the marks of turns,
-        thoughts and calls. ``stop``: it ended by itself; open if it was too long to tell. ``tool call``: a call that was asked for
-        came as name and JSON arguments; open if the model wrote none. An error of the server is an answer that failed.
+        thoughts and calls. ``stop``: it ended by itself; open if it was too long to tell. ``tool call``: a call that
+        was asked for came as name and JSON arguments; open if the model wrote none. An error of the server is an answer
+        that failed.
     """
     reply: dict[str, Any] = {}
 
