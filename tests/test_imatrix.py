@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 import moeft
 from moeft import gguf
@@ -73,7 +74,7 @@ def test_sums_are_those_of_an_own_computation(packed: bool, tmp_path: Path) -> N
 @pytest.mark.parametrize("family", ["gemma4", "gemma3", "qwen3_moe", "olmoe", "llama"])
 def test_every_quantised_weight_of_a_layer_has_an_entry_of_its_shape(family: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", family)
-    found, names = measured(moeft.load(folder, dtype="float32")[0])
+    found, names = measured(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     tensors = names.tensors()
     known = {name: tuple(found.sums[path].shape) for path in found.sums for name in tensors[path]}
     for tensor in gguf.plan(folder, type="q8_0").tensors:

@@ -47,7 +47,7 @@ def weight_names(family: Family, modules: Iterable[str]) -> WeightNames:
             continue
         layer = path.removesuffix(f".{below}").rpartition(".")[2]
         name = architecture.layer.get(f"{below}.weight")
-        if name is not None and not name.startswith(ROUTER) and not name.endswith("norm.weight"):
+        if name is not None and not name.startswith(ROUTER) and "norm" not in name:
             found.linears[path] = f"blk.{layer}.{name}"
         elif below == family.experts:
             experts = {part: f"blk.{layer}.{tensor}" for part, tensor in architecture.experts.items()}

@@ -30,6 +30,8 @@ def settings(file: str, options: ServeOptions) -> Any:
     if options.exact:
         found.cache_type_k = found.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         found.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # Without it, a cache of sliding windows is taken up from another prompt after prompts of one token.
+        found.swa_full = True
     return found
 
 

@@ -157,7 +157,7 @@ def _flags(file: Path, options: ServeOptions, port: str) -> list[str]:
     if options.threads is not None:
         words += ["--threads", str(options.threads), "--threads-batch", str(options.threads)]
     if options.exact:
-        words += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+        words += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off", "--swa-full"]
     return [*words, "--alias", options.name] if options.name else words
 
 
