@@ -22,7 +22,7 @@ BASE = Path(moeft.__file__).parent / "demo" / "base"
 FAMILIES = ("gemma4", "gemma3", "qwen3_moe", "olmoe", "llama")
 
 
-def save_model(folder: Path, family: str) -> Path:
+def save_model(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
     """A tiny model of a family that llama.cpp knows as it is, with a tokenizer of its vocabulary."""
     torch.manual_seed(0)
     config = tiny_config(family)
@@ -32,7 +32,7 @@ def save_model(folder: Path, family: str) -> Path:
         config.num_key_value_heads = config.num_attention_heads
     if family == "gemma3":
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     vocabulary = {f"t{index}": index for index in range(config.vocab_size - 2)}
     added = {"id": 1, "content": "<end>", "special": True}, {"id": 3, "content": "<tool>", "special": False}
     bpe = {"type": "BPE", "byte_fallback": family.startswith("gemma"), "vocab": vocabulary, "merges": [["t", "1"]]}

@@ -180,6 +180,14 @@ def gguf_write(
 def gguf_header(path: _Path) -> str:
     """Return the header of a GGUF file as JSON."""
 
+def gguf_encode_header(metadata: str, tensors: str) -> bytes:
+    """Return the header of a GGUF file of float32 tensors that follow each other, each padded to 32 bytes.
+
+    Args:
+        metadata: JSON of keys and typed values, in order.
+        tensors: JSON list of (name, shape), in order.
+    """
+
 def grouped_linear(
     x: _Array, dtype: _WeightDtype, offsets: _Array, stack: Any, transpose: bool, out: _Array, threads: int
 ) -> None:

@@ -43,3 +43,7 @@ class TrainingError(MoeftError, RuntimeError):
 
 class ProofError(MoeftError, AssertionError):
     """A proof, such as equal logits or byte-identical tensors, did not hold."""
+
+
+class ServingError(MoeftError, RuntimeError):
+    """llama.cpp does not load a file, has stopped, or does not answer."""

@@ -18,18 +18,20 @@ from moeft.cli.dpo import dpo
 from moeft.cli.export import app as export
 from moeft.cli.fisher import fisher
 from moeft.cli.hard import app as hard
+from moeft.cli.imatrix import imatrix
 from moeft.cli.layout import layout
 from moeft.cli.merge import FORWARD, merge
 from moeft.cli.plan import plan
 from moeft.cli.quantize import quantize
 from moeft.cli.report import report
 from moeft.cli.run import run
+from moeft.cli.serve import serve
 from moeft.cli.sft import sft
 from moeft.cli.subspace import subspace
 from moeft.errors import MoeftError
 
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (plan, quantize, sft, dpo, fisher, subspace, layout, report, run, demo):
+for _command in (plan, quantize, sft, dpo, fisher, subspace, imatrix, layout, serve, report, run, demo):
     app.command()(_command)
 app.command(context_settings=FORWARD)(merge)
 app.add_typer(adapter)

@@ -18,12 +18,29 @@ from moeft.errors import CheckpointError
 from moeft.families import for_model_type
 from moeft.gguf.architectures import architecture_of
 from moeft.gguf.config import TextConfig
+from moeft.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from moeft.gguf.metadata import metadata, rope_factors
+from moeft.gguf.split import parts
 from moeft.gguf.tensors import Spec, TensorNames
 from moeft.gguf.tokenizer import tokenizer_metadata
-from moeft.progress_bar import byte_bar
+from moeft.gguf.weight_names import WeightNames, weight_names
+from moeft.progress_bar import Callback, byte_bar
 
-__all__ = ["FILE_TYPES", "ExportReport", "FileType", "TensorReport", "export", "plan", "read_header"]
+__all__ = [
+    "FILE_TYPES",
+    "ExportReport",
+    "FileType",
+    "ImportanceMatrix",
+    "TensorReport",
+    "WeightNames",
+    "export",
+    "parts",
+    "plan",
+    "read_header",
+    "read_imatrix",
+    "weight_names",
+    "write_imatrix",
+]
 
 FileType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 FILE_TYPES: tuple[FileType, ...] = get_args(FileType)
@@ -79,10 +96,14 @@ def export(
     type: FileType = "q4_k_m",
     tensor_types: Mapping[str, str] | None = None,
     max_shard_bytes: int | None = None,
+    imatrix: str | Path | None = None,
+    adapter: str | Path | None = None,
     threads: int | None = None,
-    progress: bool = False,
+    progress: bool | Callback = False,
 ) -> ExportReport:
     """Write a 16- or 32-bit checkpoint as GGUF, in bounded memory and with the bytes that llama.cpp would write.
+
+    An export that was interrupted goes on where it was when the same one is started again.
 
     Args:
         model: Folder of the checkpoint, with ``tokenizer.json``.
@@ -90,20 +111,24 @@ def export(
         type: Type of the file, as llama.cpp names them; it chooses the type of each tensor as llama.cpp does.
         tensor_types: Regular expression of tensor names -> type; the first that is found in a name wins.
         max_shard_bytes: A file is closed before its tensors take more; None writes one file.
+        imatrix: Importance matrix, a GGUF file of :mod:`moeft.runs.imatrix` or llama.cpp.
+        adapter: Folder of an adapter that was trained on the checkpoint: its merged weights are written.
         threads: Most threads to use; all cores if None.
-        progress: Draw a progress bar.
+        progress: Draw a progress bar; or called with (done, total, what) in bytes, and stops the export by raising.
 
     Raises:
         CheckpointError: If the checkpoint is incomplete, damaged or packed, or holds values that are not finite.
+        AdapterError: If the adapter does not fit.
         UnsupportedModelError: If moeft does not know how llama.cpp names the tensors of this model.
         ValueError: If an option does not fit.
         OSError: If a file cannot be read or written, or the disk is too small.
     """
-    document, options = _model(Path(model)), _options(type, tensor_types, max_shard_bytes)
+    document, options = _model(Path(model)), _options(type, tensor_types, max_shard_bytes, imatrix, adapter)
     threads = threads or len(
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
-    with byte_bar("export", progress) as callback:
+    with byte_bar("export", progress is True) as bar:
+        callback = progress if callable(progress) else bar
         report = _core.gguf_write(str(model), str(out), document, options, threads, callback)
     return _report(report)
 
@@ -115,9 +140,11 @@ def plan(
     type: FileType = "q4_k_m",
     tensor_types: Mapping[str, str] | None = None,
     max_shard_bytes: int | None = None,
+    imatrix: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> ExportReport:
     """What :func:`export` would write, from the headers alone. Arguments and errors as there."""
-    options = _options(type, tensor_types, max_shard_bytes)
+    options = _options(type, tensor_types, max_shard_bytes, imatrix, adapter)
     return _report(_core.gguf_plan(str(model), str(out), _model(Path(model)), options))
 
 
@@ -162,11 +189,23 @@ def _check_layers(specs: list[Spec], layers: int, folder: Path) -> None:
         raise CheckpointError(f"{folder} has layers {sorted(found)}, expected 0 to {layers - 1} as in its config.json")
 
 
-def _options(type: FileType, tensor_types: Mapping[str, str] | None, max_shard_bytes: int | None) -> str:
+def _options(
+    type: FileType,
+    tensor_types: Mapping[str, str] | None,
+    max_shard_bytes: int | None,
+    imatrix: str | Path | None,
+    adapter: str | Path | None,
+) -> str:
     if type not in FILE_TYPES:
         raise ValueError(f"type is {type!r}, expected one of {', '.join(FILE_TYPES)}")
-    overrides = [(pattern, kind.lower()) for pattern, kind in (tensor_types or {}).items()]
-    return json.dumps({"file_type": type, "tensor_types": overrides, "max_shard_bytes": max_shard_bytes or 0})
+    options = {
+        "file_type": type,
+        "tensor_types": [(pattern, kind.lower()) for pattern, kind in (tensor_types or {}).items()],
+        "max_shard_bytes": max_shard_bytes or 0,
+        "imatrix": None if imatrix is None else str(imatrix),
+        "adapter": None if adapter is None else str(adapter),
+    }
+    return json.dumps(options)
 
 
 def _report(text: str) -> ExportReport:

@@ -59,7 +59,7 @@ def tokenizer_metadata(folder: Path, settings: Mapping[str, Any], config: TextCo
     keys.append(("add_bos_token", flag(settings["add_bos"] if own is None else own)))
     if name != "gpt2":
         keys.append(("add_space_prefix", flag(False)))
-    template = _chat_template(folder)
+    template = chat_template(folder)
     whole: Metadata = [(f"tokenizer.ggml.{key}", value) for key, value in keys]
     return [*whole, ("tokenizer.chat_template", string(template))] if template else whole
 
@@ -103,7 +103,8 @@ def _special_ids(folder: Path, ids: Mapping[str, int], config: TextConfig) -> Me
     return [(f"{name}_token_id", uint32(index)) for name, index in found.items()]
 
 
-def _chat_template(folder: Path) -> str | None:
+def chat_template(folder: Path) -> str | None:
+    """The default chat template of a checkpoint, if it has one."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text("utf-8")

@@ -63,6 +63,21 @@ class ExpertGradients:
             g_RH = grad_TH[token_R].to(dtype) * weight_Tk[token_R, choice_R, None].to(dtype)
             yield expert, dict(zip(STACKS, torch.autograd.grad(y_RH, (gate_up, down), g_RH), strict=True))
 
+    def inputs(self, x_TH: Tensor, index_Tk: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Expert -> the rows that each of its two matrices is multiplied with, for every expert that has a token.
+
+        Args:
+            x_TH: Tokens that went into the block.
+            index_Tk: Experts of each token.
+        """
+        dtype = torch.promote_types(x_TH.dtype, torch.float32)
+        gate_up = self._weights()[0]
+        for expert in index_Tk.unique().tolist():
+            x_RH = x_TH[torch.where(index_Tk == expert)[0]].to(dtype)
+            h_R2I = self._linear(x_RH, self._matrix(gate_up, expert, dtype), "gate_up", expert)
+            activated_RI = activate(self.activation, *self.layout.split(h_R2I))
+            yield expert, dict(zip(STACKS, (x_RH, activated_RI), strict=True))
+
     def _weights(self) -> list[Any]:
         if isinstance(self.module, NF4Experts):
             return [nf4.restore_absmax(self.module.packed_weight(name)) for name in STACKS]

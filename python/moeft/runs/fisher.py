@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from moeft.data import templates
-from moeft.errors import CheckpointError, MissingExtraError
+from moeft.errors import MissingExtraError
 from moeft.progress_bar import step_bar
 from moeft.provenance import RunFolder
-
-if TYPE_CHECKING:
-    from moeft.data.chat import Encoded
+from moeft.runs.measured import draw, encode, load
 
 PICTURE = "layer_importance.png"
 
@@ -75,10 +71,10 @@ def _measure(
 ) -> None:
     from moeft.importance import fisher
 
-    model, tokenizer = _load(settings, device, show)
-    encoded = _encode(settings, tokenizer)
+    model, tokenizer = load(settings.model, settings.dtype, device, show, settings.chat_template)
+    encoded = encode(settings.prompts, tokenizer, settings.train_on, settings.max_length)
     encoded.write_rejects(folder.path / "rejects.jsonl")
-    rows = _draw(encoded.examples, settings)
+    rows = draw(encoded.examples, settings.rows, settings.seed)
     show(f"{encoded}; {len(rows)} of them are measured")
     with step_bar("fisher", True) as progress:
         report = fisher(
@@ -95,42 +91,6 @@ def _measure(
     show(str(report))
     figures = {"samples": report.samples, "labels": report.tokens, "seconds": report.seconds, "layers": report.layers}
     folder.write_json("metrics.json", {"fisher": figures})
-
-
-def _load(settings: FisherSettings, device: str, show: Callable[[str], None]) -> tuple[Any, Any]:
-    from moeft.integration import experts_implementation, experts_module
-    from moeft.integration.loading import load
-
-    model, tokenizer = load(settings.model, dtype=settings.dtype, device=None if device == "cpu" else device)
-    if tokenizer is None:
-        raise CheckpointError(f"{settings.model} holds no tokenizer; copy that of the base beside the weights")
-    origin = templates.apply(tokenizer, settings.chat_template, model.config.model_type)
-    if origin is not None:
-        show(f"chat template: {origin}")
-    if any(experts_module.is_fused(module) for module in model.modules()):
-        # transformers' own kernel refuses some sizes in bfloat16 on the CPU.
-        model.set_experts_implementation(experts_implementation.NAME)
-    return model, tokenizer
-
-
-def _encode(settings: FisherSettings, tokenizer: Any) -> Encoded:
-    from moeft.data.chat import encode
-    from moeft.data.rows import read_rows
-
-    return encode(
-        read_rows(settings.prompts),
-        tokenizer,
-        train_on=settings.train_on,  # type: ignore[arg-type]  # checked there
-        max_length=settings.max_length,
-        on_too_long="truncate",
-    )
-
-
-def _draw(examples: Sequence[Any], settings: FisherSettings) -> list[Any]:
-    """Rows at random, since files are often sorted by topic, in the order of the file."""
-    count = min(settings.rows, len(examples))
-    chosen = sorted(random.Random(settings.seed).sample(range(len(examples)), count))
-    return [{key: values.tolist() for key, values in examples[i].items()} for i in chosen]
 
 
 def _picture(layers: dict[int, float], path: Path, show: Callable[[str], None]) -> None:

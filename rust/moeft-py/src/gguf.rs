@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
-use moeft_core::checkpoint::Checkpoint;
 use moeft_core::gguf::export::{self, Model, Options};
-use moeft_core::gguf::{quants, GgmlType, Header};
+use moeft_core::gguf::{encode_header, quants, GgmlType, Header, TensorInfo, Value};
 use moeft_core::parallel::with_threads;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -56,7 +55,7 @@ pub fn gguf_dequantize(
 #[pyfunction]
 pub fn gguf_plan(py: Python<'_>, source: PathBuf, out: PathBuf, model: &str, options: &str) -> PyResult<String> {
     let (model, options) = (parse_model(model)?, parse_options(options)?);
-    let report = py.detach(|| export::plan(&Checkpoint::open(&source)?, &out, &model, &options)).into_py()?;
+    let report = py.detach(|| export::plan(&source, &out, &model, &options)).into_py()?;
     Ok(json!(report).to_string())
 }
 
@@ -75,7 +74,7 @@ pub fn gguf_write(
     let (model, options) = (parse_model(model)?, parse_options(options)?);
     let threads = thread_limit(threads)?;
     let report = with_progress(py, progress, |progress| {
-        with_threads(threads, || export::write(&Checkpoint::open(&source)?, &out, &model, &options, progress))
+        with_threads(threads, || export::write(&source, &out, &model, &options, progress))
     })?;
     Ok(json!(report).to_string())
 }
@@ -95,6 +94,23 @@ pub fn gguf_header(py: Python<'_>, path: PathBuf) -> PyResult<String> {
         })
         .collect();
     Ok(json!({"version": header.version, "metadata": header.metadata, "tensors": tensors}).to_string())
+}
+
+/// The header of a GGUF file of float32 tensors that follow each other, given metadata and (name, shape) as JSON.
+#[pyfunction]
+pub fn gguf_encode_header(metadata: &str, tensors: &str) -> PyResult<Vec<u8>> {
+    let wrong = |error: serde_json::Error| PyValueError::new_err(format!("header: {error}"));
+    let metadata: Vec<(String, Value)> = serde_json::from_str(metadata).map_err(wrong)?;
+    let named: Vec<(String, Vec<u64>)> = serde_json::from_str(tensors).map_err(wrong)?;
+    let mut offset = 0;
+    let place = |(name, shape): (String, Vec<u64>)| {
+        let bytes = 4 * shape.iter().product::<u64>();
+        let tensor = TensorInfo { name, shape, kind: GgmlType::F32, offset, bytes };
+        offset += bytes.next_multiple_of(32);
+        tensor
+    };
+    let tensors: Vec<TensorInfo> = named.into_iter().map(place).collect();
+    Ok(encode_header(&metadata, &tensors))
 }
 
 fn parse_model(text: &str) -> PyResult<Model> {

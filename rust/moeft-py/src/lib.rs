@@ -34,7 +34,7 @@ mod _core {
     #[pymodule_export]
     use super::experts::{experts_backward, experts_forward};
     #[pymodule_export]
-    use super::gguf::{gguf_dequantize, gguf_header, gguf_plan, gguf_quantize, gguf_write};
+    use super::gguf::{gguf_dequantize, gguf_encode_header, gguf_header, gguf_plan, gguf_quantize, gguf_write};
     #[pymodule_export]
     use super::grouped_linear::grouped_linear;
     #[pymodule_export]

@@ -6,8 +6,8 @@ use super::value::{for_each_number, Array, Value, ARRAY, BOOL, STRING};
 /// Version of the format that is written.
 const VERSION: u32 = 3;
 
-/// The header of a file, padded to where the tensors' bytes begin.
-pub(super) fn header(metadata: &[(String, Value)], tensors: &[TensorInfo]) -> Vec<u8> {
+/// The header of a file, padded to where the tensors' bytes begin. Offsets are the tensors' own.
+pub fn header(metadata: &[(String, Value)], tensors: &[TensorInfo]) -> Vec<u8> {
     let mut out = Vec::new();
     out.extend_from_slice(&MAGIC);
     out.extend_from_slice(&VERSION.to_le_bytes());

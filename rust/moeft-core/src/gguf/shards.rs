@@ -1,6 +1,7 @@
 //! The files of an export: which tensors they hold, what they are called, and how they appear.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::encode;
@@ -77,23 +78,23 @@ pub(super) fn split(
     Ok(groups.into_iter().enumerate().map(shard).collect())
 }
 
-/// Refuses files that exist, and a disk that is too small.
+/// Refuses files that exist, and makes the folder.
 pub(super) fn check_outputs(shards: &[Shard]) -> Result<()> {
     for shard in shards {
         if fs::symlink_metadata(&shard.path).is_ok() {
             return Err(CheckpointError::OutputExists { path: shard.path.clone() }.into());
         }
-        // What an interrupted run left takes room.
-        match fs::remove_file(shard.partial()) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("remove", shard.partial())(error));
-            }
-            _ => {}
-        }
     }
     let folder = folder(&shards[0].path);
-    fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-    let (needed, available) = (shards.iter().map(Shard::file_bytes).sum::<u64>(), free_bytes(folder)?);
+    fs::create_dir_all(folder).map_err(Error::io("create", folder))
+}
+
+/// Refuses a disk that is too small for what is missing.
+pub(super) fn check_space(shards: &[Shard]) -> Result<()> {
+    let folder = folder(&shards[0].path);
+    let held = |shard: &Shard| fs::metadata(shard.partial()).map_or(0, |found| found.blocks() * 512);
+    let needed = shards.iter().map(|shard| shard.file_bytes().saturating_sub(held(shard))).sum::<u64>();
+    let available = free_bytes(folder)?;
     if available < needed {
         return Err(CheckpointError::NoSpace { path: folder.into(), needed, available }.into());
     }

@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::weights::{Reader, Weights};
 use super::{GgmlType, GgufError};
-use crate::checkpoint::{unravel, Checkpoint, CheckpointError, Dtype, Tensor};
-use crate::float::{decode, first_non_finite};
+use crate::checkpoint::{Dtype, Tensor};
+use crate::merge::Factors;
 use crate::{Error, Result};
 
 /// Rows of one tensor of the checkpoint; all axes but the last count rows.
@@ -61,9 +62,9 @@ impl Spec {
     ///
     /// # Errors
     /// As [`Self::check`].
-    pub fn source_type(&self, checkpoint: &Checkpoint) -> Result<GgmlType> {
-        self.check(checkpoint)?;
-        let dtypes = self.pieces.iter().filter_map(|piece| checkpoint.get(&piece.tensor)).map(|t| t.info.dtype);
+    pub fn source_type(&self, weights: &Weights) -> Result<GgmlType> {
+        self.check(weights)?;
+        let dtypes = self.pieces.iter().filter_map(|piece| weights.checkpoint.get(&piece.tensor)).map(|t| t.info.dtype);
         let mut kinds = dtypes.map(|dtype| match dtype {
             Dtype::F16 => GgmlType::F16,
             Dtype::BF16 => GgmlType::BF16,
@@ -76,8 +77,8 @@ impl Spec {
     /// Checks that the checkpoint has all rows.
     ///
     /// # Errors
-    /// [`CheckpointError::MissingTensor`], [`GgufError::Tensor`].
-    fn check(&self, checkpoint: &Checkpoint) -> Result<()> {
+    /// [`crate::checkpoint::CheckpointError::MissingTensor`], [`GgufError::Tensor`].
+    fn check(&self, weights: &Weights) -> Result<()> {
         let wrong = |cause: String| Error::from(GgufError::Tensor { name: self.name.clone(), cause });
         let len = self.shape.iter().try_fold(1u64, |product, &size| product.checked_mul(size));
         let Some(len) = len.filter(|&len| len > 0 && self.shape.len() <= 4) else {
@@ -88,7 +89,7 @@ impl Spec {
         }
         let mut rows = 0u64;
         for piece in &self.pieces {
-            let tensor = source(checkpoint, piece)?;
+            let tensor = weights.tensor(piece)?;
             let (outer, row_len) = flat(tensor);
             let end = piece.first_row.checked_add(piece.rows).filter(|&end| end <= outer);
             if row_len != self.row_len() || end.is_none() || !tensor.info.dtype.is_weight() {
@@ -111,11 +112,18 @@ impl Spec {
         Ok(())
     }
 
-    /// Reads rows `first..` into `values`, whose length says how many; `buffer` is scratch.
+    /// Reads rows `first..` into `values`, whose length says how many.
     ///
     /// # Errors
-    /// [`CheckpointError::NonFinite`], [`Error::Io`].
-    pub fn read(&self, checkpoint: &Checkpoint, first: u64, values: &mut [f32], buffer: &mut Vec<u8>) -> Result<()> {
+    /// As [`Weights::rows`].
+    pub fn read(
+        &self,
+        weights: &Weights,
+        factors: &Factors,
+        first: u64,
+        values: &mut [f32],
+        reader: &mut Reader,
+    ) -> Result<()> {
         let row_len = self.row_len();
         let count = values.len() as u64 / row_len;
         if self.pieces.is_empty() {
@@ -124,12 +132,13 @@ impl Spec {
         } else if let Some(head) = self.interleave {
             for (row, values) in (first..).zip(values.chunks_exact_mut(row_len as usize)) {
                 let place = row % head;
-                self.read_rows(checkpoint, row - place + place % 2 * (head / 2) + place / 2, values, buffer)?;
+                self.read_rows(weights, factors, row - place + place % 2 * (head / 2) + place / 2, values, reader)?;
             }
         } else {
             let mut done = 0;
             while done < count {
-                done += self.read_rows(checkpoint, first + done, &mut values[(done * row_len) as usize..], buffer)?;
+                let rest = &mut values[(done * row_len) as usize..];
+                done += self.read_rows(weights, factors, first + done, rest, reader)?;
             }
         }
         if self.add != 0.0 {
@@ -139,7 +148,14 @@ impl Spec {
     }
 
     /// Reads as many rows as lie together; returns how many.
-    fn read_rows(&self, checkpoint: &Checkpoint, row: u64, values: &mut [f32], buffer: &mut Vec<u8>) -> Result<u64> {
+    fn read_rows(
+        &self,
+        weights: &Weights,
+        factors: &Factors,
+        row: u64,
+        values: &mut [f32],
+        reader: &mut Reader,
+    ) -> Result<u64> {
         let mut row = row;
         let mut pieces = self.pieces.iter();
         let piece = loop {
@@ -149,32 +165,12 @@ impl Spec {
             }
             row -= piece.rows;
         };
-        let tensor = source(checkpoint, piece)?;
-        let (row_len, dtype) = (self.row_len(), tensor.info.dtype);
+        let row_len = self.row_len();
         let rows = (piece.rows - row).min(values.len() as u64 / row_len);
-        let element_bytes = u64::from(dtype.bits() / 8);
-        buffer.resize((rows * row_len * element_bytes) as usize, 0);
-        let start = (piece.first_row + row) * row_len;
-        tensor.read_at(buffer, start * element_bytes)?;
-        if let Some((position, value)) = first_non_finite(dtype, buffer) {
-            return Err(CheckpointError::NonFinite {
-                name: tensor.info.name.clone(),
-                value,
-                position: unravel(start + position as u64, &tensor.info.shape),
-                advice: "llama.cpp refuses such a file; download the checkpoint again or repair that tensor",
-            }
-            .into());
-        }
-        decode(dtype, buffer, &mut values[..(rows * row_len) as usize]);
+        let values = &mut values[..(rows * row_len) as usize];
+        weights.rows(weights.tensor(piece)?, piece.first_row + row, row_len, values, factors, reader)?;
         Ok(rows)
     }
-}
-
-fn source<'a>(checkpoint: &'a Checkpoint, piece: &Piece) -> Result<Tensor<'a>> {
-    checkpoint.get(&piece.tensor).ok_or_else(|| {
-        let cause = "its architecture needs it; download or copy the checkpoint again".to_string();
-        CheckpointError::MissingTensor { name: piece.tensor.clone(), cause }.into()
-    })
 }
 
 /// Rows and their length.

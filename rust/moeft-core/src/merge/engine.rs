@@ -13,7 +13,7 @@ use super::plan::{Action, Job, Plan, Values};
 use super::recipe::Recipe;
 use super::report::{BaseCheck, MergeReport, TensorReport};
 use super::task::Task;
-use crate::adapter::AdapterError;
+use crate::adapter::{Adapter, AdapterError};
 use crate::checkpoint::folder::{copy_side_files, write_index, write_json};
 use crate::checkpoint::stage::{check_output_of, plan_hash, Stage};
 use crate::checkpoint::{fingerprint, Checkpoint, Dtype, StagedFile, CHUNK_BYTES, SINGLE};
@@ -51,7 +51,7 @@ pub fn merge(recipe: Recipe, out: &Path, options: Options, progress: &mut dyn Pr
         check_output_of(&input.path, out)?;
     }
     let base_fingerprint = fingerprint(plan.base())?;
-    let base_check = check_base(&plan, &base_fingerprint)?;
+    let base_check = check_base(&plan.adapters, &base_fingerprint)?;
     let summary = ("merge", &plan.recipe, &plan.jobs, &plan.importance, &plan.checkpoints[0].config.fields, options);
     let mut stage = Stage::open(out, &plan_hash(&summary, inputs(&plan))?)?;
 
@@ -100,9 +100,13 @@ fn inputs(plan: &Plan) -> impl Iterator<Item = &Checkpoint> {
     checkpoints.chain(plan.adapters.iter().map(|adapter| &adapter.weights)).chain(&plan.fisher)
 }
 
-fn check_base(plan: &Plan, actual: &str) -> Result<BaseCheck> {
+/// Whether adapters were trained on the base of this fingerprint.
+///
+/// # Errors
+/// [`AdapterError::WrongBase`].
+pub(super) fn check_base(adapters: &[Adapter], actual: &str) -> Result<BaseCheck> {
     let mut check = BaseCheck::Verified;
-    for adapter in &plan.adapters {
+    for adapter in adapters {
         match &adapter.base_fingerprint {
             Some(expected) if expected == actual => {}
             Some(expected) => {

@@ -3,6 +3,7 @@
 //! A [`Recipe`] becomes a [`Plan`], which says for every tensor of the output what it is made of; [`merge`] runs it. A
 //! method is a kernel on blocks of float32: a file in `methods/` and an arm of [`Method`].
 
+mod adapted;
 mod adapters;
 mod assignment;
 mod chunk;
@@ -30,8 +31,10 @@ mod simd;
 mod sources;
 mod task;
 
+pub use adapted::{Adapted, Scratch};
 pub use adapters::{Delta, Patch};
 pub use engine::{merge, Options};
+pub use factors::Factors;
 pub use keys::RecipeError;
 pub use manifest::MANIFEST;
 pub use methods::{Method, Spec};
