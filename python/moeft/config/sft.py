@@ -1,4 +1,4 @@
-"""The recipe of ``moeft sft``: supervised fine-tuning of LoRA adapters on chat rows."""
+"""The recipe of ``moeft sft``: supervised fine-tuning, of LoRA adapters or of weights in full, on chat rows."""
 
 import dataclasses
 import difflib
@@ -12,6 +12,7 @@ from moeft.config.filters import Filters
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
+from moeft.config.roles import Role, check_roles
 from moeft.config.sources import MAX_REJECT_SHARE, FormatName, OnTooLong, Reasoning, Source, TrainOn, Turns
 from moeft.errors import RecipeError
 
@@ -174,10 +175,13 @@ class Evaluation(Section):
     )
     max_new_tokens: int = Field(default=64, ge=1, description="Longest answer in tokens")
     batch_size: int = Field(default=16, ge=1, description="Requests answered at once")
+    router_drift_rows: int | None = Field(
+        default=None, ge=0, description="Rows on which routing is compared before and after; null takes 16 with `train`"
+    )
 
 
 class Merge(Section):
-    """Merging the trained adapter into a full checkpoint."""
+    """A full checkpoint of the base with the trained adapter merged and the trained weights in place."""
 
     output: Path = Field(description="Folder of the merged checkpoint")
     base_model: Path | None = Field(default=None, description="16-bit checkpoint to merge into; null takes `model`")
@@ -198,7 +202,13 @@ class SftRecipe(Recipe):
     )
     text_only: bool = Field(default=True, description="Load only the text part of a multimodal checkpoint")
     dtype: Dtype = Field(default="bfloat16", description="Type of the weights that are not in 4 bit")
-    lora: Lora = Field(default_factory=Lora, description="The adapter to train")
+    train: tuple[Role, ...] = Field(
+        default=(), description="Weights of the model itself to train in full, by role; all others stay frozen"
+    )
+    lora: Lora | None = Field(
+        default_factory=lambda known: None if known.get("train") else Lora(),
+        description="The adapter to train; null trains none, which is the default beside `train`",
+    )
     data: Data = Field(description="Chat rows to train on")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="Generation on held-out rows")
     training: dict[str, Any] = Field(
@@ -210,7 +220,25 @@ class SftRecipe(Recipe):
     protection: Protection | None = Field(
         default=None, description="What training must leave alone; null leaves nothing alone"
     )
-    merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")
+    merge: Merge | None = Field(
+        default=None, description="Full checkpoint after training; null leaves adapter and trained weights on their own"
+    )
+
+    @field_validator("train", mode="after")
+    @classmethod
+    def _can_train(cls, value: tuple[Role, ...], info: ValidationInfo) -> tuple[Role, ...]:
+        if value and info.data.get("dtype") == "float16":
+            raise ValueError("dtype bfloat16 or float32 with it: updates of float16 weights underflow")
+        check_roles(value)
+        return value
+
+    @field_validator("lora", mode="after")
+    @classmethod
+    def _something_trains(cls, value: Lora | None, info: ValidationInfo) -> Lora | None:
+        if value is None and info.data.get("train") == ():
+            raise ValueError("an adapter, or roles in `train`: there is nothing to train")
+        check_roles(info.data.get("train", ()), () if value is None else value.targets)
+        return value
 
 
 def validate_training_fields(names: Iterable[str]) -> None:

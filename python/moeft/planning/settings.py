@@ -83,7 +83,7 @@ def read_settings(recipe: str | Path | SftRecipe | Settings | None) -> Settings:
     training = recipe.training
     return Settings(
         quantization=recipe.quantization,
-        lora=recipe.lora,
+        lora=recipe.lora or Lora().model_copy(update={"targets": ()}),
         dtype=recipe.dtype,
         text_only=recipe.text_only,
         max_length=recipe.data.max_length,

@@ -14,6 +14,7 @@
                   set
 ``frozen_base``   ``sha256``, ``bytes``, ``seconds``, ``changed``: frozen tensors that training altered
 ``protection``    ``mode``, ``parameters`` that are protected, ``bytes`` of their bases
+``router_drift``  ``tokens`` compared before and after training, mean ``agreement``, ``same_first`` and ``load_shift``
 ``failed``        ``error``
 ================  ==================================================================================
 """

@@ -2,16 +2,17 @@
 
 ``metrics.json`` may hold any of these; a section without its numbers is left out:
 
-==============  ====================================================================================================
-``bytes``       ``after`` and, if known, ``before``: bytes by component
-``heldout``     ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``
-``training``    ``steps``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_bytes``, ``skipped_steps``, and
-                ``routing``: ``experts`` and ``idle``, those without a token by layer
-``plan``        ``peak_allocated_bytes`` as forecast
-``data``        counts by name
-``proofs``      list of ``name``, ``measured``, ``tolerance``, ``unit``, ``ok``, ``how``
-``samples``     list of ``prompt``, ``before``, ``after``, ``reference``
-==============  ====================================================================================================
+================  ====================================================================================================
+``bytes``         ``after`` and, if known, ``before``: bytes by component
+``heldout``       ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``
+``training``      ``steps``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_bytes``, ``skipped_steps``, and
+                  ``routing``: ``experts`` and ``idle``, those without a token by layer
+``plan``          ``peak_allocated_bytes`` as forecast
+``router_drift``  ``tokens``, means and ``layers`` of :class:`moeft.integration.router_drift.RouterDrift`
+``data``          counts by name
+``proofs``        list of ``name``, ``measured``, ``tolerance``, ``unit``, ``ok``, ``how``
+``samples``       list of ``prompt``, ``before``, ``after``, ``reference``
+================  ====================================================================================================
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ import yaml
 
 from moeft.provenance import RunFolder
 from moeft.reports.plots import plot_bytes, plot_loss
+from moeft.reports.routing import routing_section
 from moeft.reports.text import cell, facts, fence, mib, number, percent, table
 
 
@@ -48,6 +50,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
         _proofs(metrics.get("proofs")),
         _samples(metrics.get("samples")),
         _training(metrics.get("training"), metrics.get("plan"), run),
+        routing_section(metrics.get("router_drift")),
         _data(metrics.get("data")),
         _stages(run.events("stage")),
         _what_ran(run.record),

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 
 from moeft.config import SftRecipe, validate_optimizer, validate_training_fields
+from moeft.config.optimizer import OWN_OPTIMIZERS
 from moeft.errors import RecipeError
+from moeft.runs.launch import launched_sharded
 
 
 def check(recipe: SftRecipe) -> None:
     """Check the parts of a recipe that loading it does not check.
 
     Raises:
-        RecipeError: If ``training`` names an unknown field, policy or optimiser, or the merge would be refused.
+        RecipeError: If ``training`` names an unknown field, policy or optimiser, the optimiser would lose updates of
+            weights that train in full, or the merge would be refused.
     """
     validate_training_fields(recipe.training)
     validate_optimizer(recipe.training)
     _check_policy(recipe)
+    _check_masters(recipe)
     _check_merge(recipe)
 
 
@@ -31,10 +35,26 @@ def _check_policy(recipe: SftRecipe) -> None:
         raise RecipeError(f"training.{error}") from error
 
 
+def _check_masters(recipe: SftRecipe) -> None:
+    if not recipe.train or recipe.dtype != "bfloat16" or launched_sharded(recipe.training):
+        return
+    optimizer = recipe.training.get("optim")
+    if optimizer not in (None, *OWN_OPTIMIZERS):
+        raise RecipeError(
+            f"training.optim is {optimizer!r}, which loses updates below 1/512 of a bfloat16 weight; leave it out or "
+            "take adamw_moeft_host or adamw_moeft_8bit (float32 masters in host memory), adamw_moeft_stochastic "
+            "(stochastic rounding), or dtype: float32"
+        )
+    if "master_weights=false" in str(recipe.training.get("optim_args")).replace(" ", ""):
+        raise RecipeError("training.optim_args: master_weights=false loses updates of bfloat16 weights that train")
+
+
 def _check_merge(recipe: SftRecipe) -> None:
     if recipe.merge is None:
         return
-    if recipe.merge.verify and recipe.lora.stack_on:
+    if recipe.merge.verify and recipe.train:
+        raise RecipeError("merge.verify proves the merge of an adapter alone, and `train` trains more; set it to false")
+    if recipe.merge.verify and recipe.lora is not None and recipe.lora.stack_on:
         raise RecipeError(
             "merge.verify proves the merge of one adapter, and lora.stack_on names others; set merge.verify to false"
         )

@@ -1,4 +1,4 @@
-"""``moeft sft``: load, add LoRA, measure, train, measure again, save, merge. Each finished step survives a restart."""
+"""``moeft sft``: load, choose what trains, measure, train, measure, save, merge. Finished steps survive a restart."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from moeft.provenance import RunFolder
 from moeft.runs import preflight
 from moeft.runs.context import RunContext
 from moeft.runs.held_out import HeldOut
-from moeft.runs.merged import check_mergeable, is_merged, merge_adapters, prove_merge
+from moeft.runs.merged import check_mergeable, is_merged, merge, prove_merge
 from moeft.runs.sft_data import input_files
 from moeft.runs.sft_trainer import make_trainer
+from moeft.runs.trained import RouterWatch, save_trained
 
 if TYPE_CHECKING:
     from moeft.training.sft import SFTTrainer
@@ -27,8 +28,8 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         show: Where to print what is found.
 
     Returns:
-        The finished run folder: ``adapter/``, ``checkpoints/``, ``metrics.json``, ``rejects.jsonl``, ``run.json`` and
-        ``events.jsonl``; the merged checkpoint lies where the recipe says.
+        The finished run folder: ``adapter/`` or ``trained/`` or both, ``checkpoints/``, ``metrics.json``,
+        ``rejects.jsonl``, ``run.json`` and ``events.jsonl``; the merged checkpoint lies where the recipe says.
 
     Raises:
         MoeftError: If the recipe, the model, the data or the training cannot be used; see the classes.
@@ -41,7 +42,7 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
 
 
 def _execute(run: RunContext) -> None:
-    held_out = HeldOut(run)
+    held_out, routers = HeldOut(run), RouterWatch(run)
     with run.stage("load"):
         trainer = make_trainer(run)
         wanted = run.recipe.merge
@@ -50,17 +51,19 @@ def _execute(run: RunContext) -> None:
     if not held_out.is_measured("before"):
         with run.stage("measure before"):
             held_out.measure(trainer, "before")
+            routers.before(trainer)
     with run.stage("train"):
         _train(run, trainer)
-    with run.stage("save adapter"):
-        trainer.model.save_pretrained(str(run.folder.path / "adapter"), selected_adapters=["default"])
+    with run.stage("save adapter" if run.recipe.lora is not None else "save weights"):
+        save_trained(run, trainer)
     with run.stage("measure after"):
         held_out.measure(trainer, "after")
+        routers.after(trainer)
     if wanted is None:
         return
     if not is_merged(run, wanted):
         with run.stage("merge"):
-            merge_adapters(run, wanted)
+            merge(run, trainer, wanted)
     if wanted.verify:
         with run.stage("prove"):
             prove_merge(run, trainer, held_out, wanted)

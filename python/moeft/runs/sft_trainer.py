@@ -26,6 +26,7 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     from moeft.integration.audit import audit
     from moeft.integration.loading import load
     from moeft.integration.nf4_config import NF4Config
+    from moeft.integration.trained_roles import train_roles
     from moeft.training.sft import SFTTrainer
 
     recipe = run.recipe
@@ -44,8 +45,14 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     run.metrics["bytes"] = _bytes_by_component(run, found)
     rows, composition = training_rows(recipe.data, tokenizer, args, run.show, model)
     run.metrics["composition"] = composition.to_json()
+    tuned: Any = model
+    if recipe.lora is not None:
+        tuned = adapted(model, recipe.lora, rows.examples, run.metrics, run.show)
+    if recipe.train:
+        names = train_roles(tuned, recipe.train)
+        run.show(f"trained in full: {len(names)} weights of {', '.join(recipe.train)}")
     trainer = SFTTrainer(
-        model=adapted(model, recipe.lora, rows.examples, run.metrics, run.show),
+        model=tuned,
         args=args,
         train_dataset=rows,
         eval_dataset=heldout_rows(recipe.data, run.show),

@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from moeft.config.optimizer import HOST_STATE_BITS
+from moeft.config.optimizer import HOST_STATE_BITS, OWN_OPTIMIZERS, STOCHASTIC
 from moeft.config.protection import Protection
 from moeft.data.collate import count_tokens
 from moeft.integration import stacking
@@ -24,7 +24,7 @@ from moeft.integration.cpu_linears import multiply_in_core
 from moeft.integration.fused_loss import fuse_loss
 from moeft.integration.fused_norms import fuse_norms
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
-from moeft.training import out_of_memory
+from moeft.training import out_of_memory, trained_weights
 from moeft.training.arguments import MoeConfig
 from moeft.training.diagnosis import Batch, Diagnosis, diagnose
 from moeft.training.frozen_base import FrozenBase
@@ -32,7 +32,7 @@ from moeft.training.guards import NonFiniteGuard
 from moeft.training.layer_policies import LayerPolicies
 from moeft.training.length_grouping import SeededLengthGroupedSampler
 from moeft.training.missing_gradients import MissingGradients
-from moeft.training.optim import HostAdamW, host_options, raise_rate_of_b
+from moeft.training.optim import HostAdamW, StochasticAdamW, host_options, raise_rate_of_b
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
 from moeft.training.protection import SubspaceProtection
 from moeft.training.routing_monitor import RoutingMonitor
@@ -49,7 +49,8 @@ class MoeTrainer(Trainer):
 
     Raises:
         ValueError: If ``compute_metrics`` is given: evaluation keeps no logits. If a plan does not fit the model or
-            the arguments. If weights are to be protected and are sharded, or the protection does not fit them.
+            the arguments. If weights are to be protected and are sharded, or the protection does not fit them. If the
+            optimiser is one of moeft's and weights are sharded.
         CheckpointError: If the protection's files do not belong to the model.
     """
 
@@ -71,11 +72,17 @@ class MoeTrainer(Trainer):
         self.loss_is_fused = fuse_loss(base)
         if self.args.fused_norms:
             fuse_norms(base)
+        self.trains_base = bool(trained_weights.trained_parameters(self.model))
         self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs or self.loss_is_fused
         self.throughput = Throughput()
         self.add_callback(self.throughput)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        self.add_callback(MissingGradients(sharded))
+        if sharded and self.args.optim in OWN_OPTIMIZERS:
+            raise ValueError(
+                f"optim {self.args.optim!r} steps on whole weights, which FSDP and DeepSpeed shard; take adamw_torch: "
+                "both keep float32 masters of weights that train in bfloat16"
+            )
+        self.add_callback(MissingGradients(self.is_deepspeed_enabled))
         # A second look by one process alone would wait for the others' shards.
         self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip, None if sharded else self._diagnose)
         self.add_callback(self.guard)
@@ -110,15 +117,16 @@ class MoeTrainer(Trainer):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: MoeConfig, model: Any = None) -> tuple[Any, Any]:
         """Class and arguments of the optimiser that ``args.optim`` names."""
-        if args.optim not in HOST_STATE_BITS:
+        if args.optim not in OWN_OPTIMIZERS:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         options = {
             "lr": args.learning_rate,
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
-            "state_bits": HOST_STATE_BITS[args.optim],
         }
-        return HostAdamW, options | host_options(args.optim_args)
+        if args.optim == STOCHASTIC:
+            return StochasticAdamW, options | {"seed": args.seed}
+        return HostAdamW, options | {"state_bits": HOST_STATE_BITS[args.optim]} | host_options(args.optim_args)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimiser of ``args.optim``, with a higher rate for B factors if ``args`` ask for it."""
@@ -150,12 +158,25 @@ class MoeTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save adapters in PEFT's layout, and of the model's own weights those that train."""
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if not self.trains_base or isinstance(self.model, PeftModel):
+            super().save_model(folder, _internal_call)
+        if not self.trains_base:
+            return
+        weights = trained_weights.gather(self.model)
+        if self.args.should_save:
+            trained_weights.save(weights, folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Of a stack, transformers 5.17 leaves out the adapter `default`, and later ones activate the first one alone.
         if isinstance(self.model, PeftModel) and len(self.model.peft_config) > 1:
             stacking.restore(self.model, Path(resume_from_checkpoint))
-        else:
+        elif not self.trains_base or isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.trains_base:
+            trained_weights.load(self.model, resume_from_checkpoint)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
