@@ -13,10 +13,13 @@ def sft(
         typer.Argument(metavar="KEY=VALUE", help="Values to replace, such as training.learning_rate=1e-4."),
     ] = None,
 ) -> None:
-    """Train LoRA adapters on chat rows, as a recipe says."""
+    """Train LoRA adapters, or weights of the model, on chat rows, as a recipe says."""
     from moeft.config import SftRecipe
 
     loaded = SftRecipe.load(recipe, overrides or ())  # Before the slow import: a typo answers at once.
+    from moeft.runs.launch import is_main_process
     from moeft.runs.sft import run
 
-    print(f"Run folder: {run(loaded).path}")
+    folder = run(loaded).path
+    if is_main_process():
+        print(f"Run folder: {folder}")

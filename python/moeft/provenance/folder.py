@@ -52,11 +52,12 @@ class RunFolder:
         recipe: Mapping[str, Any],
         inputs: Mapping[str, Path],
         seed: int | None = None,
+        processes: int = 1,
     ) -> Self:
         """Start a run, or continue the one that a folder holds.
 
-        A run continues if its recipe, seed and inputs are the same and it is not finished. Other package versions or
-        another machine do not stop it; they are listed in ``changed`` of its ``start`` event.
+        A run continues if its recipe, seed, inputs and number of processes are the same and it is not finished. Other
+        package versions or another machine do not stop it; they are listed in ``changed`` of its ``start`` event.
 
         Args:
             path: Folder, made if missing.
@@ -64,6 +65,7 @@ class RunFolder:
             recipe: Resolved recipe in plain JSON types.
             inputs: Files and folders that the result depends on, by a name for messages.
             seed: Seed of everything random, if there is one.
+            processes: How many share the run: batches, the order of rows and optimiser state depend on it.
 
         Raises:
             FileNotFoundError: If an input is missing.
@@ -75,6 +77,7 @@ class RunFolder:
             "command": command,
             "recipe": files.to_json(recipe),
             "seed": seed,
+            "processes": processes,
             "inputs": {name: fingerprint(Path(source)) for name, source in inputs.items()},
         }
         if path.is_dir() and not (path / "run.json").exists() and _visible_names(path):
@@ -207,6 +210,7 @@ def _run_differences(record: Mapping[str, Any], asked: Mapping[str, Any]) -> lis
         {
             "command": run["command"],
             "seed": run.get("seed"),
+            "processes": run.get("processes", 1),
             "inputs": {name: {"sha256": source["sha256"]} for name, source in run["inputs"].items()},
         }
         for run in (record, asked)

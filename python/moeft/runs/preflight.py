@@ -7,7 +7,7 @@ import json
 from moeft.config import SftRecipe, validate_optimizer, validate_training_fields
 from moeft.config.optimizer import OWN_OPTIMIZERS
 from moeft.errors import RecipeError
-from moeft.runs.launch import launched_sharded
+from moeft.runs.launch import launched_sharded, num_processes
 
 
 def check(recipe: SftRecipe) -> None:
@@ -20,6 +20,7 @@ def check(recipe: SftRecipe) -> None:
     validate_training_fields(recipe.training)
     validate_optimizer(recipe.training)
     _check_policy(recipe)
+    _check_processes(recipe)
     _check_masters(recipe)
     _check_merge(recipe)
 
@@ -33,6 +34,16 @@ def _check_policy(recipe: SftRecipe) -> None:
             check_policy_choice(policy)
     except ValueError as error:
         raise RecipeError(f"training.{error}") from error
+
+
+def _check_processes(recipe: SftRecipe) -> None:
+    if recipe.evaluation.tool_calls is not None and launched_sharded(recipe.training):
+        raise RecipeError(
+            "evaluation.tool_calls generates, for which weights must not be sharded; set it to null and evaluate the "
+            "finished checkpoint"
+        )
+    if recipe.merge is not None and recipe.merge.verify and num_processes() > 1:
+        raise RecipeError("merge.verify needs the run in one process; set it to false")
 
 
 def _check_masters(recipe: SftRecipe) -> None:

@@ -11,6 +11,7 @@ from moeft.provenance import RunFolder
 from moeft.runs import preflight
 from moeft.runs.context import RunContext
 from moeft.runs.held_out import HeldOut
+from moeft.runs.launch import is_main_process, num_processes, shared_run, wait_for_everyone
 from moeft.runs.merged import check_mergeable, is_merged, merge, prove_merge
 from moeft.runs.sft_data import input_files
 from moeft.runs.sft_trainer import make_trainer
@@ -36,22 +37,40 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
     """
     preflight.check(recipe)
     seed = int(recipe.training.get("seed", 42))
-    with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), input_files(recipe), seed) as folder:
-        _execute(RunContext(recipe, folder, show))
+
+    def create() -> RunFolder:
+        inputs, processes = input_files(recipe), num_processes()
+        return RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), inputs, seed, processes)
+
+    with shared_run(create, recipe.output) as folder:
+        _execute(RunContext(recipe, folder, show if is_main_process() else _silent))
     return folder
 
 
+def _silent(_: str) -> None:
+    """Print nothing, in all processes but the first."""
+
+
 def _execute(run: RunContext) -> None:
+    from moeft.training.progress import AtTrainBegin
+
     held_out, routers = HeldOut(run), RouterWatch(run)
     with run.stage("load"):
         trainer = make_trainer(run)
         wanted = run.recipe.merge
         if wanted is not None and not is_merged(run, wanted):
             check_mergeable(run, trainer, wanted)
-    if not held_out.is_measured("before"):
-        with run.stage("measure before"):
-            held_out.measure(trainer, "before")
-            routers.before(trainer)
+
+    def measure_before() -> None:
+        if not held_out.is_measured("before"):
+            with run.stage("measure before"):
+                held_out.measure(trainer, "before")
+                routers.before(trainer)
+
+    if trainer.is_sharded:  # Only training spreads the weights over the processes.
+        trainer.add_callback(AtTrainBegin(measure_before))
+    else:
+        measure_before()
     with run.stage("train"):
         _train(run, trainer)
     with run.stage("save adapter" if run.recipe.lora is not None else "save weights"):
@@ -63,7 +82,9 @@ def _execute(run: RunContext) -> None:
         return
     if not is_merged(run, wanted):
         with run.stage("merge"):
-            merge(run, trainer, wanted)
+            if is_main_process():
+                merge(run, trainer, wanted)
+            wait_for_everyone()
     if wanted.verify:
         with run.stage("prove"):
             prove_merge(run, trainer, held_out, wanted)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moeft.errors import CheckpointError, MoeftError
 from moeft.runs.adapter import adapted
 from moeft.runs.context import RunContext
+from moeft.runs.launch import whole_models
 from moeft.runs.sft_data import record_rows
 from moeft.runs.training_rows import heldout_rows, sft_arguments, training_rows
 
@@ -33,7 +34,8 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     args = sft_arguments(recipe, run.folder.path / "checkpoints")
     wanted = recipe.quantization
     config = None if wanted is None else NF4Config(**wanted.model_dump())
-    model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
+    with whole_models():
+        model, tokenizer = load(recipe.model, config, recipe.text_only, recipe.dtype)
     if tokenizer is None:
         raise CheckpointError(f"{recipe.model} holds no tokenizer; copy that of the base beside the weights")
     origin = templates.apply(tokenizer, recipe.data.chat_template, model.config.model_type)

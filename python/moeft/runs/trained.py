@@ -88,16 +88,10 @@ def _num_experts(trainer: SFTTrainer) -> int:
 
 def save_trained(run: RunContext, trainer: SFTTrainer) -> None:
     """Write ``adapter/`` and ``trained/`` of the run folder, whatever of the two was trained."""
-    from peft import PeftModel
-
-    from moeft.training import trained_weights
-
-    if isinstance(trainer.model, PeftModel):
-        trainer.model.save_pretrained(str(run.folder.path / "adapter"), selected_adapters=["default"])
+    if run.recipe.lora is not None:
+        trainer.save_adapter(run.folder.path / "adapter")
     if trainer.trains_base:
-        weights = trained_weights.gather(trainer.model)
-        if trainer.is_world_process_zero():
-            trained_weights.save(weights, run.folder.path / "trained")
+        trainer.save_trained_weights(run.folder.path / "trained")
 
 
 def check_places(trainer: SFTTrainer, checkpoint: Path) -> None:
@@ -107,9 +101,10 @@ def check_places(trainer: SFTTrainer, checkpoint: Path) -> None:
         CheckpointError: Naming the weight.
     """
     from moeft.checkpoint import check_tensors
-    from moeft.training.trained_weights import trained_parameters
+    from moeft.training.trained_weights import of_base
 
-    check_tensors(checkpoint, _on_disk(trainer, trained_parameters(trainer.model), checkpoint))
+    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    check_tensors(checkpoint, _on_disk(trainer, of_base(trained), checkpoint))
 
 
 def put_in_place(trainer: SFTTrainer, folder: Path, checkpoint: Path) -> None:

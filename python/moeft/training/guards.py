@@ -62,6 +62,8 @@ class NonFiniteGuard(TrainerCallback):
         """
         parameters = [p for group in kwargs["optimizer"].param_groups for p in group["params"] if p.grad is not None]
         reason = self._what_is_wrong(parameters, args.device)
+        if reason is None and getattr(getattr(kwargs["optimizer"], "optimizer", None), "overflow", False):
+            reason = "non-finite gradient"  # DeepSpeed has looked at its shards, and dropped the step by now
         seen, self._seen = self._seen, []
         if reason is None:
             self._count(state, in_a_row=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -107,3 +108,14 @@ class EventLog(TrainerCallback):
         """A checkpoint was written."""
         if state.is_world_process_zero:
             self.sink.event("checkpoint", step=state.global_step, path=f"checkpoint-{state.global_step}")
+
+
+class AtTrainBegin(TrainerCallback):
+    """Calls a function once, when training begins and every weight is where training has it."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call it."""
+        self.function()

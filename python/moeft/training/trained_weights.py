@@ -1,4 +1,4 @@
-"""Weights of the model itself that train: whole on one process, saved alone, loaded again."""
+"""Weights that train: put together from all processes, saved without the frozen ones, loaded again."""
 
 from __future__ import annotations
 
@@ -12,35 +12,22 @@ from torch import Tensor, nn
 
 from moeft.errors import CheckpointError
 from moeft.integration import model_family
+from moeft.training.processes import reshard
 
 FILE = "trained_weights.safetensors"
 FORMAT = "moeft-trained-weights-v1"
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the model itself that train, by their names without wrappers; those of adapters are left out."""
-    return {
-        model_family.name_in_base(name): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and ".lora_" not in name
-    }
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def gather(model: nn.Module) -> dict[str, Tensor]:
-    """Whole trained weights in host memory, one at a time; to be called by every process of a sharded run."""
-    return {name: whole(parameter) for name, parameter in trained_parameters(model).items()}
+    """All parameters that train, of adapters too, whole and in host memory; every process must call it."""
+    reshard(model)
+    return {name: _whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def whole(parameter: nn.Parameter) -> Tensor:
-    """A parameter put together from the shards of all processes, in host memory."""
-    if hasattr(parameter, "full_tensor"):  # FSDP2
-        return parameter.full_tensor().detach().cpu().contiguous()
-    if hasattr(parameter, "ds_id"):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([parameter]):
-            return parameter.detach().cpu().clone()
-    return parameter.detach().cpu().contiguous()
+def of_base(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the model itself, by their names without PEFT's wrappers."""
+    return {model_family.name_in_base(name): value for name, value in weights.items() if ".lora_" not in name}
 
 
 def save(weights: Mapping[str, Tensor], folder: str | Path) -> Path:
@@ -51,41 +38,59 @@ def save(weights: Mapping[str, Tensor], folder: str | Path) -> Path:
     return path
 
 
-def load(model: nn.Module, folder: str | Path) -> None:
-    """Put saved weights into the parameters of a model that train, whatever their number of shards then and now.
+def load(model: nn.Module, folder: str | Path, adapters: bool = False) -> None:
+    """Put saved weights into the parameters of a model that train, however many processes saved and load them.
+
+    Args:
+        model: The model.
+        folder: Checkpoint with :data:`FILE`, PEFT's adapter or both.
+        adapters: Whether to load the adapter ``default`` too.
 
     Raises:
-        CheckpointError: If the file is missing, or holds other weights than those that train.
+        CheckpointError: If a file is missing, or holds other weights than those that train.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} lacks {FILE}; was this checkpoint made with the same `train`?")
-    saved, wanted = load_file(path), trained_parameters(model)
+    folder = Path(folder)
+    wanted: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name:
+            wanted[model_family.name_in_base(name)] = parameter
+        elif parameter.requires_grad and adapters:
+            wanted[name.replace(".default.", ".")] = parameter
+    files = [FILE] if any(".lora_" not in name for name in wanted) else []
+    files += [ADAPTER_FILE] if any(".lora_" in name for name in wanted) else []
+    saved: dict[str, Tensor] = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} lacks {file}; was it saved by a run of the same recipe?")
+        saved |= load_file(folder / file)
     if odd := sorted(saved.keys() ^ wanted.keys()):
-        where = "the checkpoint" if odd[0] in saved else "the model"
-        raise CheckpointError(f"{odd[0]} trains in {where} only; continue {path} with the `train` it was made with")
+        where = "checkpoint" if odd[0] in saved else "model"
+        raise CheckpointError(
+            f"{odd[0]} trains in the {where} only; continue {folder} with the recipe it was made with"
+        )
     for name, parameter in wanted.items():
-        if saved[name].shape != _shape(parameter):
-            raise CheckpointError(f"{name} is {list(saved[name].shape)} in {path}, {list(_shape(parameter))} here")
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if saved[name].shape != shape:
+            raise CheckpointError(f"{name} is {list(saved[name].shape)} in {folder}, but {list(shape)} in the model")
         _fill(parameter, saved[name])
 
 
-def _shape(parameter: Any) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
+def _whole(parameter: Any) -> Tensor:
+    if hasattr(parameter, "full_tensor"):  # FSDP2
+        return parameter.full_tensor().detach().cpu().contiguous()
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().cpu().clone()
+    return parameter.detach().cpu().contiguous()
 
 
 @torch.no_grad()
 def _fill(parameter: Any, value: Tensor) -> None:
-    if hasattr(parameter, "full_tensor"):
+    if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
         value = value.to(parameter.device, parameter.dtype)
-        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
-    elif hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([parameter], modifier_rank=0):
-            if torch.distributed.get_rank() == 0:
-                parameter.copy_(value)
-    else:
-        parameter.copy_(value)
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -19,12 +17,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from moeft.config.optimizer import HOST_STATE_BITS, OWN_OPTIMIZERS, STOCHASTIC
 from moeft.config.protection import Protection
 from moeft.data.collate import count_tokens
-from moeft.integration import stacking
 from moeft.integration.cpu_linears import multiply_in_core
 from moeft.integration.fused_loss import fuse_loss
 from moeft.integration.fused_norms import fuse_norms
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX
-from moeft.training import out_of_memory, trained_weights
+from moeft.training import out_of_memory
 from moeft.training.arguments import MoeConfig
 from moeft.training.diagnosis import Batch, Diagnosis, diagnose
 from moeft.training.frozen_base import FrozenBase
@@ -36,9 +33,11 @@ from moeft.training.optim import HostAdamW, StochasticAdamW, host_options, raise
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
 from moeft.training.protection import SubspaceProtection
 from moeft.training.routing_monitor import RoutingMonitor
+from moeft.training.saving import TrainableCheckpoints
+from moeft.training.sharding import prepare_fsdp
 
 
-class MoeTrainer(Trainer):
+class MoeTrainer(TrainableCheckpoints):
     """Trainer with guards and measurements; tasks subclass it.
 
     Args:
@@ -72,11 +71,12 @@ class MoeTrainer(Trainer):
         self.loss_is_fused = fuse_loss(base)
         if self.args.fused_norms:
             fuse_norms(base)
-        self.trains_base = bool(trained_weights.trained_parameters(self.model))
         self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs or self.loss_is_fused
         self.throughput = Throughput()
         self.add_callback(self.throughput)
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        sharded = self.is_sharded
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self.accelerator, self.model)
         if sharded and self.args.optim in OWN_OPTIMIZERS:
             raise ValueError(
                 f"optim {self.args.optim!r} steps on whole weights, which FSDP and DeepSpeed shard; take adamw_torch: "
@@ -158,26 +158,6 @@ class MoeTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save adapters in PEFT's layout, and of the model's own weights those that train."""
-        folder = self.args.output_dir if output_dir is None else output_dir
-        if not self.trains_base or isinstance(self.model, PeftModel):
-            super().save_model(folder, _internal_call)
-        if not self.trains_base:
-            return
-        weights = trained_weights.gather(self.model)
-        if self.args.should_save:
-            trained_weights.save(weights, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Of a stack, transformers 5.17 leaves out the adapter `default`, and later ones activate the first one alone.
-        if isinstance(self.model, PeftModel) and len(self.model.peft_config) > 1:
-            stacking.restore(self.model, Path(resume_from_checkpoint))
-        elif not self.trains_base or isinstance(self.model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.trains_base:
-            trained_weights.load(self.model, resume_from_checkpoint)
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
         self.throughput.add(count_tokens(inputs))
@@ -214,19 +194,28 @@ class MoeTrainer(Trainer):
         # Under autocast as in training: else a loss before training and one after it would differ in precision.
         with torch.no_grad(), self.compute_loss_context_manager():
             for inputs in dataloader:
-                inputs = self._prepare_inputs(inputs)
+                inputs = self._prepare_inputs(self._without_repeats(inputs))
                 loss = model(**inputs, **({"num_items_in_batch": 1} if self.loss_is_fused else {})).loss
                 tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-                total += loss.double() * (1 if self.loss_is_fused else tokens)
+                total += (loss.double() * (1 if self.loss_is_fused else tokens)).where(tokens > 0, 0.0)
                 count += tokens
-                rows += inputs["labels"].shape[0]
+                rows += (inputs["labels"] != IGNORE_INDEX).any(1).sum()
         total, count, rows = self.accelerator.reduce(torch.stack((total, count, rows)), "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
 
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch whose rows that only even out the last batches of several processes do not count."""
+        left = self.accelerator.gradient_state.remainder
+        if self.args.world_size == 1 or left <= 0 or not self.accelerator.gradient_state.end_of_dataloader:
+            return inputs
+        labels = inputs["labels"].clone()
+        labels[max(0, left - self.args.process_index * len(labels)) :] = IGNORE_INDEX
+        return inputs | {"labels": labels}
+
     def _on_skip(self, step: int, reason: str, finding: Diagnosis | None) -> None:
         found = {} if finding is None else asdict(finding)
-        if self.events is not None:
+        if self.events is not None and self.is_world_process_zero():
             self.events.event("skipped_step", step=step, reason=reason, **found)
         self.state.log_history.append({"step": step, "skipped": reason, **found})
 
