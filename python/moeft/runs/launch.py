@@ -29,7 +29,7 @@ def is_main_process() -> bool:
 
 
 def wait_for_everyone() -> None:
-    """Wait until all processes are here; starts their group at the first call."""
+    """Wait until all processes are here."""
     if num_processes() > 1:
         from accelerate import PartialState
 
@@ -38,7 +38,7 @@ def wait_for_everyone() -> None:
 
 @contextmanager
 def shared_run(create: Callable[[], RunFolder], path: Path) -> Iterator[RunFolder]:
-    """A run folder that the first process makes and writes, and that the others read.
+    """A run folder that the first process makes and writes, and that the others read, once their group is set up.
 
     An exception in any process ends that process; launchers then end the others, which would wait for it otherwise.
     """

@@ -16,6 +16,7 @@ from moeft.runs.merged import check_mergeable, is_merged, merge, prove_merge
 from moeft.runs.sft_data import input_files
 from moeft.runs.sft_trainer import make_trainer
 from moeft.runs.trained import RouterWatch, save_trained
+from moeft.runs.training_rows import sft_arguments
 
 if TYPE_CHECKING:
     from moeft.training.sft import SFTTrainer
@@ -42,6 +43,8 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         inputs, processes = input_files(recipe), num_processes()
         return RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), inputs, seed, processes)
 
+    if num_processes() > 1:
+        _ = sft_arguments(recipe, recipe.output / "checkpoints").device  # sets up the group as the engine wants it
     with shared_run(create, recipe.output) as folder:
         _execute(RunContext(recipe, folder, show if is_main_process() else _silent))
     return folder

@@ -14,6 +14,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from moeft.errors import CheckpointError
 from moeft.integration import stacking
 from moeft.training import trained_weights
+from moeft.training.sharding import shard_on_cpu
 
 FSDP_OPTIMIZER_FILES = ("optimizer.bin", "optimizer_0")
 
@@ -32,6 +33,11 @@ class TrainableCheckpoints(Trainer):
     def trains_base(self) -> bool:
         """Whether weights of the model itself train, beside an adapter or without one."""
         return any(p.requires_grad and ".lora_" not in name for name, p in self.model.named_parameters())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up accelerate; see ``transformers.Trainer``."""
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Save the newest adapter alone, in PEFT's layout; every process must call it."""

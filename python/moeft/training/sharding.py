@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
 
 from moeft.integration.checkpointing import decoder_layers
+from moeft.kernels import dispatch
 from moeft.modules import PackedModule
+
+
+def shard_on_cpu(trainer: Any) -> None:
+    """Let FSDP shard on the CPU too, where it is asked for and accelerate falls back to DDP without a word.
+
+    PyTorch's kernels compute then: the memory of a tensor that the Rust core has seen as an array cannot be resized, as
+    FSDP does with what it gathered.
+    """
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state = trainer.accelerator.state
+    if trainer.args.fsdp_plugin_args is None or state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+    os.environ[dispatch.VARIABLE] = "pytorch"
 
 
 def prepare_fsdp(accelerator: Any, model: nn.Module) -> None:
