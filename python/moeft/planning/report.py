@@ -51,6 +51,7 @@ class Plan:
         vram_bytes: Memory of the card; None if it was not said.
         advice: What would make it smaller, largest saving first.
         speed: Predicted speed; None without a device.
+        spread: What each of several GPUs holds and receives; None for one.
         notes: Assumptions, and what is left out.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     vram_bytes: int | None = None
     advice: tuple[Knob, ...] = ()
     speed: Speed | None = None
+    spread: Any = None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -105,7 +107,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, derived figures included."""
         derived = ("parameters", "peak_phase", "peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "fits")
-        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        spread = None if self.spread is None else self.spread.to_json()
+        return {**asdict(self), "spread": spread, **{name: getattr(self, name) for name in derived}}
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.parameters:,} parameters", ""]
@@ -122,6 +125,8 @@ class Plan:
             lines.append(self._total("card", self.vram_bytes, verdict))
         if self.speed is not None:
             lines += ["", str(self.speed)]
+        if self.spread is not None:
+            lines += ["", str(self.spread)]
         if self.advice:
             lines += ["", "what would change it, one at a time:", *(f"  {knob}" for knob in self.advice)]
         if self.notes:

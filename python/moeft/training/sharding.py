@@ -24,6 +24,8 @@ def shard_on_cpu(trainer: Any) -> None:
     if trainer.args.fsdp_plugin_args is None or state.distributed_type != DistributedType.MULTI_CPU:
         return
     state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    if trainer.accelerator.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(trainer.accelerator.mixed_precision)
     state.distributed_type = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
     os.environ[dispatch.VARIABLE] = "pytorch"
