@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from moeft.planning.speed import step_flops
 from tests.tiny_checkpoints import disk_tensors
 from tests.tiny_models import tiny_config, token_ids
 
+DEMO = Path(moeft.__file__).parent / "demo" / "base"
 FAMILIES = sorted(LAYERS)  # whose plans are promised to be exact
 QUANTIZATIONS = (
     Quantization(),
@@ -375,3 +377,41 @@ def test_command_prints_a_table_or_json_quickly_without_torch(checkpoints, tmp_p
         [sys.executable, "-m", "moeft.cli", *words, "--json"], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout)["fits"] is True
+
+
+def test_weights_in_full_have_gradients_and_state_of_their_own_size():
+    settings = Settings(
+        quantization=None, lora=Lora().model_copy(update={"targets": ()}), train=("attention",), dtype="float32"
+    )
+    result = plan(DEMO, recipe=settings)
+    attention = result.bytes_of("attention")
+    assert result.bytes_of("gradients in full") == attention
+    assert result.bytes_of("optimizer state") == 2 * attention
+    assert result.bytes_of("gradients") == 0
+
+
+def test_gpus_share_a_plan_by_strategy():
+    settings = Settings(
+        quantization=Quantization(), train=("attention",), lora=Lora().model_copy(update={"targets": ()})
+    )
+    ddp, fsdp, zero3 = (plan(DEMO, recipe=settings, gpus=4, strategy=name).spread for name in ("ddp", "fsdp", "zero3"))
+    alone = plan(DEMO, recipe=settings)
+    experts, attention = alone.bytes_of("experts"), alone.bytes_of("attention")
+    assert ddp.device_bytes == alone.device_bytes
+    assert ddp.bytes_per_step == round(2 * 3 / 4 * attention)  # an all-reduce of bfloat16 gradients
+    assert fsdp.replicated_bytes == experts
+    assert zero3.replicated_bytes == 0
+    other = alone.weight_bytes - experts
+    # Masters and their gradients are float32, two moments as well: 2 + 4 + 8 bytes beside each weight of 2.
+    assert fsdp.sharded_bytes == -(-(other + 7 * attention) // 4)
+    assert fsdp.gather_bytes_per_step == round(2 * 3 / 4 * other)
+    assert zero3.gather_bytes_per_step == round(2 * 3 / 4 * alone.weight_bytes)
+    assert fsdp.reduce_bytes_per_step == round(3 / 4 * 2 * attention)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "strategy", "message"), [(0, "ddp", "gpus is 0"), (2, "zero2", "strategy is 'zero2'")]
+)
+def test_bad_gpus_and_strategy_are_refused(gpus, strategy, message):
+    with pytest.raises(ValueError, match=message):
+        plan(DEMO, gpus=gpus, strategy=strategy)

@@ -9,14 +9,17 @@ from typing import Any
 
 from moeft import _core
 from moeft.checkpoint.layout import LayoutReport, fuse_experts, unfuse_experts
+from moeft.checkpoint.overwrite import check_tensors, overwrite_tensors
 from moeft.progress_bar import byte_bar
 from moeft.provenance.files import write_json
 
 __all__ = [
     "LayoutReport",
     "QuantizeReport",
+    "check_tensors",
     "fingerprint",
     "fuse_experts",
+    "overwrite_tensors",
     "quantize",
     "read_report",
     "unfuse_experts",

@@ -16,7 +16,7 @@ def sft(
         bool, typer.Option("--dry-run", help="Stop after the plan: rows, masks, steps, memory, time. Leaves nothing.")
     ] = False,
 ) -> None:
-    """Train LoRA adapters on chat rows, as a recipe says."""
+    """Train LoRA adapters, or weights of the model, on chat rows, as a recipe says."""
     from moeft.config import SftRecipe
 
     loaded = SftRecipe.load(recipe, overrides or ())  # Before the slow import: a typo answers at once.
@@ -25,6 +25,9 @@ def sft(
     if dry_run:
         runs.dry_run(loaded)
         return
+    from moeft.runs.launch import is_main_process
     from moeft.runs.results import show_results
 
-    show_results(runs.run(loaded), print)
+    folder = runs.run(loaded)
+    if is_main_process():
+        show_results(folder, print)

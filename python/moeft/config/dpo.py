@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from moeft.config.preference import LossName, PreferenceLoss, Reduction
 from moeft.config.recipe import Section, one_or_many
-from moeft.config.sft import TuningData, TuningRecipe
+from moeft.config.sft import Lora, TuningData, TuningRecipe
 from moeft.config.sources import MAX_REJECT_SHARE, ChatTemplateName, PairLayout, PairTooLong, Reasoning
 
 
@@ -81,6 +81,7 @@ class ReferenceSettings(Section):
 class DpoRecipe(TuningRecipe):
     """Everything that ``moeft dpo`` needs to know."""
 
+    lora: Lora = Field(default_factory=Lora, description="The adapter to train")
     data: PairData = Field(description="Preference pairs to train on")
     preference: Preference = Field(default_factory=Preference, description="The loss, and when to stop early")
     reference: ReferenceSettings = Field(

@@ -7,7 +7,13 @@ from typing import Any
 from moeft.errors import RecipeError
 
 HOST_STATE_BITS = {"adamw_moeft_host": 32, "adamw_moeft_8bit": 8}
-"""Names of ``optim`` that moeft adds to those of transformers, and the bits of their state."""
+"""Optimisers of moeft whose state lies in host memory, and the bits of that state."""
+
+STOCHASTIC = "adamw_moeft_stochastic"
+"""Optimiser of moeft that rounds 16-bit weights stochastically, on their device."""
+
+OWN_OPTIMIZERS = (*HOST_STATE_BITS, STOCHASTIC)
+"""Names of ``optim`` that moeft adds to those of transformers."""
 
 COSINE = ("cosine", "cosine_with_min_lr")
 """Schedules that ``min_lr_ratio`` gives a floor."""
@@ -26,7 +32,7 @@ def optimizer_problems(training: Mapping[str, Any]) -> list[str]:
     from transformers.training_args import OptimizerNames
 
     schedules = [kind.value for kind in SchedulerType]
-    known = {"optim": [*HOST_STATE_BITS, *(kind.value for kind in OptimizerNames)], "lr_scheduler_type": schedules}
+    known = {"optim": [*OWN_OPTIMIZERS, *(kind.value for kind in OptimizerNames)], "lr_scheduler_type": schedules}
     problems = []
     for key, names in known.items():
         name = _value(training.get(key))

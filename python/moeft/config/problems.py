@@ -41,10 +41,10 @@ def _nearest_key(location: Location, model: type[BaseModel]) -> str:
     paths = list(_key_paths(model))
     siblings = [path[-1] for path in paths if list(path[:-1]) == parents]
     elsewhere = [path for path in paths if path[-1] == name]
+    if elsewhere:  # the very name, in another section
+        return f"did you mean {dotted(elsewhere[0])}?"
     if close := difflib.get_close_matches(name, siblings, n=1):
         return f"did you mean {dotted((*location[:-1], close[0]))}?"
-    if elsewhere:
-        return f"did you mean {dotted(elsewhere[0])}?"
     return f"keys here are {', '.join(siblings)}"
 
 

@@ -1,10 +1,10 @@
-"""The recipe of ``moeft sft``: supervised fine-tuning of LoRA adapters on chat rows."""
+"""The recipe of ``moeft sft``: supervised fine-tuning, of LoRA adapters or of weights in full, on chat rows."""
 
 import dataclasses
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -12,6 +12,7 @@ from moeft.config.filters import Filters
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
+from moeft.config.roles import Role, check_roles
 from moeft.config.sources import (
     MAX_REJECT_SHARE,
     ChatTemplateName,
@@ -205,10 +206,13 @@ class Evaluation(Section):
     recall: Recall | None = Field(default=None, description="Whether the model still knows what it was told early on")
     max_new_tokens: int = Field(default=64, ge=1, description="Longest answer in tokens")
     batch_size: int = Field(default=16, ge=1, description="Requests answered at once")
+    router_drift_rows: int | None = Field(
+        default=None, ge=0, description="Rows on which routing is compared before and after; null takes 16 with `train`"
+    )
 
 
 class Merge(Section):
-    """Merging the trained adapter into a full checkpoint."""
+    """A full checkpoint of the base with the trained adapter merged and the trained weights in place."""
 
     output: Path = Field(description="Folder of the merged checkpoint")
     base_model: Path | None = Field(default=None, description="16-bit checkpoint to merge into; null takes `model`")
@@ -229,8 +233,9 @@ class TuningRecipe(Recipe):
     )
     text_only: bool = Field(default=True, description="Load only the text part of a multimodal checkpoint")
     dtype: Dtype = Field(default="bfloat16", description="Type of the weights that are not in 4 bit")
-    lora: Lora = Field(default_factory=Lora, description="The adapter to train")
-    data: TuningData
+    if TYPE_CHECKING:  # Each command has fields of its own for these.
+        lora: Lora | None
+        data: TuningData
     evaluation: Evaluation = Field(default_factory=Evaluation, description="Generation on held-out rows")
     training: dict[str, Any] = Field(
         default_factory=dict,
@@ -241,7 +246,13 @@ class TuningRecipe(Recipe):
     protection: Protection | None = Field(
         default=None, description="What training must leave alone; null leaves nothing alone"
     )
-    merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")
+    merge: Merge | None = Field(
+        default=None, description="Full checkpoint after training; null leaves adapter and trained weights on their own"
+    )
+
+    def trained_roles(self) -> tuple[Role, ...]:
+        """Roles of the model's own weights that train in full."""
+        return ()
 
     def trained_adapters(self) -> list[str]:
         """Names of the adapters that train, in the model; ``default`` is the newest."""
@@ -253,13 +264,44 @@ class TuningRecipe(Recipe):
         Args:
             folder: Where those that train are saved: ``default`` in it, any other in a folder of its name.
         """
-        return [*self.lora.stack_on, folder]
+        return [*(self.lora.stack_on if self.lora else ()), folder]
 
 
 class SftRecipe(TuningRecipe):
     """Everything that ``moeft sft`` needs to know."""
 
+    train: tuple[Role, ...] = Field(
+        default=(), description="Weights of the model itself to train in full, by role; all others stay frozen"
+    )
+    lora: Lora | None = Field(
+        default_factory=lambda known: None if known.get("train") else Lora(),
+        description="The adapter to train; null trains none, which is the default beside `train`",
+    )
     data: Data = Field(description="Chat rows to train on")
+
+    @field_validator("train", mode="after")
+    @classmethod
+    def _can_train(cls, value: tuple[Role, ...], info: ValidationInfo) -> tuple[Role, ...]:
+        if value and info.data.get("dtype") == "float16":
+            raise ValueError("dtype bfloat16 or float32 with it: updates of float16 weights underflow")
+        check_roles(value)
+        return value
+
+    @field_validator("lora", mode="after")
+    @classmethod
+    def _something_trains(cls, value: Lora | None, info: ValidationInfo) -> Lora | None:
+        if value is None and info.data.get("train") == ():
+            raise ValueError("an adapter, or roles in `train`: there is nothing to train")
+        check_roles(info.data.get("train", ()), () if value is None else value.targets)
+        return value
+
+    def trained_roles(self) -> tuple[Role, ...]:
+        """Roles of the model's own weights that train in full."""
+        return self.train
+
+    def trained_adapters(self) -> list[str]:
+        """Names of the adapters that train, in the model; none where only weights of the model do."""
+        return [] if self.lora is None else super().trained_adapters()
 
 
 def validate_training_fields(names: Iterable[str]) -> None:

@@ -56,6 +56,11 @@ class NF4Quantizer(HfQuantizer):
         """Adapters can be trained on a packed model."""
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Weights that are not packed can train without an adapter; transformers' trainer asks under this name."""
+        return True
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,6 @@ class RoutingStatistics:
         return self.table()
 
 
-@torch.no_grad()
 def routing_statistics(
     model: PreTrainedModel | PeftModel, rows: Iterable[Sequence[int]], max_rows: int = 64
 ) -> RoutingStatistics:
@@ -90,11 +89,38 @@ def routing_statistics(
     """
     if max_rows <= 0:
         raise ValueError(f"max_rows is {max_rows}, expected a positive number")
-    family = model_family.of_model(model)
     counts: dict[int, Tensor] = {}
+    sizes = {layer: num_experts for layer, num_experts, _ in _experts(model, model_family.of_model(model))}
+
+    def count(layer: int, chosen_Tk: Tensor) -> None:
+        counts[layer] = counts.get(layer, 0) + torch.bincount(chosen_Tk.flatten().long(), minlength=sizes[layer]).cpu()
+
+    read, tokens = each_choice(model, islice(rows, max_rows), count)
+    return RoutingStatistics(read, tokens, {layer: tuple(counts[layer].tolist()) for layer in sorted(counts)})
+
+
+@torch.no_grad()
+def each_choice(
+    model: PreTrainedModel | PeftModel, rows: Iterable[Sequence[int]], take: Callable[[int, Tensor], None]
+) -> tuple[int, int]:
+    """Run rows through a model, one forward pass each, and pass on what its routers choose.
+
+    Args:
+        model: A model of a known family, packed or not, with or without an adapter.
+        rows: Token ids of each row.
+        take: Called with the layer and the experts ``[T, k]`` of every token of a row.
+
+    Returns:
+        Rows and tokens.
+
+    Raises:
+        ValueError: If there are no rows.
+        UnsupportedModelError: If the model has no experts.
+    """
+    family = model_family.of_model(model)
     hooks = [
-        module.register_forward_pre_hook(_counter(counts, layer, num_experts), with_kwargs=True)
-        for layer, num_experts, module in _experts(model, family)
+        module.register_forward_pre_hook(_hook(layer, take), with_kwargs=True)
+        for layer, _, module in _experts(model, family)
     ]
     if not hooks:
         raise UnsupportedModelError(f"this {family.name} model has no layer with experts, so nothing is routed")
@@ -102,7 +128,7 @@ def routing_statistics(
     model.eval()
     read = tokens = 0
     try:
-        for row in islice(rows, max_rows):
+        for row in rows:
             model(input_ids=torch.tensor([list(row)], device=model.device), use_cache=False, logits_to_keep=1)
             read, tokens = read + 1, tokens + len(row)
     finally:
@@ -111,7 +137,7 @@ def routing_statistics(
             hook.remove()
     if not read:
         raise ValueError("there are no rows to count the routing of")
-    return RoutingStatistics(read, tokens, {layer: tuple(counts[layer].tolist()) for layer in sorted(counts)})
+    return read, tokens
 
 
 def _experts(model: nn.Module, family: families.Family) -> Iterable[tuple[int, int, nn.Module]]:
@@ -122,10 +148,8 @@ def _experts(model: nn.Module, family: families.Family) -> Iterable[tuple[int, i
             yield int(name.removesuffix(f".{family.experts}").rpartition(".")[2]), experts.num_experts, module
 
 
-def _counter(counts: dict[int, Tensor], layer: int, num_experts: int) -> Any:
-    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
-        found = torch.bincount(chosen.flatten().long(), minlength=num_experts).cpu()
-        counts[layer] = counts.get(layer, 0) + found
+def _hook(layer: int, take: Callable[[int, Tensor], None]) -> Any:
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(layer, args[1] if len(args) > 1 else kwargs["top_k_index"])
 
-    return count
+    return look

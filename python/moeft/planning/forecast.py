@@ -16,6 +16,7 @@ from moeft.planning.resolve import resolve
 from moeft.planning.rows import Forecast
 from moeft.planning.settings import Settings, read_settings
 from moeft.planning.sizes import parse_bytes
+from moeft.planning.spread import spread
 
 
 def plan(
@@ -23,6 +24,8 @@ def plan(
     vram: str | int | None = None,
     recipe: str | Path | SftRecipe | Settings | None = None,
     device: str | None = None,
+    gpus: int = 1,
+    strategy: str = "ddp",
 ) -> Plan:
     """Forecast the memory and speed of training, from config and headers; reads no weights and needs no torch.
 
@@ -32,13 +35,15 @@ def plan(
         recipe: Recipe of ``moeft sft``, or settings. Without one: NF4 experts, LoRA of rank 16 on attention and
             experts, one row of 2,048 tokens, full activation checkpointing.
         device: Name of a card for a prediction of speed, such as ``"RTX 3090"``.
+        gpus: GPUs that share the run; rows of the recipe are those of one.
+        strategy: How they share it: "ddp", "fsdp" or "zero3".
 
     Raises:
         FileNotFoundError: If there is no such folder, or no config in it.
         CheckpointError: If config or headers are damaged, or the checkpoint is packed in another way than asked.
         UnsupportedModelError: If the family is unknown and there are no headers.
         RecipeError: If the recipe cannot be read, or is of another kind.
-        ValueError: If ``vram`` is no size.
+        ValueError: If ``vram`` is no size, ``gpus`` not positive or ``strategy`` unknown.
     """
     card = find_device(device) if device else None
     vram_bytes = parse_bytes(vram) if vram is not None else None
@@ -53,7 +58,8 @@ def plan(
             f"{', '.join(nearest_names(device))}"
         )
     result = forecast.plan(vram_bytes, forecast.speed(card) if card else None, notes)
-    return replace(result, advice=tuple(_advice(forecast, result)))
+    shared = spread(forecast, result, gpus, strategy)
+    return replace(result, advice=tuple(_advice(forecast, result)), spread=shared if gpus > 1 else None)
 
 
 def _advice(forecast: Forecast, result: Plan) -> Iterator[Knob]:

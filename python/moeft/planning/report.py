@@ -53,6 +53,7 @@ class Plan:
         advice: What would make it smaller, largest saving first.
         speed: Predicted speed; None without a device.
         host: Training on the CPU instead; None for a model whose layers are not understood.
+        spread: What each of several GPUs holds and receives; None for one.
         notes: Assumptions, and what is left out.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     advice: tuple[Knob, ...] = ()
     speed: Speed | None = None
     host: HostForecast | None = None
+    spread: Any = None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -109,6 +111,7 @@ class Plan:
         """Plain JSON types, derived figures included."""
         derived = ("parameters", "peak_phase", "peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "fits")
         result = {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        result["spread"] = None if self.spread is None else self.spread.to_json()
         if self.host is not None:
             result["host"]["peak_bytes"] = self.host.peak_bytes
         return result
@@ -130,6 +133,8 @@ class Plan:
             lines += ["", str(self.speed)]
         if self.host is not None:
             lines += ["", str(self.host)]
+        if self.spread is not None:
+            lines += ["", str(self.spread)]
         if self.advice:
             lines += ["", "what would change it, one at a time:", *(f"  {knob}" for knob in self.advice)]
         if self.notes:

@@ -69,5 +69,7 @@ def _not_counted(settings: Settings) -> Iterator[str]:
             yield f"lora.{key} is not counted: the adapter is planned for all"
     if getattr(settings.lora, "stack_on", ()):
         yield "lora.stack_on is not counted: adapters below the new one come on top of this plan"
+    if settings.train:
+        yield "inputs that layers trained in full keep for their gradients are not counted, nor the time for these"
     if settings.offload:
         yield "activation_offload is not counted: activations are planned on the card"

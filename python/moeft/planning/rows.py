@@ -109,14 +109,23 @@ class Forecast:
                 _ranks(target, settings.lora),
                 parameters=count,
             )
-        trained = sum(found.values())
-        yield PlanRow("gradients", dtype, trained * size, f"of {trained:,} trained parameters")
+        adapted = sum(found.values())
+        if adapted:
+            yield PlanRow("gradients", dtype, adapted * size, f"of {adapted:,} parameters of adapters")
+        own, element = self.trained_parameters(), FLOAT_BYTES[settings.dtype]
+        if own:
+            source = f"of {own:,} parameters of {', '.join(settings.train)}, trained in full"
+            yield PlanRow("gradients in full", settings.dtype, own * element, source)
         per_parameter, source = optimizer_bytes(settings.optimizer)
-        yield PlanRow("optimizer state", settings.optimizer, round(trained * per_parameter), source)
+        yield PlanRow("optimizer state", settings.optimizer, round((adapted + own) * per_parameter), source)
         if settings.protected_rank is not None:
             size = subspace_bytes(self.weights, family, settings.lora, settings.protected_rank)
             source = f"U and V of rank {settings.protected_rank} for every adapted matrix"
             yield PlanRow("instruct subspace", "float32", size, source)
+
+    def trained_parameters(self) -> int:
+        """Parameters of the model itself that train."""
+        return sum(weight.parameters for weight in self.weights if weight.component in self.settings.train)
 
     def step_rows(self) -> Iterator[PlanRow]:
         """Rows of what a micro-batch needs."""

@@ -24,6 +24,7 @@ class Settings:
     Attributes:
         quantization: What is packed to NF4 while loading; None keeps the checkpoint as it is.
         lora: The adapter.
+        train: Roles of weights that train in full.
         dtype: Type of what is not packed.
         text_only: Whether towers of other modalities are left out.
         max_length: Tokens per row; every row is taken to be this long.
@@ -37,6 +38,7 @@ class Settings:
 
     quantization: Quantization | None = field(default_factory=Quantization)
     lora: Lora = field(default_factory=Lora)
+    train: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     text_only: bool = True
     max_length: int = 2048
@@ -88,7 +90,8 @@ def read_settings(recipe: str | Path | SftRecipe | Settings | None) -> Settings:
     training = recipe.training
     return Settings(
         quantization=recipe.quantization,
-        lora=recipe.lora,
+        lora=recipe.lora or Lora().model_copy(update={"targets": ()}),
+        train=recipe.train,
         dtype=recipe.dtype,
         text_only=recipe.text_only,
         max_length=recipe.data.max_length,
@@ -96,9 +99,14 @@ def read_settings(recipe: str | Path | SftRecipe | Settings | None) -> Settings:
         packing=bool(_asked(recipe, "packing", False)),
         offload=bool(_asked(recipe, "activation_offload", False)),
         checkpointing=_checkpointing(recipe),
-        optimizer=str(training.get("optim", TRANSFORMERS_OPTIMIZER)),
+        optimizer=str(training.get("optim", _default_optimizer(recipe))),
         protected_rank=_protected_rank(recipe.protection),
     )
+
+
+def _default_optimizer(recipe: SftRecipe) -> str:
+    """What a run takes if the recipe names none: 16-bit weights that train get float32 masters in host memory."""
+    return "adamw_moeft_host" if recipe.train and recipe.dtype == "bfloat16" else TRANSFORMERS_OPTIMIZER
 
 
 def _protected_rank(protection: Protection | None) -> int | None:

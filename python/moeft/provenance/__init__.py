@@ -2,5 +2,6 @@
 
 from moeft.provenance.fingerprint import fingerprint
 from moeft.provenance.folder import RunFolder
+from moeft.provenance.following import FollowedRun
 
-__all__ = ["RunFolder", "fingerprint"]
+__all__ = ["FollowedRun", "RunFolder", "fingerprint"]

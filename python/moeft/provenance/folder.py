@@ -17,6 +17,7 @@
 ``reference``     ``cached``, ``computed``, ``verified``: sequences, two for each preference pair
 ``stopped``       ``step``, ``reason``: a rule that ended training early
 ``round``         ``number``, ``accuracy`` on held-out requests, ``gate_loss``
+``router_drift``  ``tokens`` compared before and after training, mean ``agreement``, ``same_first`` and ``load_shift``
 ``failed``        ``error``
 ================  ==================================================================================
 """
@@ -56,12 +57,13 @@ class RunFolder:
         recipe: Mapping[str, Any],
         inputs: Mapping[str, Path],
         seed: int | None = None,
+        processes: int = 1,
     ) -> Self:
         """Start a run, or continue the one that a folder holds.
 
-        A run continues if its recipe, seed and inputs are the same and it is not finished; one that failed in its first
-        stage has nothing to continue and starts anew with others. Other package versions or another machine do not stop
-        it; they are listed in ``changed`` of its ``start`` event.
+        A run continues if its recipe, seed, inputs and number of processes are the same and it is not finished; one
+        that failed in its first stage has nothing to continue and starts anew with others. Other package versions or
+        another machine do not stop it; they are listed in ``changed`` of its ``start`` event.
 
         Args:
             path: Folder, made if missing.
@@ -69,6 +71,7 @@ class RunFolder:
             recipe: Resolved recipe in plain JSON types.
             inputs: Files and folders that the result depends on, by a name for messages.
             seed: Seed of everything random, if there is one.
+            processes: How many share the run: batches, the order of rows and optimiser state depend on it.
 
         Raises:
             FileNotFoundError: If an input is missing.
@@ -76,7 +79,7 @@ class RunFolder:
                 that another process is running.
         """
         path = Path(path).absolute()
-        asked = _asked(path, command, recipe, inputs, seed)
+        asked = _asked(path, command, recipe, inputs, seed, processes)
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         try:
@@ -99,10 +102,11 @@ class RunFolder:
         recipe: Mapping[str, Any],
         inputs: Mapping[str, Path],
         seed: int | None = None,
+        processes: int = 1,
     ) -> None:
         """Refuse what :meth:`create` would refuse, and leave everything as it is; arguments and errors are the same."""
         path = Path(path).absolute()
-        asked = _asked(path, command, recipe, inputs, seed)
+        asked = _asked(path, command, recipe, inputs, seed, processes)
         if (path / "run.json").exists():
             cls.open(path)._require_same(asked)
 
@@ -212,13 +216,19 @@ class RunFolder:
 
 
 def _asked(
-    path: Path, command: str, recipe: Mapping[str, Any], inputs: Mapping[str, Path], seed: int | None
+    path: Path,
+    command: str,
+    recipe: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    seed: int | None,
+    processes: int,
 ) -> dict[str, Any]:
     """What a second start compares, of a folder that can hold a run."""
     asked = {
         "command": command,
         "recipe": files.to_json(recipe),
         "seed": seed,
+        "processes": processes,
         "inputs": {name: fingerprint(Path(source)) for name, source in inputs.items()},
     }
     if path.is_dir() and not (path / "run.json").exists() and _visible_names(path):
@@ -248,6 +258,7 @@ def _run_differences(record: Mapping[str, Any], asked: Mapping[str, Any]) -> lis
         {
             "command": run["command"],
             "seed": run.get("seed"),
+            "processes": run.get("processes", 1),
             "inputs": {name: {"sha256": source["sha256"]} for name, source in run["inputs"].items()},
         }
         for run in (record, asked)

@@ -2,19 +2,20 @@
 
 ``metrics.json`` may hold any of these; a section without its numbers is left out:
 
-==============  ====================================================================================================
-``bytes``       ``after`` and, if known, ``before``: bytes by component
-``heldout``     ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``; ``turns``
-                and ``recall``, lists of what :mod:`moeft.evaluation` measures; of preference pairs the figures of
-                ``docs/preference.md``
-``training``    ``steps``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_bytes``, ``skipped_steps``, and
-                ``routing``: ``experts`` and ``idle``, those without a token by layer
-``plan``        ``peak_allocated_bytes`` as forecast; ``trainable_parameters``, ``parameters``, ``trainable_share``
-``data``        counts by name
-``composition`` one object per source: rows, tokens and shares
-``proofs``      list of ``name``, ``measured``, ``tolerance``, ``unit``, ``ok``, ``how``
-``samples``     list of ``prompt``, ``before``, ``after``, ``reference``
-==============  ====================================================================================================
+================  ====================================================================================================
+``bytes``         ``after`` and, if known, ``before``: bytes by component
+``heldout``       ``before`` and ``after``: ``loss`` (nats per token), ``exact_match`` (share) and ``rows``; ``turns``
+                  and ``recall``, lists of what :mod:`moeft.evaluation` measures; of preference pairs the figures of
+                  ``docs/preference.md``
+``training``      ``steps``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_bytes``, ``skipped_steps``, and
+                  ``routing``: ``experts`` and ``idle``, those without a token by layer
+``plan``          ``peak_allocated_bytes`` as forecast; ``trainable_parameters``, ``parameters``, ``trainable_share``
+``router_drift``  ``tokens``, means and ``layers`` of :class:`moeft.integration.router_drift.RouterDrift`
+``data``          counts by name
+``composition``   one object per source: rows, tokens and shares
+``proofs``        list of ``name``, ``measured``, ``tolerance``, ``unit``, ``ok``, ``how``
+``samples``       list of ``prompt``, ``before``, ``after``, ``reference``
+================  ====================================================================================================
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ import yaml
 from moeft.provenance import RunFolder
 from moeft.reports.held_out import held_out_sections
 from moeft.reports.plots import plot_bytes, plot_loss
+from moeft.reports.routing import routing_section
 from moeft.reports.text import cell, facts, fence, mib, number, table
 from moeft.reports.training_rows import data_section
 
@@ -53,6 +55,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
         _proofs(metrics.get("proofs")),
         _samples(metrics.get("samples")),
         _training(metrics.get("training"), metrics.get("plan"), run),
+        routing_section(metrics.get("router_drift")),
         data_section(metrics.get("data"), metrics.get("composition")),
         _stages(run.events("stage")),
         _what_ran(run.record),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeft.runs.context import RunContext
+from moeft.runs.launch import whole_models
 from moeft.runs.preview import load_tokenizer
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def load_base(run: RunContext[Any]) -> tuple[Any, Audit]:
     recipe = run.recipe
     wanted = recipe.quantization
     config = None if wanted is None else NF4Config(**wanted.model_dump())
-    model, _ = load(recipe.model, config, recipe.text_only, recipe.dtype)
+    with whole_models():
+        model, _ = load(recipe.model, config, recipe.text_only, recipe.dtype)
     packed = getattr(model.config, "quantization_config", None)
     found = audit(model, strict=bool(packed and packed.experts))
     run.show(str(found))

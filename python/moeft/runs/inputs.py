@@ -17,4 +17,4 @@ def shared_input_files(recipe: TuningRecipe) -> dict[str, Path]:
     if recipe.protection is not None:
         wanted = {"subspace": recipe.protection.subspace, "layer_importance": recipe.protection.layer_importance}
         files |= {f"protection.{name}": path for name, path in wanted.items() if path is not None}
-    return files | {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
+    return files | {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on if recipe.lora else ())}

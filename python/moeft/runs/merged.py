@@ -1,4 +1,4 @@
-"""The merged checkpoint of a run, and the proofs that it is the base with the adapter."""
+"""The full checkpoint of a run, and the proofs that it is the base with the adapter."""
 
 from __future__ import annotations
 
@@ -27,21 +27,34 @@ def check_mergeable(run: RunContext[Any], trainer: MoeTrainer, wanted: Merge) ->
     """Refuse before training what the merge would refuse after it, such as a layout that only transformers can read.
 
     Raises:
-        AdapterError, CheckpointError: If the adapter as it is now does not fit the 16-bit base.
+        AdapterError, CheckpointError: If the adapter, or a weight to train, as it is now does not fit the 16-bit base.
     """
     from moeft.merging import plan
+    from moeft.runs.trained import check_places
 
+    if trainer.trains_base:
+        check_places(trainer, _base(run, wanted))
     with TemporaryDirectory(dir=run.folder.path, prefix="mergeable-") as folder:
-        trainer.model.save_pretrained(folder, selected_adapters=run.recipe.trained_adapters())
+        if adapters := run.recipe.trained_adapters():
+            trainer.model.save_pretrained(folder, selected_adapters=adapters)
         plan(_recipe(run, wanted, Path(folder)))
 
 
-def merge_adapters(run: RunContext[Any], wanted: Merge) -> None:
-    """Merge the run's adapter, and those it is stacked on, into the 16-bit base."""
-    from moeft.merging import merge
+def merge(run: RunContext[Any], trainer: MoeTrainer, wanted: Merge) -> None:
+    """Write the 16-bit base with the run's adapters merged and its trained weights in place.
 
-    report = merge(_recipe(run, wanted, run.folder.path / "adapter"), wanted.output)
-    run.show(str(report))
+    With trained weights the folder has another name until they are in it, so that it never appears without them.
+    """
+    from moeft.merging import merge as merge_models
+    from moeft.runs.trained import put_in_place
+
+    unfinished = wanted.output.with_name(f"{wanted.output.name}.untrained")
+    out = unfinished if trainer.trains_base else wanted.output
+    if not (out / "config.json").is_file():
+        run.show(str(merge_models(_recipe(run, wanted, run.folder.path / "adapter"), out)))
+    if trainer.trains_base:
+        put_in_place(trainer, run.folder.path / "trained", out)
+        out.rename(wanted.output)
 
 
 def prove_merge(run: RunContext[Any], trainer: MoeTrainer, held_out: HeldOut, wanted: Merge) -> None:
@@ -62,9 +75,12 @@ def prove_merge(run: RunContext[Any], trainer: MoeTrainer, held_out: HeldOut, wa
 
 
 def _recipe(run: RunContext[Any], wanted: Merge, adapter: Path) -> dict[str, Any]:
+    base = _base(run, wanted)
+    if run.recipe.lora is None:
+        return {"merge_method": "passthrough", "models": [{"model": base}], "out_dtype": wanted.out_dtype}
     return {
         "merge_method": "lora",
-        "base_model": _base(run, wanted),
+        "base_model": base,
         "models": [{"adapter": path} for path in run.recipe.adapters(adapter)],
         "out_dtype": wanted.out_dtype,
     }

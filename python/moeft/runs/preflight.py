@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 from moeft.config import TuningRecipe, validate_optimizer, validate_training_fields
+from moeft.config.optimizer import OWN_OPTIMIZERS
 from moeft.config.trainer_values import validate_trainer_values
 from moeft.data import templates
 from moeft.errors import RecipeError
+from moeft.runs.launch import launched_sharded, num_processes
 
 
 def check(recipe: TuningRecipe) -> None:
@@ -15,8 +17,8 @@ def check(recipe: TuningRecipe) -> None:
 
     Raises:
         DataError: If the chat template is neither a name nor a file.
-        RecipeError: If ``training`` names an unknown field, policy or optimiser or an absent tracker, or the merge
-            would be refused.
+        RecipeError: If ``training`` names an unknown field, policy or optimiser or an absent tracker, the optimiser
+            would lose updates of weights that train in full, or the merge would be refused.
     """
     validate_training_fields(recipe.training)
     validate_trainer_values(recipe.training)
@@ -25,6 +27,8 @@ def check(recipe: TuningRecipe) -> None:
     _check_trackers(recipe)
     if recipe.data.chat_template is not None:
         templates.text_of(recipe.data.chat_template)
+    _check_processes(recipe)
+    _check_masters(recipe)
     _check_merge(recipe)
 
 
@@ -52,10 +56,38 @@ def _check_trackers(recipe: TuningRecipe) -> None:
             )
 
 
+def _check_processes(recipe: TuningRecipe) -> None:
+    measured = ("tool_calls", "turn_perplexity", "recall")
+    asked = next((name for name in measured if getattr(recipe.evaluation, name) is not None), None)
+    if asked is not None and launched_sharded(recipe.training):
+        raise RecipeError(
+            f"evaluation.{asked} calls the model outside of training, for which weights must not be sharded; set it to "
+            "null and evaluate the finished checkpoint"
+        )
+    if recipe.merge is not None and recipe.merge.verify and num_processes() > 1:
+        raise RecipeError("merge.verify needs the run in one process; set it to false")
+
+
+def _check_masters(recipe: TuningRecipe) -> None:
+    if not recipe.trained_roles() or recipe.dtype != "bfloat16" or launched_sharded(recipe.training):
+        return
+    optimizer = recipe.training.get("optim")
+    if optimizer not in (None, *OWN_OPTIMIZERS):
+        raise RecipeError(
+            f"training.optim is {optimizer!r}, which loses updates below 1/512 of a bfloat16 weight; leave it out or "
+            "take adamw_moeft_host or adamw_moeft_8bit (float32 masters in host memory), adamw_moeft_stochastic "
+            "(stochastic rounding), or dtype: float32"
+        )
+    if "master_weights=false" in str(recipe.training.get("optim_args")).replace(" ", ""):
+        raise RecipeError("training.optim_args: master_weights=false loses updates of bfloat16 weights that train")
+
+
 def _check_merge(recipe: TuningRecipe) -> None:
     if recipe.merge is None:
         return
-    if recipe.merge.verify and recipe.lora.stack_on:
+    if recipe.merge.verify and recipe.trained_roles():
+        raise RecipeError("merge.verify proves the merge of an adapter alone, and `train` trains more; set it to false")
+    if recipe.merge.verify and recipe.lora is not None and recipe.lora.stack_on:
         raise RecipeError(
             "merge.verify proves the merge of one adapter, and lora.stack_on names others; set merge.verify to false"
         )

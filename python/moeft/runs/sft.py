@@ -1,4 +1,4 @@
-"""``moeft sft``: load, add LoRA, measure, train, measure again, save, merge. Each finished step survives a restart."""
+"""``moeft sft``: load, choose what trains, measure, train, measure, save, merge. Finished steps survive a restart."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from moeft.config import SftRecipe
+from moeft.errors import RecipeError
 from moeft.provenance import RunFolder
 from moeft.runs import preflight
 from moeft.runs.context import RunContext
+from moeft.runs.launch import is_main_process, num_processes, shared_run
 from moeft.runs.sft_data import input_files
 from moeft.runs.sft_trainer import make_trainer
+from moeft.runs.training_rows import sft_arguments
 from moeft.runs.tuning import execute, prepare
 
 
@@ -23,15 +26,22 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         show: Where to print what is found.
 
     Returns:
-        The finished run folder: ``adapter/``, ``checkpoints/``, ``metrics.json``, ``rejects.jsonl``, ``run.json`` and
-        ``events.jsonl``; the merged checkpoint lies where the recipe says.
+        The finished run folder: ``adapter/`` or ``trained/`` or both, ``checkpoints/``, ``metrics.json``,
+        ``rejects.jsonl``, ``run.json`` and ``events.jsonl``; the merged checkpoint lies where the recipe says.
 
     Raises:
         MoeftError: If the recipe, the model, the data or the training cannot be used; see the classes.
     """
     preflight.check(recipe)
-    with RunFolder.create(recipe.output, "moeft sft", recipe.resolved(), input_files(recipe), _seed(recipe)) as folder:
-        execute(RunContext(recipe, folder, show), make_trainer)
+
+    def create() -> RunFolder:
+        asked = recipe.resolved(), input_files(recipe), _seed(recipe), num_processes()
+        return RunFolder.create(recipe.output, "moeft sft", *asked)
+
+    if num_processes() > 1:
+        _ = sft_arguments(recipe, recipe.output / "checkpoints").device  # sets up the group as the engine wants it
+    with shared_run(create, recipe.output) as folder:
+        execute(RunContext(recipe, folder, show if is_main_process() else _silent), make_trainer)
     return folder
 
 
@@ -40,7 +50,10 @@ def dry_run(recipe: SftRecipe, show: Callable[[str], None] = print) -> None:
 
     Raises:
         MoeftError: As :func:`run` does, but for what only training and what follows it can find.
+        RecipeError: If it was launched in several processes.
     """
+    if num_processes() > 1:
+        raise RecipeError("--dry-run looks at a run in one process; start it without the launcher")
     preflight.check(recipe)
     RunFolder.check(recipe.output, "moeft sft", recipe.resolved(), input_files(recipe), _seed(recipe))
     with TemporaryDirectory(prefix="moeft-dry-run-") as scratch:
@@ -48,6 +61,10 @@ def dry_run(recipe: SftRecipe, show: Callable[[str], None] = print) -> None:
         with RunFolder.create(elsewhere.output, "moeft sft", elsewhere.resolved(), {}, _seed(recipe)) as folder:
             prepare(RunContext(elsewhere, folder, show), make_trainer)
     show("dry run: nothing was trained")
+
+
+def _silent(_: str) -> None:
+    """Print nothing, in all processes but the first."""
 
 
 def _seed(recipe: SftRecipe) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeft.config import SftRecipe
 from moeft.errors import MoeftError
@@ -24,6 +24,7 @@ def make_trainer(run: RunContext[SftRecipe]) -> SFTTrainer:
     Raises:
         MoeftError: If the model, its tokenizer, the adapter or the data cannot be used.
     """
+    from moeft.integration.trained_roles import train_roles
     from moeft.training.sft import SFTTrainer, check_encoded
 
     recipe = run.recipe
@@ -34,8 +35,14 @@ def make_trainer(run: RunContext[SftRecipe]) -> SFTTrainer:
     heldout = heldout_rows(recipe.data, run.show)
     model, found = load_base(run)
     check_encoded(rows, tokenizer, model)
+    tuned: Any = model
+    if recipe.lora is not None:
+        tuned = adapted(model, recipe.lora, rows.examples, run.metrics, run.show)
+    if recipe.train:
+        names = train_roles(tuned, recipe.train)
+        run.show(f"trained in full: {len(names)} weights of {', '.join(recipe.train)}")
     trainer = SFTTrainer(
-        model=adapted(model, recipe.lora, rows.examples, run.metrics, run.show),
+        model=tuned,
         args=args,
         train_dataset=rows,
         eval_dataset=heldout,

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeft.runs.launch import launched_sharded
+from moeft.runs.trained import trainer_defaults
+
 if TYPE_CHECKING:
     from moeft.config import SftRecipe
     from moeft.config.sft import Data
@@ -47,6 +50,7 @@ def sft_arguments(recipe: SftRecipe, output_dir: Path) -> SFTConfig:
         packing=recipe.data.packing,
         reasoning=recipe.data.reasoning,
         cache_dir=str(recipe.data.cache_dir or recipe.output / "encoded"),
+        **trainer_defaults(recipe, launched_sharded(recipe.training)),
         **recipe.training,
     )
 

@@ -1,4 +1,4 @@
-"""The order of steps of a run that tunes adapters. Each finished step survives a restart."""
+"""The order of steps of a run that tunes a model. Each finished step survives a restart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from moeft.runs.context import RunContext
 from moeft.runs.held_out import HeldOut
-from moeft.runs.merged import check_mergeable, is_merged, merge_adapters, prove_merge
+from moeft.runs.launch import is_main_process, wait_for_everyone
+from moeft.runs.merged import check_mergeable, is_merged, merge, prove_merge
+from moeft.runs.trained import RouterWatch, save_trained
 
 if TYPE_CHECKING:
     from moeft.training.trainer import MoeTrainer
@@ -28,23 +30,37 @@ def prepare(run: RunContext[Any], make_trainer: MakeTrainer) -> tuple[HeldOut, M
 
 
 def execute(run: RunContext[Any], make_trainer: MakeTrainer) -> None:
-    """Load, measure, train, save the adapters, measure again, merge, prove."""
+    """Load, measure, train, save what trained, measure again, merge, prove."""
+    from moeft.training.progress import AtTrainBegin
+
     held_out, trainer = prepare(run, make_trainer)
     wanted = run.recipe.merge
-    if not held_out.is_measured("before"):
-        with run.stage("measure before"):
-            held_out.measure(trainer, "before")
+    routers = RouterWatch(run)
+
+    def measure_before() -> None:
+        if not held_out.is_measured("before"):
+            with run.stage("measure before"):
+                held_out.measure(trainer, "before")
+                routers.before(trainer)
+
+    if trainer.is_sharded:  # Only training spreads the weights over the processes.
+        trainer.add_callback(AtTrainBegin(measure_before))
+    else:
+        measure_before()
     with run.stage("train"):
         _train(run, trainer)
-    with run.stage("save adapter"):
-        trainer.model.save_pretrained(str(run.folder.path / "adapter"), selected_adapters=run.recipe.trained_adapters())
+    with run.stage("save adapter" if run.recipe.lora is not None else "save weights"):
+        save_trained(run, trainer)
     with run.stage("measure after"):
         held_out.measure(trainer, "after")
+        routers.after(trainer)
     if wanted is None:
         return
     if not is_merged(run, wanted):
         with run.stage("merge"):
-            merge_adapters(run, wanted)
+            if is_main_process():
+                merge(run, trainer, wanted)
+            wait_for_everyone()
     if wanted.verify:
         with run.stage("prove"):
             prove_merge(run, trainer, held_out, wanted)

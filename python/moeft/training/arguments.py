@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from moeft.config.optimizer import HOST_STATE_BITS, optimizer_problems
+from moeft.config.optimizer import HOST_STATE_BITS, OWN_OPTIMIZERS, optimizer_problems
 from moeft.training.layer_policies import check_policy_choice
 from moeft.training.optim import host_options
 
@@ -18,9 +18,10 @@ from moeft.training.optim import host_options
 class MoeConfig(TrainingArguments):
     """``TrainingArguments`` with the defaults that adapters on quantised experts want.
 
-    ``optim`` takes two more names, ``adamw_moeft_host`` and ``adamw_moeft_8bit``:
-    :class:`moeft.training.optim.HostAdamW` with 32- or 8-bit state. ``optim_args`` may set its ``master_weights`` and
-    ``min_8bit_size``.
+    ``optim`` takes three more names: ``adamw_moeft_host`` and ``adamw_moeft_8bit``, which are
+    :class:`moeft.training.optim.HostAdamW` with 32- or 8-bit state, and ``adamw_moeft_stochastic``,
+    :class:`moeft.training.optim.StochasticAdamW`. ``optim_args`` may set ``master_weights`` and ``min_8bit_size`` of
+    the first two.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -68,9 +69,11 @@ class MoeConfig(TrainingArguments):
         if problems := optimizer_problems(vars(self)):
             raise ValueError("; ".join(problems))
         given = dict(vars(self))
-        is_ours = given["optim"] in HOST_STATE_BITS
-        if is_ours:
+        is_ours = given["optim"] in OWN_OPTIMIZERS
+        if given["optim"] in HOST_STATE_BITS:
             host_options(given["optim_args"])
+        elif is_ours and given["optim_args"]:
+            raise ValueError(f"optim_args is {given['optim_args']!r}, expected none: {given['optim']} takes no options")
         if isinstance(policy := self.activation_checkpointing, str):
             check_policy_choice(policy)
             if policy == "none":

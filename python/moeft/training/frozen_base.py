@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from moeft.errors import TrainingError
+from moeft.training.processes import any_process, local, reshard
 
 if TYPE_CHECKING:
     from moeft.training.progress import EventSink
@@ -24,10 +25,12 @@ SHOWN = 5
 class FrozenBase(TrainerCallback):
     """Hashes frozen parameters and persistent buffers when training begins, and compares when it ends.
 
+    Every process of a sharded run hashes the shards that it holds, and all fail if one of them changed.
+
     Attributes:
         seconds: What hashing has cost so far.
-        num_bytes: Bytes under the hash.
-        sha256: Hash of the whole base; None before training.
+        num_bytes: Bytes under the hash, of this process.
+        sha256: Hash of what this process holds of the base, which is all of it unless sharded; None before training.
 
     Args:
         events: Where to record hash and cost.
@@ -55,11 +58,11 @@ class FrozenBase(TrainerCallback):
         changed = sorted(
             name for name in self._before.keys() | after.keys() if self._before.get(name) != after.get(name)
         )
-        if self.events is not None:
+        if self.events is not None and state.is_world_process_zero:
             self.events.event(
                 "frozen_base", sha256=self.sha256, bytes=self.num_bytes, seconds=self.seconds, changed=changed
             )
-        if changed:
+        if any_process(bool(changed), args.device):
             listed = ", ".join(changed[:SHOWN]) + (f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
             raise TrainingError(
                 f"training changed {len(changed)} frozen tensors: {listed}; the adapter belongs to another base than "
@@ -68,6 +71,7 @@ class FrozenBase(TrainerCallback):
 
     def _hash(self, model: nn.Module) -> dict[str, str]:
         start = time.perf_counter()
+        reshard(model)
         frozen = dict(frozen_tensors(model))
         # hashlib lets go of the interpreter's lock, so threads hash side by side.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -86,10 +90,10 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         prefix = f"{path}." if path else ""
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
-                yield prefix + name, parameter.detach()
+                yield prefix + name, local(parameter)
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                yield prefix + name, buffer.detach()
+                yield prefix + name, local(buffer)
 
 
 def hash_tensor(tensor: Tensor) -> str:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from moeft.errors import TrainingError
 from moeft.training.diagnosis import Batch, Diagnosis
+from moeft.training.processes import any_process, local
 
 STATE_KEY = "moeft.skipped_steps"
 
@@ -19,7 +20,8 @@ class NonFiniteGuard(TrainerCallback):
     """Counts and skips bad steps.
 
     ``Trainer`` filters NaN from its logs only: one NaN loss reaches the parameters. Removing every gradient before
-    the optimiser runs makes the step a no-op, whatever the optimiser, and leaves its state alone.
+    the optimiser runs makes the step a no-op, whatever the optimiser, and leaves its state alone. All processes of a
+    run skip a step if one of them has to: its gradients are in everyone's sum.
 
     The counters travel in the state that Trainer saves with each checkpoint. Trainer's own way to restore a callback
     makes a new one from JSON, without ``on_skip`` and unknown to whoever holds this one.
@@ -59,7 +61,9 @@ class NonFiniteGuard(TrainerCallback):
             TrainingError: After ``patience`` bad steps in a row.
         """
         parameters = [p for group in kwargs["optimizer"].param_groups for p in group["params"] if p.grad is not None]
-        reason = self._what_is_wrong(parameters)
+        reason = self._what_is_wrong(parameters, args.device)
+        if reason is None and getattr(getattr(kwargs["optimizer"], "optimizer", None), "overflow", False):
+            reason = "non-finite gradient"  # DeepSpeed has looked at its shards, and dropped the step by now
         seen, self._seen = self._seen, []
         if reason is None:
             self._count(state, in_a_row=0)
@@ -83,11 +87,9 @@ class NonFiniteGuard(TrainerCallback):
         self.in_a_row = in_a_row
         state.stateful_callbacks[STATE_KEY] = [self.skipped_steps, in_a_row]
 
-    def _what_is_wrong(self, parameters: list[Tensor]) -> str | None:
-        if self._seen and bool(torch.stack([bad for _, bad in self._seen]).any()):
+    def _what_is_wrong(self, parameters: list[Tensor], device: torch.device) -> str | None:
+        if any_process(bool(self._seen) and bool(torch.stack([bad for _, bad in self._seen]).any()), device):
             return "non-finite loss"
-        if parameters:
-            norms = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
-            if not bool(torch.isfinite(norms).all()):
-                return "non-finite gradient"
-        return None
+        gradients = [local(p.grad) for p in parameters]
+        bad = bool(gradients) and not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+        return "non-finite gradient" if any_process(bad, device) else None

@@ -17,7 +17,7 @@ class MissingGradients(TrainerCallback):
     Experts without a token get gradients of zero, not none, so an adapter that the batch never reached passes.
 
     Args:
-        shard_gradients: Whether the launcher keeps gradients elsewhere, as ZeRO and FSDP do; nothing is checked then.
+        shard_gradients: Whether the launcher keeps gradients elsewhere, as ZeRO does; nothing is checked then.
     """
 
     def __init__(self, shard_gradients: bool = False) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+
+from moeft.training.processes import total_count
 
 STATE_KEY = "moeft.throughput"
 ROUTING_KEYS = ("load_imbalance", "load_entropy", "router_entropy", "idle_experts")
@@ -29,7 +32,7 @@ def peak_bytes() -> int:
 
 
 class Throughput(TrainerCallback):
-    """Tokens and seconds of training steps; loading data, evaluation and checkpoints are not counted.
+    """Tokens, of all processes, and seconds of training steps; not of loading data, evaluation and checkpoints.
 
     The totals travel in the state that Trainer saves with each checkpoint: after a resume they cover every step that
     the weights have seen, and none of those that were lost.
@@ -42,12 +45,13 @@ class Throughput(TrainerCallback):
     def __init__(self) -> None:
         self.total_tokens = 0
         self.total_seconds = 0.0
+        self._step_tokens = 0
         self._read_at = (0, 0.0)
         self._step_began = 0.0
 
     def add(self, tokens: int) -> None:
         """Count tokens that went through the model in this step."""
-        self.total_tokens += tokens
+        self._step_tokens += tokens
 
     def read(self) -> float:
         """Tokens per second of the steps since the last reading."""
@@ -62,11 +66,13 @@ class Throughput(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
+        self._step_tokens = 0
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock."""
         self.total_seconds += time.perf_counter() - self._step_began
+        self.total_tokens += total_count(self._step_tokens, args.device)
         state.stateful_callbacks[STATE_KEY] = [self.total_tokens, self.total_seconds]
 
 
@@ -121,3 +127,14 @@ class EventLog(TrainerCallback):
         """A checkpoint was written."""
         if state.is_world_process_zero:
             self.sink.event("checkpoint", step=state.global_step, path=f"checkpoint-{state.global_step}")
+
+
+class AtTrainBegin(TrainerCallback):
+    """Calls a function once, when training begins and every weight is where training has it."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call it."""
+        self.function()

@@ -17,12 +17,13 @@ from transformers import TrainerCallback
 
 from moeft.errors import UnsupportedModelError
 from moeft.integration import model_family
+from moeft.training.processes import total
 
 STATE_KEY = "moeft.routing"
 
 
 class RoutingMonitor(TrainerCallback):
-    """Counts the tokens of every expert while training; padding is not counted.
+    """Counts the tokens of every expert while training, of all processes together; padding is not counted.
 
     Hooks hang on the experts modules during training only and never wait for the device: they add to tensors there.
     Under activation checkpointing the recomputation counts too, which changes no share.
@@ -78,7 +79,7 @@ class RoutingMonitor(TrainerCallback):
             self._paused = False
 
     def read(self) -> dict[str, float]:
-        """Figures since the last reading; empty for a model without experts.
+        """Figures since the last reading; empty for a model without experts. Every process must read.
 
         Returns:
             ``load_imbalance``: load of the busiest expert over the mean load, mean over layers; 1 is even.
@@ -86,11 +87,11 @@ class RoutingMonitor(TrainerCallback):
             ``router_entropy``: entropy of a token's chosen weights over its largest value, mean over tokens and layers.
             ``idle_experts``: experts of all layers that have had no token since training began.
         """
-        layers = [load.cpu() for load in self._load.values()]
+        layers = [total(load).cpu() for load in self._load.values()]
         layers = [load for load in layers if load.sum() > 0]
         if not layers:
             return {}
-        entropy, tokens = torch.stack([entropy.cpu() for entropy in self._entropy.values()]).sum(0).tolist()
+        entropy, tokens = torch.stack([total(entropy).cpu() for entropy in self._entropy.values()]).sum(0).tolist()
         figures = {
             "load_imbalance": _mean(float(load.max() / load.mean()) for load in layers),
             "load_entropy": _mean(_normalised_entropy(load) for load in layers),
@@ -136,7 +137,7 @@ class RoutingMonitor(TrainerCallback):
     def _settle(self) -> None:
         """Move what was counted since the last reading into the totals."""
         for name, load in self._load.items():
-            self._total[name] += load
+            self._total[name] += total(load)
             load.zero_()
             self._entropy[name].zero_()
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from moeft.config.optimizer import HOST_STATE_BITS
+from moeft.config.optimizer import HOST_STATE_BITS, OWN_OPTIMIZERS, STOCHASTIC
 from moeft.config.protection import Protection
 from moeft.data.collate import count_tokens
-from moeft.integration import stacking
 from moeft.integration.cpu_linears import multiply_in_core
 from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
@@ -33,13 +30,15 @@ from moeft.training.guards import NonFiniteGuard
 from moeft.training.layer_policies import LayerPolicies
 from moeft.training.length_grouping import SeededLengthGroupedSampler
 from moeft.training.missing_gradients import MissingGradients
-from moeft.training.optim import HostAdamW, host_options, raise_rate_of_b
+from moeft.training.optim import HostAdamW, StochasticAdamW, host_options, raise_rate_of_b
 from moeft.training.progress import EventLog, EventSink, ProgressBar, Throughput, peak_bytes
 from moeft.training.protection import SubspaceProtection
 from moeft.training.routing_monitor import RoutingMonitor
+from moeft.training.saving import TrainableCheckpoints
+from moeft.training.sharding import prepare_fsdp
 
 
-class MoeTrainer(Trainer):
+class MoeTrainer(TrainableCheckpoints):
     """Trainer with guards and measurements; tasks subclass it.
 
     Args:
@@ -50,7 +49,8 @@ class MoeTrainer(Trainer):
 
     Raises:
         ValueError: If ``compute_metrics`` is given: evaluation keeps no logits. If a plan does not fit the model or
-            the arguments. If weights are to be protected and are sharded, or the protection does not fit them.
+            the arguments. If weights are to be protected and are sharded, or the protection does not fit them. If the
+            optimiser is one of moeft's and weights are sharded.
         CheckpointError: If the protection's files do not belong to the model.
     """
 
@@ -72,7 +72,7 @@ class MoeTrainer(Trainer):
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         multiply_in_core(base)
         self.loss_is_fused = fuse_loss(base)
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        sharded = self.is_sharded
         if not sharded:  # else the modules of the factors must be called, which gathers them
             fuse_lora(base)
         if self.args.fused_norms:
@@ -81,7 +81,14 @@ class MoeTrainer(Trainer):
         self.throughput = Throughput()
         self._operations_per_token: int | None = None
         self.add_callback(self.throughput)
-        self.add_callback(MissingGradients(sharded))
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self.accelerator, self.model)
+        if sharded and self.args.optim in OWN_OPTIMIZERS:
+            raise ValueError(
+                f"optim {self.args.optim!r} steps on whole weights, which FSDP and DeepSpeed shard; take adamw_torch: "
+                "both keep float32 masters of weights that train in bfloat16"
+            )
+        self.add_callback(MissingGradients(self.is_deepspeed_enabled))
         # A second look by one process alone would wait for the others' shards.
         self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip, None if sharded else self._diagnose)
         self.add_callback(self.guard)
@@ -116,15 +123,16 @@ class MoeTrainer(Trainer):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: MoeConfig, model: Any = None) -> tuple[Any, Any]:
         """Class and arguments of the optimiser that ``args.optim`` names."""
-        if args.optim not in HOST_STATE_BITS:
+        if args.optim not in OWN_OPTIMIZERS:
             return Trainer.get_optimizer_cls_and_kwargs(args, model)
         options = {
             "lr": args.learning_rate,
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
-            "state_bits": HOST_STATE_BITS[args.optim],
         }
-        return HostAdamW, options | host_options(args.optim_args)
+        if args.optim == STOCHASTIC:
+            return StochasticAdamW, options | {"seed": args.seed}
+        return HostAdamW, options | {"state_bits": HOST_STATE_BITS[args.optim]} | host_options(args.optim_args)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimiser of ``args.optim``, with a higher rate for B factors if ``args`` ask for it."""
@@ -155,13 +163,6 @@ class MoeTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Of a stack, transformers 5.17 leaves out the adapter `default`, and later ones activate the first one alone.
-        if isinstance(self.model, PeftModel) and len(self.model.peft_config) > 1:
-            stacking.restore(self.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
@@ -215,12 +216,12 @@ class MoeTrainer(Trainer):
         # Under autocast as in training: else a loss before training and one after it would differ in precision.
         with torch.no_grad(), self.compute_loss_context_manager():
             for inputs in dataloader:
-                inputs = self._prepare_inputs(inputs)
+                inputs = self._prepare_inputs(self._without_repeats(inputs))
                 loss = model(**inputs, **({"num_items_in_batch": 1} if self.loss_is_fused else {})).loss
                 tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-                total += loss.double() * (1 if self.loss_is_fused else tokens)
+                total += (loss.double() * (1 if self.loss_is_fused else tokens)).where(tokens > 0, 0.0)
                 count += tokens
-                rows += inputs["labels"].shape[0]
+                rows += (inputs["labels"] != IGNORE_INDEX).any(1).sum()
         total, count, rows = self.accelerator.reduce(torch.stack((total, count, rows)), "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
@@ -229,9 +230,18 @@ class MoeTrainer(Trainer):
         """Token ids of a few rows to compare models on."""
         raise NotImplementedError
 
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch whose rows that only even out the last batches of several processes do not count."""
+        left = self.accelerator.gradient_state.remainder
+        if self.args.world_size == 1 or left <= 0 or not self.accelerator.gradient_state.end_of_dataloader:
+            return inputs
+        labels = inputs["labels"].clone()
+        labels[max(0, left - self.args.process_index * len(labels)) :] = IGNORE_INDEX
+        return inputs | {"labels": labels}
+
     def _on_skip(self, step: int, reason: str, finding: Diagnosis | None) -> None:
         found = {} if finding is None else asdict(finding)
-        if self.events is not None:
+        if self.events is not None and self.is_world_process_zero():
             self.events.event("skipped_step", step=step, reason=reason, **found)
         self.state.log_history.append({"step": step, "skipped": reason, **found})
 
