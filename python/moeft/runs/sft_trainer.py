@@ -26,7 +26,7 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     """
     from moeft import _core
     from moeft.integration.audit import audit
-    from moeft.integration.loading import load
+    from moeft.integration.loading import load_model
     from moeft.integration.nf4_config import NF4Config
     from moeft.training.sft import SFTTrainer, check_encoded
 
@@ -34,15 +34,15 @@ def make_trainer(run: RunContext) -> SFTTrainer:
     args = sft_arguments(recipe, run.folder.path / "checkpoints")
     wanted = recipe.quantization
     config = None if wanted is None else NF4Config(**wanted.model_dump())
-    _core.tensors(str(recipe.model))  # Reads every header: a damaged shard answers before rows are encoded,
+    # What may fail goes from quick to slow: headers of all shards, rows, a model that may take minutes to load.
+    _core.tensors(str(recipe.model))
     tokenizer, origin = load_tokenizer(recipe.model, recipe.data.chat_template)
     if origin is not None:
         run.show(f"chat template: {origin}")
-    # and bad rows before a large model is loaded.
     rows, composition = training_rows(recipe.data, tokenizer, args, run.show)
     run.metrics["composition"] = composition.to_json()
     heldout = heldout_rows(recipe.data, run.show)
-    model, _ = load(recipe.model, config, recipe.text_only, recipe.dtype)
+    model = load_model(recipe.model, config, recipe.text_only, recipe.dtype)
     packed = getattr(model.config, "quantization_config", None)
     found = audit(model, strict=bool(packed and packed.experts))
     run.show(str(found))
