@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PhimoeConfig, TrainingArguments
 
 import moeft
 from moeft.config import SftRecipe, validate_training_fields
-from moeft.config.sft import Data, Evaluation
+from moeft.config.evaluation import Evaluation
+from moeft.config.sft import Data
 from moeft.errors import DataError, MoeftError, RecipeError, RunFolderError
 from moeft.provenance import RunFolder
 from moeft.runs.replies import HeldOutCalls

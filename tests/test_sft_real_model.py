@@ -43,8 +43,8 @@ def test_steps_on_a_real_model_equal_plain_peft_on_the_values_of_bitsandbytes(tm
     lines = (json.dumps({"messages": row.messages}) + "\n" for row in rows)
     (tmp_path / "rows.jsonl").write_text("".join(lines))
     values = {"model": model, "output": tmp_path / "run", "dtype": "float32"}
-    values |= {"data.train": tmp_path / "rows.jsonl", "data.eval": "null", "data.max_length": 48}
-    training = {"max_steps": 2, "gradient_accumulation_steps": 2, "save_strategy": '"no"', "use_cpu": "true"}
+    values |= {"data.train": tmp_path / "rows.jsonl", "data.eval": "null", "data.max_length": 32}
+    training = {"max_steps": 2, "gradient_accumulation_steps": 1, "save_strategy": '"no"', "use_cpu": "true"}
     values |= {f"training.{key}": value for key, value in training.items()}
     recipe = SftRecipe.load(RECIPE, [f"{key}={value}" for key, value in values.items()])
     folder = run(recipe, show=lambda text: None)

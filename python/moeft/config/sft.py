@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from moeft.config.evaluation import Evaluation
 from moeft.config.filters import Filters
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
@@ -181,34 +182,6 @@ class Data(TuningData):
         default=MAX_REJECT_SHARE, ge=0, le=1, description="Largest share of a file's rows that may be unreadable"
     )
     filters: Filters = Field(default_factory=Filters, description="Training rows to leave out")
-
-
-class Recall(Section):
-    """Facts that are told in the first turn and asked for later on, as :mod:`moeft.evaluation.recall` does."""
-
-    filler: Path = Field(description="Conversations whose exchanges stand between fact and question")
-    distances: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...],
-        Field(min_length=1, description="Exchanges between fact and question"),
-    ] = (0, 2, 8)
-    max_new_tokens: int = Field(default=0, ge=0, description="Length of replies to generate as well; 0 for none")
-
-
-class Evaluation(Section):
-    """Measurements on held-out rows before and after training."""
-
-    tool_calls: Path | None = Field(
-        default=None, description="JSONL file of held-out requests with the right tool call"
-    )
-    turn_perplexity: Path | None = Field(
-        default=None, description="Held-out conversations: perplexity of the assistant's first, second, ... turn"
-    )
-    recall: Recall | None = Field(default=None, description="Whether the model still knows what it was told early on")
-    max_new_tokens: int = Field(default=64, ge=1, description="Longest answer in tokens")
-    batch_size: int = Field(default=16, ge=1, description="Requests answered at once")
-    router_drift_rows: int | None = Field(
-        default=None, ge=0, description="Rows on which routing is compared before and after; null takes 16 with `train`"
-    )
 
 
 class Merge(Section):

@@ -30,7 +30,29 @@ def load(
     dtype: str | torch.dtype = "bfloat16",
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a 16-bit or packed checkpoint.
+    """Load a 16-bit or packed checkpoint and its tokenizer.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer; None if the folder has none.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: As :func:`load_model`, whose arguments these are.
+    """
+    import transformers
+
+    model = load_model(path, config, text_only, dtype, device)
+    has_tokenizer = any((Path(path) / name).exists() for name in TOKENIZER_FILES)
+    return model, transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+
+
+def load_model(
+    path: str | Path,
+    config: NF4Config | None = None,
+    text_only: bool = True,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Load a 16-bit or packed checkpoint, in evaluation mode.
 
     Args:
         path: Folder of the checkpoint.
@@ -38,9 +60,6 @@ def load(
         text_only: Of a multimodal checkpoint, load the language model alone.
         dtype: Of everything that is not packed.
         device: Where to put the model; default the CPU.
-
-    Returns:
-        The model, in evaluation mode, and its tokenizer; None if the folder has none.
 
     Raises:
         CheckpointError: If the folder is no checkpoint, a shard is missing or damaged, or a weight is missing,
@@ -86,8 +105,7 @@ def load(
     if renaming:
         _forget(model, renaming)
     multiply_in_core(model)
-    has_tokenizer = any((Path(path) / name).exists() for name in TOKENIZER_FILES)
-    return model, transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+    return model
 
 
 def _known_family(model_type: str) -> families.Family | None:

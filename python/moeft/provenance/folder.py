@@ -30,8 +30,8 @@ from typing import IO, Any, Self
 
 from moeft.errors import RunFolderError
 from moeft.provenance import files
+from moeft.provenance.comparison import asked, differences, run_differences
 from moeft.provenance.environment import describe_environment
-from moeft.provenance.fingerprint import fingerprint
 
 
 class RunFolder:
@@ -79,13 +79,14 @@ class RunFolder:
                 that another process is running.
         """
         path = Path(path).absolute()
-        asked = _asked(path, command, recipe, inputs, seed, processes)
+        wanted = asked(command, recipe, inputs, seed, processes)
+        _require_free(path)
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         try:
             if (path / "run.json").exists():
-                return cls._continue(path, asked, lock)
-            record = {**asked, **describe_environment(), "started_at": _now(), "attempts": 1, "status": "running"}
+                return cls._continue(path, wanted, lock)
+            record = {**wanted, **describe_environment(), "started_at": _now(), "attempts": 1, "status": "running"}
             files.write_json(path / "run.json", record)
             run = cls(path, record, lock)
             run.event("start", attempt=1, changed=[])
@@ -106,9 +107,10 @@ class RunFolder:
     ) -> None:
         """Refuse what :meth:`create` would refuse, and leave everything as it is; arguments and errors are the same."""
         path = Path(path).absolute()
-        asked = _asked(path, command, recipe, inputs, seed, processes)
+        wanted = asked(command, recipe, inputs, seed, processes)
+        _require_free(path)
         if (path / "run.json").exists():
-            cls.open(path)._require_same(asked)
+            cls.open(path)._require_same(wanted)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -126,18 +128,18 @@ class RunFolder:
         return cls(path, record)
 
     @classmethod
-    def _continue(cls, path: Path, asked: dict[str, Any], lock: IO[bytes]) -> Self:
+    def _continue(cls, path: Path, wanted: dict[str, Any], lock: IO[bytes]) -> Self:
         run = cls.open(path)
         run._lock = lock
-        run._require_same(asked)
+        run._require_same(wanted)
         files.drop_torn_line(path / "events.jsonl")
-        if _run_differences(run.record, asked):
+        if run_differences(run.record, wanted):
             (path / "metrics.json").unlink(missing_ok=True)
-            run._update(**asked)
+            run._update(**wanted)
         environment = describe_environment()
         before = {key: run.record.get(key) for key in environment}
         run._update(**environment, attempts=run.record["attempts"] + 1, status="running")
-        run.event("start", attempt=run.record["attempts"], changed=_differences(before, environment))
+        run.event("start", attempt=run.record["attempts"], changed=differences(before, environment))
         return run
 
     @property
@@ -146,11 +148,11 @@ class RunFolder:
         stages = [event["status"] for event in self.events("stage")]
         return self.status == "failed" and bool(stages) and "finished" not in stages
 
-    def _require_same(self, asked: Mapping[str, Any]) -> None:
-        differences = _run_differences(self.record, asked)
-        if differences and not self._came_to_nothing:
+    def _require_same(self, wanted: Mapping[str, Any]) -> None:
+        changed = run_differences(self.record, wanted)
+        if changed and not self._came_to_nothing:
             what = f"{self.path} holds a run of something else; choose another output, or go back to:"
-            raise RunFolderError("\n  ".join([what, *differences]))
+            raise RunFolderError("\n  ".join([what, *changed]))
         if self.status == "finished":
             when = self.record["finished_at"]
             raise RunFolderError(f"{self.path} holds this run, finished at {when}; nothing is left to do")
@@ -215,28 +217,6 @@ class RunFolder:
             self._lock = None
 
 
-def _asked(
-    path: Path,
-    command: str,
-    recipe: Mapping[str, Any],
-    inputs: Mapping[str, Path],
-    seed: int | None,
-    processes: int,
-) -> dict[str, Any]:
-    """What a second start compares, of a folder that can hold a run."""
-    asked = {
-        "command": command,
-        "recipe": files.to_json(recipe),
-        "seed": seed,
-        "processes": processes,
-        "inputs": {name: fingerprint(Path(source)) for name, source in inputs.items()},
-    }
-    if path.is_dir() and not (path / "run.json").exists() and _visible_names(path):
-        names = ", ".join(_visible_names(path)[:3])
-        raise RunFolderError(f"{path} is no run folder and not empty ({names}); choose another output")
-    return asked
-
-
 def _lock(path: Path) -> IO[bytes]:
     """Hold the folder for this process; the system lets go of it when the process ends, however it ends."""
     file = open(path / ".lock", "ab")  # noqa: SIM115  (open for as long as the run)
@@ -252,30 +232,10 @@ def _lock(path: Path) -> IO[bytes]:
     return file
 
 
-def _run_differences(record: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What has to be equal for a run to continue and is not. Of an input counts what it holds, not where it lies."""
-    before, now = (
-        {
-            "command": run["command"],
-            "seed": run.get("seed"),
-            "processes": run.get("processes", 1),
-            "inputs": {name: {"sha256": source["sha256"]} for name, source in run["inputs"].items()},
-        }
-        for run in (record, asked)
-    )
-    return _differences(record["recipe"], asked["recipe"]) + _differences(before, now)
-
-
-def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """One line per value that differs, with its dotted key."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        names = [*before, *(name for name in now if name not in before)]
-        return [
-            line
-            for name in names
-            for line in _differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if before == now else [f"{key} was {before!r}, is now {now!r}"]
+def _require_free(path: Path) -> None:
+    if path.is_dir() and not (path / "run.json").exists() and _visible_names(path):
+        names = ", ".join(_visible_names(path)[:3])
+        raise RunFolderError(f"{path} is no run folder and not empty ({names}); choose another output")
 
 
 def _visible_names(path: Path) -> list[str]:

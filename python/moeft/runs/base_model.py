@@ -35,14 +35,14 @@ def load_base(run: RunContext[Any]) -> tuple[Any, Audit]:
         MoeftError: If the model cannot be used.
     """
     from moeft.integration.audit import audit
-    from moeft.integration.loading import load
+    from moeft.integration.loading import load_model
     from moeft.integration.nf4_config import NF4Config
 
     recipe = run.recipe
     wanted = recipe.quantization
     config = None if wanted is None else NF4Config(**wanted.model_dump())
     with whole_models():
-        model, _ = load(recipe.model, config, recipe.text_only, recipe.dtype)
+        model = load_model(recipe.model, config, recipe.text_only, recipe.dtype)
     packed = getattr(model.config, "quantization_config", None)
     found = audit(model, strict=bool(packed and packed.experts))
     run.show(str(found))

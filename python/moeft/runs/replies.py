@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moeft.config.sft import Evaluation
+from moeft.config.evaluation import Evaluation
 from moeft.data.rows import read_rows
 from moeft.errors import DataError
 

@@ -29,9 +29,10 @@ def make_trainer(run: RunContext[SftRecipe]) -> SFTTrainer:
 
     recipe = run.recipe
     args = sft_arguments(recipe, run.folder.path / "checkpoints")
+    # What may fail goes from quick to slow: headers of all shards, rows, a model that may take minutes to load.
     tokenizer = load_tokenizer_of(run, recipe.data.chat_template)
-    rows, composition = training_rows(recipe.data, tokenizer, args, run.show)  # Bad rows answer before a large model
-    run.metrics["composition"] = composition.to_json()  # is loaded.
+    rows, composition = training_rows(recipe.data, tokenizer, args, run.show)
+    run.metrics["composition"] = composition.to_json()
     heldout = heldout_rows(recipe.data, run.show)
     model, found = load_base(run)
     check_encoded(rows, tokenizer, model)
