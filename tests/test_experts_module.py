@@ -26,7 +26,8 @@ def test_every_family_file_says_what_transformers_builds(name):
             ExpertLayout(True, True), ClampedSwiglu(module.alpha, module.limit), True
         )
     else:
-        assert spec == experts_module.ExpertsModule(ExpertLayout(False, False), module.act_fn, False)
+        layout = ExpertLayout(transposed=name == "aria")
+        assert spec == experts_module.ExpertsModule(layout, module.act_fn, False)
 
 
 @pytest.mark.parametrize("name", UNKNOWN_NAMES)
