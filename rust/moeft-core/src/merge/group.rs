@@ -69,9 +69,9 @@ pub fn write_group(
         progress.advance(slot.output.len() as u64, &job.name)
     };
     pipeline(threads(), slots, items.len(), fill, commit)?;
-    for (task, kernel) in tasks.into_iter().zip(kernels) {
-        let branch = kernel.as_deref().and_then(Kernel::branch);
-        reports.extend(Task { branch, ..task }.report());
+    for (mut task, kernel) in tasks.into_iter().zip(kernels) {
+        task.branch = kernel.as_deref().and_then(Kernel::branch);
+        reports.extend(task.report());
     }
     Ok(())
 }
