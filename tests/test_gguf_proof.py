@@ -58,10 +58,11 @@ def test_no_norm_scale_or_factor_can_be_lost_unseen(family: str, tmp_path: Path)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, values in [*model.named_parameters(), *model.named_buffers()]:
-            if values.ndim < 2 and ("norm" in name or "scal" in name):
+            # The scale of embeddings is computed, not saved.
+            if values.ndim < 2 and ("norm" in name or "scal" in name) and "embed_scale" not in name:
                 values.mul_(torch.empty_like(values).uniform_(0.5, 1.5))
     model.save_pretrained(folder)
-    ids = torch.randint(20, 180, (24,)).tolist()
+    ids = torch.randint(20, 180, (18,)).tolist()
     spoken = reference(model, [[2, *ids]])
     gguf.export(folder, tmp_path / "m.gguf", type="f32")
     raw = (tmp_path / "m.gguf").read_bytes()
