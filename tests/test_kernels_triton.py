@@ -171,7 +171,7 @@ def test_workspace_is_bounded_by_its_variable(monkeypatch):
         config.workspace_bytes(torch.device("meta"))
 
 
-# GeForce cards decode inside the product; sm_90 and sm_100 read a restored stack, by PyTorch where it fits the workspace.
+# GeForce cards decode inside the product; sm_90 and sm_100 read a restored stack, by PyTorch if it fits the workspace.
 @pytest.mark.parametrize(
     ("capability", "tokens", "path"),
     [
