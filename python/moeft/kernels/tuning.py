@@ -54,18 +54,22 @@ def tune(device: torch.device, run: Callable[[], object], repeats: int = 5) -> d
     _asked.clear()
     run()
     measured: dict[str, dict[tuple, float]] = {}
-    for key, candidates in list(_asked.items()):
-        seconds = {}
-        for candidate in candidates:
-            _forced[key] = candidate
-            time = _seconds(run, device, repeats)
-            if time is not None:
-                seconds[candidate] = time
-        _forced[key] = min(seconds, key=lambda c: seconds[c], default=candidates[0])
-        measured[key] = seconds
+    try:
+        for key, candidates in list(_asked.items()):
+            seconds = {}
+            for candidate in candidates:
+                _forced[key] = candidate
+                time = _seconds(run, device, repeats)
+                if time is not None:
+                    seconds[candidate] = time
+            _forced[key] = min(seconds, key=lambda c: seconds[c], default=candidates[0])
+            measured[key] = seconds
+        chosen = {key: list(_forced[key]) for key in measured}
+    finally:
+        _forced.clear()
+        _known.clear()
     file = _file(device)
-    _tables[file] = {**_table(file), **{key: list(_forced.pop(key)) for key in measured}}
-    _known.clear()
+    _tables[file] = {**_table(file), **chosen}
     _write(file, _tables[file])
     return measured
 
