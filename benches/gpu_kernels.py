@@ -64,17 +64,17 @@ def tuning(bench: Bench) -> None:
         gpu.Factors(bench.randn(s.experts * s.rank, columns), bench.randn(rows, s.rank * s.experts), 1.0)
         for rows, columns in ((2 * s.inner, s.hidden), (s.hidden, s.inner))
     ]
-    for tokens in (s.tokens[-3], s.tokens[-1]):
-        x, weights = bench.randn(tokens, s.hidden), bench.randn(tokens, s.top_k, dtype=torch.float32)
-        buckets = Buckets(*routing.bucket(bench.routing(tokens).flatten(), s.experts))
-        for stacks in ((up, down), (dense(up, s.dtype), dense(down, s.dtype))):
+    tokens = s.tokens[-1]
+    x, weights = bench.randn(tokens, s.hidden), bench.randn(tokens, s.top_k, dtype=torch.float32)
+    buckets = Buckets(*routing.bucket(bench.routing(tokens).flatten(), s.experts))
+    for stacks in ((up, down), (dense(up, s.dtype), dense(down, s.dtype))):
 
-            def run(x=x, weights=weights, buckets=buckets, stacks=stacks) -> None:
-                _, saved = gpu.forward(x, weights, *stacks, *factors, buckets, "gelu_tanh", True)
-                gpu.backward(x, x, weights, *stacks, *factors, buckets, "gelu_tanh", saved)
+        def run(stacks=stacks) -> None:
+            _, saved = gpu.forward(x, weights, *stacks, *factors, buckets, "gelu_tanh", True)
+            gpu.backward(x, x, weights, *stacks, *factors, buckets, "gelu_tanh", saved)
 
-            for key, seconds in kernel_tuning.tune(bench.device, run, 3).items():
-                bench.write("tuning", key=key, tokens=tokens, seconds={str(tuple(c)): t for c, t in seconds.items()})
+        for key, seconds in kernel_tuning.tune(bench.device, run, 3).items():
+            bench.write("tuning", key=key, tokens=tokens, seconds={str(tuple(c)): t for c, t in seconds.items()})
 
 
 def products(bench: Bench) -> None:
@@ -90,12 +90,13 @@ def products(bench: Bench) -> None:
         flops = 2 * rows * 2 * s.inner * s.hidden
         paths = {"fused": weight, "workspace": weight, "grouped_mm": weight}
         chosen = config.path_of_weight(weight, rows, bench.randn(1, 1))
-        for m in sorted({config.rows_of_tile(rows, s.experts), 64, 128}):
+        default = config.rows_of_tile(rows, s.experts)
+        for m in sorted({default, *((64, 128) if default == 128 else ())}):
             tiles = grouped.Tiles.of(offsets, rows, m)
             for transpose in (False, True):
                 x = bench.randn(rows, 2 * s.inner if transpose else s.hidden)
                 for path, stack in [*paths.items(), ("resident", resident), ("resident grouped_mm", resident)]:
-                    if m != config.rows_of_tile(rows, s.experts) and "grouped_mm" in path:
+                    if m != default and "grouped_mm" in path:
                         continue
                     how: Any = {"resident": "workspace", "resident grouped_mm": "grouped_mm"}.get(path, path)
                     record = {"path": path, "tokens": tokens, "transpose": transpose, "rows_of_tile": m}

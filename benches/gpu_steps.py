@@ -1,4 +1,8 @@
-"""Training steps of the whole model: seconds, tokens per second, memory, launches, host synchronisations."""
+"""Training steps of the whole model: seconds, tokens per second, memory, launches, host synchronisations.
+
+A step is forward and backward with gradients kept. The optimiser of the plans is moeft's on the host, which takes no
+memory of the GPU and acts once for several steps; its time is not counted.
+"""
 
 from __future__ import annotations
 

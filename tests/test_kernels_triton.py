@@ -159,3 +159,35 @@ def test_missing_triton_falls_back_to_pytorch(monkeypatch, caplog):
 def test_import_of_the_kernels_does_not_load_triton():
     code = "import sys, moeft.kernels; sys.exit('triton.language' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_workspace_is_bounded_by_its_variable(monkeypatch):
+    config.workspace_bytes.cache_clear()
+    monkeypatch.setenv("MOEFT_WORKSPACE_MIB", "96")
+    assert config.workspace_bytes(torch.device("meta")) == 96 << 20
+    config.workspace_bytes.cache_clear()
+    monkeypatch.setenv("MOEFT_WORKSPACE_MIB", "a lot")
+    with pytest.raises(ValueError, match=r"MOEFT_WORKSPACE_MIB is 'a lot', expected a positive number of mebibytes"):
+        config.workspace_bytes(torch.device("meta"))
+
+
+# GeForce cards decode inside the product; sm_90 and sm_100 read a restored stack, by PyTorch if it fits the workspace.
+@pytest.mark.parametrize(
+    ("capability", "tokens", "path"),
+    [
+        ((8, 6), 4096, "fused"),
+        ((8, 6), 8192, "workspace"),
+        ((8, 0), 4096, "workspace"),
+        ((12, 0), 4096, "fused"),
+        ((9, 0), 128, "fused"),
+        ((9, 0), 4096, "grouped_mm"),
+        ((10, 0), 4096, "grouped_mm"),
+    ],
+)
+def test_way_through_a_stack_depends_on_gpu_and_rows(monkeypatch, capability, tokens, path):
+    monkeypatch.setattr(config, "capability_of", lambda _: capability)
+    monkeypatch.setattr(config, "workspace_bytes", lambda _: 2 << 30)
+    weight = meta_launches.packed(128, 1408, 2816)
+    assert config.path_of_weight(weight, tokens * 8, meta_launches.empty(1, 2816)) == path
+    monkeypatch.setattr(config, "workspace_bytes", lambda _: 64 << 20)
+    assert config.path_of_weight(weight, tokens * 8, meta_launches.empty(1, 2816)) != "grouped_mm"

@@ -78,7 +78,7 @@ def _obstacle(device: torch.device) -> str | None:
     elif (capability := torch.cuda.get_device_capability(device)) < OLDEST:
         name = torch.cuda.get_device_name(device)
         obstacle = f"{name} is sm_{capability[0]}{capability[1]}, and Triton's kernels need sm_80 or newer"
-    if obstacle:
+    if obstacle and device.type != "meta":
         _logger.warning("%s: layers are restored from 4 bits and multiplied by PyTorch, which is slower", obstacle)
     return obstacle
 

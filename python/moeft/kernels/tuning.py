@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -17,6 +17,7 @@ VARIABLE = "MOEFT_CACHE"
 Choice = TypeVar("Choice", bound=tuple)
 
 _logger = logging.getLogger(__name__)
+_known: dict[tuple[torch.device, str], Any] = {}  # a layer asks a dozen times, and a file's name takes microseconds
 _tables: dict[Path, dict[str, list[Any]]] = {}
 _forced: dict[str, tuple] = {}
 _asked: dict[str, Sequence[tuple]] = {}
@@ -28,9 +29,12 @@ def lookup(key: str, device: torch.device, candidates: Sequence[Choice]) -> Choi
     An entry that is no candidate (another version wrote it) is passed over. No host synchronisation.
     """
     _asked[key] = candidates
-    kept = _table(_file(device)).get(key) if device.type == "cuda" else None
-    wanted = list(_forced.get(key, kept or ()))
-    return next((c for c in candidates if list(c) == wanted), candidates[0])
+    if key in _forced:
+        return cast("Choice", _forced[key])
+    if (device, key) not in _known:
+        kept = _table(_file(device)).get(key) if device.type == "cuda" else None
+        _known[device, key] = next((c for c in candidates if list(c) == kept), candidates[0])
+    return cast("Choice", _known[device, key])
 
 
 def tune(device: torch.device, run: Callable[[], object], repeats: int = 5) -> dict[str, dict[tuple, float]]:
@@ -50,17 +54,22 @@ def tune(device: torch.device, run: Callable[[], object], repeats: int = 5) -> d
     _asked.clear()
     run()
     measured: dict[str, dict[tuple, float]] = {}
-    for key, candidates in list(_asked.items()):
-        seconds = {}
-        for candidate in candidates:
-            _forced[key] = candidate
-            time = _seconds(run, device, repeats)
-            if time is not None:
-                seconds[candidate] = time
-        _forced[key] = min(seconds, key=lambda c: seconds[c], default=candidates[0])
-        measured[key] = seconds
+    try:
+        for key, candidates in list(_asked.items()):
+            seconds = {}
+            for candidate in candidates:
+                _forced[key] = candidate
+                time = _seconds(run, device, repeats)
+                if time is not None:
+                    seconds[candidate] = time
+            _forced[key] = min(seconds, key=lambda c: seconds[c], default=candidates[0])
+            measured[key] = seconds
+        chosen = {key: list(_forced[key]) for key in measured}
+    finally:
+        _forced.clear()
+        _known.clear()
     file = _file(device)
-    _tables[file] = {**_table(file), **{key: list(_forced.pop(key)) for key in measured}}
+    _tables[file] = {**_table(file), **chosen}
     _write(file, _tables[file])
     return measured
 
