@@ -14,7 +14,7 @@ from moeft.tool_protocols.call import Reply, ToolCall, ToolCallError, ToolProtoc
 from moeft.tool_protocols.json_values import read_json, write_json
 
 _OPEN, _CLOSE, _QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_NAME = re.compile(r"\w[\w.\-]*")
 _SCALAR = re.compile(r"[-+.A-Za-z0-9]+")
 _MOST_DEPTH = 64
 _MARKS = re.compile(r"<\|tool_response>|<turn\|>|<eos>")
