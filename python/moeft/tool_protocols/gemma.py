@@ -7,14 +7,14 @@ characters than a name has stands between ``<|"|>`` too.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moeft.tool_protocols.call import Reply, ToolCall, ToolCallError, ToolProtocol, parse_marked
 from moeft.tool_protocols.json_values import read_json, write_json
 
 _OPEN, _CLOSE, _QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_NAME = re.compile(r"\w[\w.\-]*")
 _SCALAR = re.compile(r"[-+.A-Za-z0-9]+")
 _MOST_DEPTH = 64
 _MARKS = re.compile(r"<\|tool_response>|<turn\|>|<eos>")
@@ -123,7 +123,7 @@ def _written_call(call: ToolCall) -> str:
     for name in (call.name, *call.arguments):
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be written, expected letters, digits, _, . and -")
-    inner = ",".join(f"{key}:{_written(value)}" for key, value in sorted(call.arguments.items()))
+    inner = ",".join(f"{key}:{_written(call.arguments[key])}" for key in _sorted(call.arguments))
     return f"{_OPEN}call:{call.name}{{{inner}}}{_CLOSE}"
 
 
@@ -133,11 +133,16 @@ def _written(value: Any) -> str:
             raise ValueError(f"the text {value!r} holds {_QUOTE}, which ends a text")
         return f"{_QUOTE}{value}{_QUOTE}"
     if isinstance(value, dict):
-        keys = {key: key if _NAME.fullmatch(key) else _written(key) for key in sorted(value)}
+        keys = {key: key if _NAME.fullmatch(key) else _written(key) for key in _sorted(value)}
         return "{" + ",".join(f"{keys[key]}:{_written(value[key])}" for key in keys) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(_written, value)) + "]"
     return write_json(value)
+
+
+def _sorted(keys: Iterable[str]) -> list[str]:
+    """Keys in the order of the chat template, which takes capitals for small letters."""
+    return sorted(keys, key=str.lower)
 
 
 PROTOCOL = ToolProtocol("gemma", parse, format_calls)
