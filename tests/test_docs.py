@@ -19,14 +19,15 @@ def recipes(page: str) -> list[str]:
 RECIPES = recipes("recipes.md")
 
 
-def test_sft_recipe_loads(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(RECIPES[0], "utf-8")
+@pytest.mark.parametrize("text", RECIPES[:-1], ids=["adapter", "in full"])
+def test_sft_recipe_loads(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text, "utf-8")
     recipe = SftRecipe.load(tmp_path / "recipe.yaml")
     validate_training_fields(recipe.training)
 
 
 def test_merge_recipe_is_read_up_to_the_missing_base(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(RECIPES[1], "utf-8")
+    (tmp_path / "recipe.yaml").write_text(RECIPES[-1], "utf-8")
     with pytest.raises((CheckpointError, OSError), match="gemma-4-26b"):
         merge(tmp_path / "recipe.yaml", tmp_path / "out", progress=False)
 
