@@ -20,23 +20,24 @@ def recipes(page: str) -> list[str]:
     return re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[1] / "docs" / page).read_text("utf-8"), re.DOTALL)
 
 
-RECIPES = recipes("recipes.md")
+ADAPTER, IN_FULL, PIPELINE, MERGE = recipes("recipes.md")
 
 
-def test_sft_recipe_loads(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(RECIPES[0], "utf-8")
+@pytest.mark.parametrize("text", [ADAPTER, IN_FULL], ids=["adapter", "in full"])
+def test_sft_recipe_loads(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text, "utf-8")
     recipe = SftRecipe.load(tmp_path / "recipe.yaml")
     validate_training_fields(recipe.training)
 
 
 def test_merge_recipe_is_read_up_to_the_missing_base(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(RECIPES[2], "utf-8")
+    (tmp_path / "recipe.yaml").write_text(MERGE, "utf-8")
     with pytest.raises((CheckpointError, OSError), match="gemma-4-26b"):
         merge(tmp_path / "recipe.yaml", tmp_path / "out", progress=False)
 
 
 def test_pipeline_and_its_stages_load(tmp_path):
-    (tmp_path / "pipeline.yaml").write_text(RECIPES[1], "utf-8")
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE, "utf-8")
     (tmp_path / "style.yaml").write_text("model: gemma-it\ndata: {train: rows.jsonl}", "utf-8")
     made = steps(PipelineRecipe.load(tmp_path / "pipeline.yaml"))
     assert len(made) == 9
