@@ -14,6 +14,7 @@ from moeft import __version__
 from moeft.cli.adapter import app as adapter
 from moeft.cli.data import app as data
 from moeft.cli.demo import demo
+from moeft.cli.evaluate import evaluate
 from moeft.cli.export import app as export
 from moeft.cli.fisher import fisher
 from moeft.cli.layout import layout
@@ -26,7 +27,7 @@ from moeft.cli.subspace import subspace
 from moeft.errors import MoeftError
 
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (plan, quantize, sft, fisher, subspace, layout, report, demo):
+for _command in (plan, quantize, sft, evaluate, fisher, subspace, layout, report, demo):
     app.command()(_command)
 app.command(context_settings=FORWARD)(merge)
 app.add_typer(adapter)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from moeft.errors import UnsupportedModelError
-from moeft.integration.fused_loss import plain_head
+from moeft.integration.fused_loss import PlainHead, plain_head
 from moeft.kernels import linear_log_probs
 
 
@@ -28,12 +28,44 @@ def token_log_probs(model: Any, labels: Tensor, *, chunk_rows: int | None = None
     Raises:
         UnsupportedModelError: If the model's head is not a plain linear layer.
     """
+    hidden, head = hidden_and_head(model, **inputs)
+    labels = labels.to(hidden.device)[:, 1:]
+    return linear_log_probs(hidden[:, :-1], head.weight, labels, head.softcap, chunk_rows)
+
+
+def edge_log_probs(
+    model: Any, places: Tensor, labels: Tensor, *, chunk_rows: int | None = None, **inputs: Any
+) -> Tensor:
+    """Log-probability of labels after tokens at given places: a place may have several labels, as a tree's nodes do.
+
+    Args:
+        model: A causal language model of transformers, with or without adapters.
+        places: ``[N]`` int64, places in ``input_ids`` taken as one row.
+        labels: ``[N]`` int64, a label for each place.
+        chunk_rows: Rows of logits in memory at a time.
+        **inputs: As for :func:`token_log_probs`.
+
+    Returns:
+        ``[N]`` float32.
+
+    Raises:
+        UnsupportedModelError: If the model's head is not a plain linear layer.
+    """
+    hidden, head = hidden_and_head(model, **inputs)
+    hidden_NH = hidden.flatten(0, 1).index_select(0, places.to(hidden.device))
+    return linear_log_probs(hidden_NH, head.weight, labels.to(hidden.device), head.softcap, chunk_rows)
+
+
+def hidden_and_head(model: Any, **inputs: Any) -> tuple[Tensor, PlainHead]:
+    """Last hidden states ``[B, S, H]``, and the head that makes logits of them.
+
+    Raises:
+        UnsupportedModelError: If the model's head is not a plain linear layer.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = plain_head(base)
     if head is None:
         raise UnsupportedModelError(
             f"the head of {type(base).__name__} is no linear layer without bias; score its logits"
         )
-    hidden = base.model(**inputs, use_cache=False).last_hidden_state
-    labels = labels.to(hidden.device)[:, 1:]
-    return linear_log_probs(hidden[:, :-1], head.weight, labels, head.softcap, chunk_rows)
+    return base.model(**inputs, use_cache=False).last_hidden_state, head
