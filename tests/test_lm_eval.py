@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from moeft.evaluation.measure import measure
 from moeft.evaluation.model_subject import ModelSubject

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from moeft.config.filters import Filters
+from moeft.config.gate import Gate
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
@@ -210,6 +211,7 @@ class SftRecipe(Recipe):
     protection: Protection | None = Field(
         default=None, description="What training must leave alone; null leaves nothing alone"
     )
+    gate: Gate | None = Field(default=None, description="Capabilities that training must keep; null watches none")
     merge: Merge | None = Field(default=None, description="Merge after training; null leaves the adapter on its own")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moeft.evaluation.request import Answer, Request
+from moeft.evaluation.request import Answer, Chat, Request
 
 Figures = dict[str, tuple[float, float]]
 """Metric -> numerator and denominator of one item; a metric is the ratio of their sums over all items."""
@@ -58,6 +58,32 @@ class Task:
     items: tuple[Item, ...]
     metrics: tuple[Metric, ...]
     grade: Callable[[Sequence[tuple[Item, Answer]]], list[Mapping[str, tuple[float, float]]]]
+
+
+def sampled(task: Task, temperature: float, seed: int, max_new_tokens: int | None = None) -> Task:
+    """A task whose replies are drawn in another way; requests for log-probabilities stay as they are.
+
+    Args:
+        task: The task.
+        temperature: 0 for the most probable tokens.
+        seed: Of the drawing.
+        max_new_tokens: Most tokens of a reply; None keeps the task's own.
+
+    Raises:
+        ValueError: If the temperature is negative or the length not positive.
+    """
+    if temperature < 0 or (max_new_tokens is not None and max_new_tokens < 1):
+        raise ValueError(
+            f"temperature is {temperature} and max_new_tokens {max_new_tokens}, expected at least 0 and at least 1"
+        )
+
+    def changed(request: Request) -> Request:
+        if not isinstance(request, Chat):
+            return request
+        length = request.max_new_tokens if max_new_tokens is None else max_new_tokens
+        return replace(request, temperature=temperature, seed=seed, max_new_tokens=length)
+
+    return replace(task, items=tuple(replace(item, request=changed(item.request)) for item in task.items))
 
 
 def share(condition: bool) -> tuple[float, float]:

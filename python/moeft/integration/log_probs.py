@@ -28,9 +28,30 @@ def token_log_probs(model: Any, labels: Tensor, *, chunk_rows: int | None = None
     Raises:
         UnsupportedModelError: If the model's head is not a plain linear layer.
     """
-    hidden, head = hidden_and_head(model, **inputs)
+    head = linear_head(model)
+    hidden = hidden_states(model, **inputs)
     labels = labels.to(hidden.device)[:, 1:]
     return linear_log_probs(hidden[:, :-1], head.weight, labels, head.softcap, chunk_rows)
+
+
+def linear_head(model: Any) -> PlainHead:
+    """The head of a model, which log-probabilities are computed with.
+
+    Raises:
+        UnsupportedModelError: If it is not a plain linear layer.
+    """
+    base = _base(model)
+    head = plain_head(base)
+    if head is None:
+        raise UnsupportedModelError(
+            f"the head of {type(base).__name__} is no linear layer without bias; score its logits"
+        )
+    return head
+
+
+def hidden_states(model: Any, **inputs: Any) -> Tensor:
+    """``[B, S, H]``, what goes into the head, for arguments of the model's forward."""
+    return _base(model).model(**inputs, use_cache=False).last_hidden_state
 
 
 def edge_log_probs(
@@ -51,21 +72,11 @@ def edge_log_probs(
     Raises:
         UnsupportedModelError: If the model's head is not a plain linear layer.
     """
-    hidden, head = hidden_and_head(model, **inputs)
+    head = linear_head(model)
+    hidden = hidden_states(model, **inputs)
     hidden_NH = hidden.flatten(0, 1).index_select(0, places.to(hidden.device))
     return linear_log_probs(hidden_NH, head.weight, labels.to(hidden.device), head.softcap, chunk_rows)
 
 
-def hidden_and_head(model: Any, **inputs: Any) -> tuple[Tensor, PlainHead]:
-    """Last hidden states ``[B, S, H]``, and the head that makes logits of them.
-
-    Raises:
-        UnsupportedModelError: If the model's head is not a plain linear layer.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = plain_head(base)
-    if head is None:
-        raise UnsupportedModelError(
-            f"the head of {type(base).__name__} is no linear layer without bias; score its logits"
-        )
-    return base.model(**inputs, use_cache=False).last_hidden_state, head
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

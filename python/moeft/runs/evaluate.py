@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class EvaluateSettings:
     data: Path | None = None
     limit: int | None = None
     max_length: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
     dtype: str = "bfloat16"
     seed: int = 0
 
@@ -54,7 +57,7 @@ def run(
     Args:
         settings: What to measure.
         out: Run folder: ``results.json``, ``results.md``, ``answers.jsonl``, ``run.json``, ``events.jsonl``.
-        batch_size: Replies generated at once.
+        batch_size: Replies generated at once, or requests that a server gets at once.
         device: Where to compute.
         cache: File of answers, which runs may share; None takes ``answers.jsonl`` in the folder.
         show: Where to print what is found.
@@ -110,12 +113,14 @@ def _row(compared: Compared, level: float) -> dict[str, Any]:
 
 
 def _tasks(settings: EvaluateSettings) -> list[Task]:
+    from moeft.evaluation.task import sampled
     from moeft.evaluation.tasks import build_task
 
     found = []
     for word in settings.tasks:
         name, _, file = word.partition("=")
-        found.append(build_task(name, Path(file) if file else None, settings.data, settings.limit, settings.seed))
+        task = build_task(name, Path(file) if file else None, settings.data, settings.limit, settings.seed)
+        found.append(sampled(task, settings.temperature, settings.seed, settings.max_new_tokens))
     return found
 
 
@@ -129,6 +134,10 @@ def _inputs(settings: EvaluateSettings) -> dict[str, Path]:
 def _subject(
     settings: EvaluateSettings, folder: RunFolder, batch_size: int, device: str, show: Callable[[str], None]
 ) -> Subject:
+    if settings.is_server:
+        from moeft.evaluation.server_subject import ServerSubject
+
+        return ServerSubject(settings.model, parallel=batch_size, api_key=os.environ.get("OPENAI_API_KEY"))
     from moeft.data import templates
     from moeft.evaluation.model_subject import ModelSubject
     from moeft.integration import experts_implementation, experts_module

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moeft.config import SftRecipe
 from moeft.runs.context import RunContext
+from moeft.runs.gate import gate_files
 from moeft.runs.training_rows import data_files
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def input_files(recipe: SftRecipe) -> dict[str, Path]:
     if recipe.protection is not None:
         wanted = {"subspace": recipe.protection.subspace, "layer_importance": recipe.protection.layer_importance}
         files |= {f"protection.{name}": path for name, path in wanted.items() if path is not None}
+    if recipe.gate is not None:
+        files |= gate_files(recipe.gate)
     return files | {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
 
 

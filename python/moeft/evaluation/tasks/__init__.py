@@ -5,24 +5,29 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from moeft.errors import DataError
 from moeft.evaluation.sources import Hub, Record, read_rows
 from moeft.evaluation.task import Task
-from moeft.evaluation.tasks import benchmarks, perplexity
+from moeft.evaluation.tasks import benchmarks, identity, instructions, language, perplexity, refusal, style
 
 
 @dataclass(frozen=True)
 class Kind:
     """How a task is made."""
 
-    build: Callable[[Sequence[Record]], Task]
+    build: Callable[..., Task]
+    """Takes rows, and the lists of phrases if it has any."""
     files: tuple[str, ...] = ()
     """Patterns of its file below a data folder; the first that fits is taken."""
     hub: Hub | None = None
+    built_in: Callable[[], list[Record]] | None = None
+    """Rows that are asked where no file is given."""
+    phrases: tuple[str, ...] = ()
+    """Patterns of lists of phrases below a data folder."""
 
 
 TASKS = {
@@ -39,6 +44,12 @@ TASKS = {
         Hub("EleutherAI/wikitext_document_level", "test", "wikitext-2-raw-v1"),
     ),
     "perplexity": Kind(perplexity.perplexity),
+    "ifeval": Kind(instructions.ifeval, ("ifeval/ifeval*.jsonl",), Hub("google/IFEval", "train")),
+    "ifbench": Kind(instructions.ifbench, ("ifbench/ifbench*.jsonl",), Hub("allenai/IFBench_test", "train")),
+    "style": Kind(style.style, phrases=("slop/antislop_phrases.jsonl", "slop/slopscore_words.txt")),
+    "refusal": Kind(refusal.refusal),
+    "language": Kind(language.language, built_in=language.built_in),
+    "identity": Kind(identity.identity),
 }
 
 
@@ -57,22 +68,26 @@ def build_task(
     Raises:
         DataError: If there is no such task, or its rows cannot be had or read.
     """
-    kind = TASKS.get(name)
-    if kind is None:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(TASKS)}"
-        raise DataError(f"there is no task {name!r}; {hint}")
-    if file is None and data is not None and kind.files:
-        file = _found(name, kind, data)
-    # The text of WikiText is no file of rows.
-    is_text = name == "wikitext" and file is not None and file.suffix in (".txt", ".tokens")
-    rows = perplexity.wikitext_file(file) if is_text and file is not None else read_rows(name, file, kind.hub)
+    kind = _kind(name)
+    file = file or (None if data is None else task_file(name, data))
+    rows = _rows(name, kind, file)
     if not rows:
         raise DataError(f"task {name}: {file or kind.hub} holds no row")
-    return _subset(kind.build(rows), limit, seed)
+    if data is not None:
+        instructions.use_nltk_data(data / "nltk_data")
+    lists = [path for pattern in kind.phrases if data is not None for path in sorted(data.glob(pattern))]
+    return _subset(kind.build(rows, lists) if kind.phrases else kind.build(rows), limit, seed)
 
 
-def _found(name: str, kind: Kind, data: Path) -> Path:
+def task_file(name: str, data: Path) -> Path | None:
+    """The file of a task below a data folder; None if the task has no usual place there.
+
+    Raises:
+        DataError: If there is no such task, or the folder holds no file for it.
+    """
+    kind = _kind(name)
+    if not kind.files:
+        return None
     for pattern in kind.files:
         if matches := sorted(data.glob(pattern)):
             return matches[0]
@@ -80,6 +95,23 @@ def _found(name: str, kind: Kind, data: Path) -> Path:
         f"task {name}: {data} holds no {' or '.join(kind.files)}; give the file as {name}=FILE, or leave --data out to "
         + (f"take {kind.hub} from the hub" if kind.hub else "see docs/evaluation.md for where to get one")
     )
+
+
+def _rows(name: str, kind: Kind, file: Path | None) -> list[Record]:
+    if file is None and kind.built_in is not None:
+        return kind.built_in()
+    # The text of WikiText is no file of rows.
+    if name == "wikitext" and file is not None and file.suffix in (".txt", ".tokens"):
+        return perplexity.wikitext_file(file)
+    return read_rows(name, file, kind.hub)
+
+
+def _kind(name: str) -> Kind:
+    if name in TASKS:
+        return TASKS[name]
+    close = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(TASKS)}"
+    raise DataError(f"there is no task {name!r}; {hint}")
 
 
 def _subset(task: Task, limit: int | None, seed: int) -> Task:

@@ -33,7 +33,7 @@ class LinearLogProbs(torch.autograd.Function):
         chunk_rows: int,
         with_gradient: bool,
     ) -> Tensor:
-        dtype = _compute_dtype(hidden_MH)
+        dtype = compute_dtype(hidden_MH)
         log_probs_M = hidden_MH.new_empty(hidden_MH.shape[0], dtype=dtype)
         unit_MH = torch.empty_like(hidden_MH) if with_gradient and ctx.needs_input_grad[0] else None
         for rows, log_probs_C, grad_CV in _chunks(hidden_MH, head_VH, targets_M, softcap, chunk_rows):
@@ -78,14 +78,12 @@ def _chunks(
     Two buffers of ``chunk_rows * V`` serve all chunks; a gradient is valid until the next chunk.
     """
     shape = (min(chunk_rows, hidden_MH.shape[0]), head_VH.shape[0])
-    buffers = hidden_MH.new_empty((2, *shape), dtype=_compute_dtype(hidden_MH))
+    buffers = hidden_MH.new_empty((2, *shape), dtype=compute_dtype(hidden_MH))
     for start in range(0, hidden_MH.shape[0], chunk_rows):
         rows = slice(start, start + chunk_rows)
         targets_C1 = targets_M[rows, None]
         logits_CV, probs_CV = buffers[:, : targets_C1.shape[0]]
-        _logits(hidden_MH[rows], head_VH, logits_CV)
-        if softcap is not None:
-            logits_CV.div_(softcap).tanh_().mul_(softcap)
+        capped_logits(hidden_MH[rows], head_VH, softcap, logits_CV)
         torch.softmax(logits_CV, -1, out=probs_CV)
         # The largest probability is 1 / sum(exp(logits - max)): no second pass of exponentials for the normaliser.
         log_z_C = logits_CV.amax(-1) - probs_CV.amax(-1).log()
@@ -97,17 +95,21 @@ def _chunks(
         yield rows, log_probs_C, grad_CV
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Float32, and float64 for float64 rows."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _logits(hidden_CH: Tensor, head_VH: Tensor, out_CV: Tensor) -> None:
-    if not hidden_CH.is_cpu:
+def capped_logits(hidden_CH: Tensor, head_VH: Tensor, softcap: float | None, out_CV: Tensor) -> None:
+    """Write the logits of a chunk of rows into a float32 (or float64) buffer."""
+    if hidden_CH.is_cpu:
+        hidden_CH = hidden_CH.to(out_CV.dtype)
+        for tile in _tiles(head_VH):
+            torch.mm(hidden_CH, head_VH[tile].to(out_CV.dtype).mT, out=out_CV[:, tile])
+    else:
         out_CV.copy_(hidden_CH @ head_VH.to(hidden_CH.dtype).mT)
-        return
-    hidden_CH = hidden_CH.to(out_CV.dtype)
-    for tile in _tiles(head_VH):
-        torch.mm(hidden_CH, head_VH[tile].to(out_CV.dtype).mT, out=out_CV[:, tile])
+    if softcap is not None:
+        out_CV.div_(softcap).tanh_().mul_(softcap)
 
 
 def _times_head(grad_CV: Tensor, head_VH: Tensor, dtype: torch.dtype) -> Tensor:
