@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import moeft
 import moeft.demo
@@ -19,10 +20,11 @@ from moeft.errors import RecipeError, TrainingError, UnsupportedModelError
 from moeft.evaluation.divergence import BaseDivergence
 from moeft.integration.loading import load
 from moeft.provenance import RunFolder
+from moeft.reports import write_report
 from moeft.runs.gate import add_gate
 from moeft.training.gate import Bound, Reading
 from tests.tiny_models import randomise_lora, tiny_model, token_ids
-from tests.tiny_training import adapter_weights, arguments
+from tests.tiny_training import adapter_weights, arguments, sft_trainer
 
 BASE = Path(moeft.demo.__file__).parent / "base"
 GENERAL = [
@@ -41,7 +43,7 @@ def texts(tmp_path_factory) -> Path:
 
 
 def gate(texts: Path, **changes) -> Gate:
-    """General texts may lose 30 % of their perplexity, and move by half a nat per token."""
+    """General texts may lose 30 of their perplexity, and move by half a nat per token."""
     settings = {
         "tasks": (GateTask(task="perplexity", path=texts, metric="token_perplexity", change=30.0),),
         "divergence": GateDivergence(path=texts, limit=0.5, max_length=48),
@@ -51,21 +53,31 @@ def gate(texts: Path, **changes) -> Gate:
     return Gate(**{**settings, **changes})
 
 
-def trainer(folder: Path, **changes) -> moeft.SFTTrainer:
+def strict(texts: Path, **changes) -> Gate:
+    """No movement at all is allowed."""
+    return gate(texts, tasks=(), divergence=GateDivergence(path=texts, limit=1e-9, max_length=48), **changes)
+
+
+def lenient(texts: Path, **changes) -> Gate:
+    return gate(texts, tasks=(), divergence=GateDivergence(path=texts, limit=1e9, max_length=48), **changes)
+
+
+def embedded(folder: Path, **changes) -> moeft.SFTTrainer:
+    """Four steps of the demo's task on the embedded MoE."""
     model, tokenizer = load(BASE, moeft.NF4Config(), dtype="float32")
-    examples = generate(5, 24, 8)[0]
-    settings = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",
-    }
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "lr_scheduler_type": "constant"}
     return moeft.SFTTrainer(
         model=moeft.add_lora(model, 4, targets=("attention", "experts"), seed=0),
         args=moeft.SFTConfig(**arguments(folder, **{**settings, **changes}), max_length=128),
-        train_dataset=examples,
+        train_dataset=generate(5, 24, 8)[0],
         processing_class=tokenizer,
     )
+
+
+def tiny(folder: Path, **changes) -> moeft.SFTTrainer:
+    """Four steps of a model that learns nothing."""
+    model = moeft.add_lora(tiny_model("olmoe"), 2, targets=("attention",), seed=0)
+    return sft_trainer(model, folder, **{"max_steps": 4, "lr_scheduler_type": "constant", **changes})
 
 
 @contextmanager
@@ -78,100 +90,125 @@ def run_folder(folder: Path) -> Iterator[RunFolder]:
             yield run
 
 
-def train(folder: Path, settings: Gate | None, resume: str | None = None, said: list[str] | None = None, **changes):
-    """Train with a gate; returns the trainer, the gate and its folder."""
+def train(make, folder: Path, settings: Gate, resume: int | None = None, said: list[str] | None = None, **changes):
+    """Train with a gate, perhaps from the checkpoint of a step; returns the trainer, the gate and its folder."""
+    checkpoints = folder / "checkpoints"
     with run_folder(folder) as run:
-        trained = trainer(folder / "checkpoints", **changes)
+        trained = make(checkpoints, **changes)
         added = add_gate(settings, trained, run, (said if said is not None else []).append)
-        trained.train(resume_from_checkpoint=resume)
+        trained.train(resume_from_checkpoint=None if resume is None else str(checkpoints / f"checkpoint-{resume}"))
     return trained, added, run
 
 
-DESTRUCTIVE = {"learning_rate": 0.3}
-SANE = {"learning_rate": 1e-3}
+def verdicts(run: RunFolder) -> list[tuple[int, str]]:
+    return [(event["step"], event["verdict"]) for event in run.events("gate")]
 
 
 def test_destructive_rate_is_caught_and_the_last_good_weights_are_back(texts, tmp_path):
     said: list[str] = []
-    trained, added, run = train(tmp_path, gate(texts), said=said, **DESTRUCTIVE)
-    events = run.events("gate")
-    assert trained.state.global_step == 2 < 6
-    assert [event["verdict"] for event in events] == ["base", "roll_back"]
+    trained, added, run = train(embedded, tmp_path, gate(texts), said=said, learning_rate=0.3)
+    assert verdicts(run) == [(0, "base"), (2, "roll_back")]
+    assert trained.state.global_step == 2 < 4
     assert added.stopped["rolled_back_to"] == 0
     assert "divergence is" in said[0]
     assert "went back to the weights of step 0 and stopped" in said[0]
-    fresh = adapter_weights(trainer(tmp_path / "fresh").model)
+    fresh = adapter_weights(embedded(tmp_path / "fresh").model)
     now = adapter_weights(trained.model)
     assert all(torch.equal(now[name], fresh[name]) for name in fresh)
 
 
 def test_sane_rate_passes_and_the_gate_changes_no_bit_of_training(texts, tmp_path):
-    trained, added, run = train(tmp_path / "gated", gate(texts), **SANE)
-    assert [event["verdict"] for event in run.events("gate")] == ["base", "passed", "passed", "passed"]
-    assert [event["step"] for event in run.events("gate")] == [0, 2, 4, 6]
+    trained, added, run = train(embedded, tmp_path / "gated", gate(texts), learning_rate=1e-3)
+    assert verdicts(run) == [(0, "base"), (2, "passed"), (4, "passed")]
     assert added.stopped is None
-    ungated = trainer(tmp_path / "ungated", **SANE)
+    ungated = embedded(tmp_path / "ungated", learning_rate=1e-3)
     ungated.train()
     theirs = adapter_weights(ungated.model)
     assert all(torch.equal(weight, theirs[name]) for name, weight in adapter_weights(trained.model).items())
+    report = write_report(run.path).read_text("utf-8")
+    assert "## Capability gate" in report
+    assert (run.path / "gate.png").stat().st_size > 10_000
 
 
 def test_run_that_was_rolled_back_stays_stopped_when_it_is_started_again(texts, tmp_path):
-    first, _, _ = train(tmp_path, gate(texts), save_strategy="steps", save_steps=1, **DESTRUCTIVE)
-    again, added, run = train(
-        tmp_path, gate(texts), resume=str(tmp_path / "checkpoints" / "checkpoint-1"), **DESTRUCTIVE
-    )
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    first, _, _ = train(tiny, tmp_path, strict(texts), **saving)
+    again, added, run = train(tiny, tmp_path, strict(texts), resume=1, **saving)
     assert again.state.global_step == 1
     assert added.stopped["step"] == 2
-    assert len(run.events("gate")) == 2  # nothing was measured anew
+    assert verdicts(run) == [(0, "base"), (2, "roll_back")]  # nothing was measured anew
     before = adapter_weights(first.model)
     assert all(torch.equal(weight, before[name]) for name, weight in adapter_weights(again.model).items())
 
 
 def test_resumed_run_is_held_to_the_base_of_its_first_start(texts, tmp_path):
-    train(tmp_path, gate(texts), save_strategy="steps", save_steps=2, **{**SANE, "max_steps": 4})
-    resumed, added, run = train(tmp_path, gate(texts), resume=str(tmp_path / "checkpoints" / "checkpoint-2"), **SANE)
-    assert resumed.state.global_step == 6
-    base = run.events("gate")[0]["readings"]
-    assert [reading.value for reading in added.base.values()] == [reading["value"] for reading in base]
+    whole, _, unbroken = train(tiny, tmp_path / "whole", lenient(texts))
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(tiny, tmp_path, lenient(texts), max_steps=2, **saving)
+    resumed, _, run = train(tiny, tmp_path, lenient(texts), resume=2, **saving)
+    assert verdicts(run) == [(0, "base"), (2, "passed"), (4, "passed")]
     # The divergence counts from the base, not from where the run went on.
-    ends = [event["readings"][-1]["value"] for event in run.events("gate") if event["step"] in (4, 6)]
-    assert all(end > 0 for end in ends)
+    assert run.events("gate")[-1]["readings"] == unbroken.events("gate")[-1]["readings"]
+    theirs = adapter_weights(whole.model)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in adapter_weights(resumed.model).items())
 
 
 def test_halving_halves_the_rate_of_all_steps_to_come(texts, tmp_path):
     said: list[str] = []
-    strict = gate(texts, divergence=GateDivergence(path=texts, limit=1e-9), action="halve_lr", every_steps=3)
-    trained, _, _ = train(tmp_path, strict, said=said, **SANE, logging_steps=1)
+    trained, _, run = train(tiny, tmp_path, strict(texts, action="halve_lr"), said=said, learning_rate=1e-3)
+    assert verdicts(run) == [(0, "base"), (2, "halve_lr"), (4, "halve_lr")]
     rates = [log["learning_rate"] for log in trained.state.log_history if "learning_rate" in log]
-    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4, 5e-4, 5e-4])
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
     assert "the learning rate is halved" in said[0]
 
 
-def test_warning_leaves_training_alone(texts, tmp_path):
-    strict = gate(texts, divergence=GateDivergence(path=texts, limit=1e-9), action="warn")
-    trained, added, run = train(tmp_path, strict, **SANE)
-    assert trained.state.global_step == 6
-    assert added.stopped is None
-    assert [event["verdict"] for event in run.events("gate")] == ["base", "warn", "warn", "warn"]
+@pytest.mark.parametrize(("action", "steps"), [("warn", 4), ("stop", 2)])
+def test_breach_warns_or_stops_and_leaves_the_weights(texts, tmp_path, action, steps):
+    trained, added, _ = train(tiny, tmp_path / "gated", strict(texts, action=action))
+    assert trained.state.global_step == steps
+    assert (added.stopped is None) == (action == "warn")
+    ungated = tiny(tmp_path / "ungated", max_steps=steps)
+    ungated.train()
+    theirs = adapter_weights(ungated.model)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in adapter_weights(trained.model).items())
 
 
 def test_bound_that_the_base_breaks_stops_before_the_first_step(texts, tmp_path):
     task = GateTask(task="perplexity", path=texts, metric="token_perplexity", limit=1.5)
     with pytest.raises(TrainingError, match=r"the base itself breaks the gate: perplexity token_perplexity is .* 1.5"):
-        train(tmp_path, gate(texts, tasks=(task,)))
+        train(tiny, tmp_path, gate(texts, tasks=(task,)))
 
 
 def test_measurement_that_cannot_be_paid_waits_but_the_last_one_is_taken(texts, tmp_path):
-    _, added, run = train(tmp_path, gate(texts, budget=1e-9), **SANE)
-    assert [event["step"] for event in run.events("gate")] == [0, 6]
+    _, added, run = train(tiny, tmp_path, lenient(texts, budget=1e-9))
+    assert verdicts(run) == [(0, "base"), (4, "passed")]
     assert added.summary()["share"] > 0
+
+
+def test_gate_measures_every_epoch(texts, tmp_path):
+    _, _, run = train(tiny, tmp_path, lenient(texts, every_steps=None), max_steps=-1, num_train_epochs=2)
+    assert verdicts(run) == [(0, "base"), (6, "passed"), (12, "passed")]  # 24 rows, 4 a step
 
 
 def test_metric_that_a_task_does_not_have_is_refused(texts, tmp_path):
     task = GateTask(task="perplexity", path=texts, metric="acc", change=0.1)
     with pytest.raises(RecipeError, match="perplexity has no metric 'acc' to bound; it has word_perplexity"):
-        train(tmp_path, gate(texts, tasks=(task,)))
+        train(tiny, tmp_path, gate(texts, tasks=(task,)))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, "at least one of tasks and divergence"),
+        ({"tasks": ({"task": "piqa"},)}, "at least one of limit, change and intervals"),
+        ({"tasks": ({"task": "piqa", "change": 0.1}, {"task": "piqa", "limit": 0.1})}, "each task once"),
+        ({"tasks": ({"task": "piqa", "change": -0.1},)}, "greater than 0"),
+        ({"tasks": ({"task": "piqa", "change": 0.1},), "action": "panic"}, "warn"),
+    ],
+)
+def test_section_that_bounds_nothing_is_refused(section, message):
+    with pytest.raises(ValidationError, match=message):
+        Gate.model_validate_json(json.dumps(section))
 
 
 BASE_READING = Reading("acc", 0.5, 0.4, 0.6, 100)

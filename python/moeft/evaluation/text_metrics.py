@@ -63,16 +63,6 @@ def shared_trigrams(texts: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
     return [(sum(holders[trigram] > 1 for trigram in of_text), len(of_text)) for of_text in own]
 
 
-def tail_repetition(text: str, *, unit: int = 3, times: int = 3) -> bool:
-    """Whether a text ends in a loop: its last ``unit`` words or more, ``times`` times in a row."""
-    found = words(text)
-    for size in range(unit, len(found) // times + 1):
-        tail = found[-size:]
-        if all(found[len(found) - (i + 1) * size : len(found) - i * size] == tail for i in range(times)):
-            return True
-    return False
-
-
 @dataclass(frozen=True)
 class PhraseList:
     """Words and phrases to count."""

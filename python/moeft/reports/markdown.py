@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from moeft.provenance import RunFolder
+from moeft.reports.gate import gate_section
 from moeft.reports.plots import plot_bytes, plot_loss
 from moeft.reports.text import cell, facts, fence, mib, number, percent, table
 
@@ -44,6 +45,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
         _title(run, metrics),
         _held_out(metrics.get("heldout")),
         _losses(run),
+        gate_section(run),
         _bytes(run, metrics.get("bytes")),
         _proofs(metrics.get("proofs")),
         _samples(metrics.get("samples")),

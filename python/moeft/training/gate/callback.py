@@ -211,6 +211,7 @@ def halve_rate(optimizer: Any, scheduler: Any) -> None:
     scheduler = getattr(scheduler, "scheduler", scheduler)
     if hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [rate * 0.5 for rate in scheduler.base_lrs]
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what Trainer logs
 
 
 def _reading(found: Mapping[str, Any]) -> Reading:
