@@ -72,5 +72,7 @@ def _judge(item: Item, reply: str) -> Figures:
         import py3langid
     except ImportError as error:
         raise MissingExtraError("task language needs py3langid; install it with: pip install 'moeft[data]'") from error
+    # Codes of three letters are those of its smaller languages, among them Wu Chinese, which it takes Chinese for.
+    found = next(code for code, _ in py3langid.rank(reply) if len(code) == 2)
     # Of an empty reply the detector says English.
-    return {"same_language": share(bool(reply.strip()) and py3langid.classify(reply)[0] == item.reference)}
+    return {"same_language": share(bool(reply.strip()) and found == item.reference)}
