@@ -10,7 +10,10 @@ import pytest
 from moeft import __version__
 from moeft.provenance import RunFolder
 
-COMMANDS = ("plan", "quantize", "sft", "data", "fisher", "subspace", "merge", "layout", "adapter", "report", "demo")
+COMMANDS = (
+    *("plan", "quantize", "sft", "evaluate", "data", "fisher", "subspace", "merge", "layout", "adapter", "report"),
+    "demo",
+)
 SLOW_IMPORTS = ("torch", "transformers", "peft", "datasets", "matplotlib", "numpy", "pydantic")
 
 

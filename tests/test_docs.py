@@ -30,6 +30,14 @@ def test_sft_recipe_loads(text, tmp_path):
     validate_training_fields(recipe.training)
 
 
+def test_recipe_with_a_gate_loads(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipes("evaluation.md")[0], "utf-8")
+    gate = SftRecipe.load(tmp_path / "recipe.yaml").gate
+    assert gate is not None
+    assert [watched.task for watched in gate.tasks] == ["hellaswag", "wikitext", "language"]
+    assert gate.data == tmp_path / "../shared/data"
+
+
 def test_merge_recipe_is_read_up_to_the_missing_base(tmp_path):
     (tmp_path / "recipe.yaml").write_text(MERGE, "utf-8")
     with pytest.raises((CheckpointError, OSError), match="gemma-4-26b"):

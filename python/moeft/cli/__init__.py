@@ -15,6 +15,7 @@ from moeft.cli.adapter import app as adapter
 from moeft.cli.data import app as data
 from moeft.cli.demo import demo
 from moeft.cli.dpo import dpo
+from moeft.cli.evaluate import evaluate
 from moeft.cli.export import app as export
 from moeft.cli.fisher import fisher
 from moeft.cli.hard import app as hard
@@ -31,7 +32,7 @@ from moeft.cli.subspace import subspace
 from moeft.errors import MoeftError
 
 app = typer.Typer(name="moeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _command in (plan, quantize, sft, dpo, fisher, subspace, imatrix, layout, serve, report, run, demo):
+for _command in (plan, quantize, sft, dpo, evaluate, fisher, subspace, imatrix, layout, serve, report, run, demo):
     app.command()(_command)
 app.command(context_settings=FORWARD)(merge)
 app.add_typer(adapter)

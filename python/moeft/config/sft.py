@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from moeft.config.evaluation import Evaluation
 from moeft.config.filters import Filters
+from moeft.config.gate import Gate
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
@@ -219,6 +220,7 @@ class TuningRecipe(Recipe):
     protection: Protection | None = Field(
         default=None, description="What training must leave alone; null leaves nothing alone"
     )
+    gate: Gate | None = Field(default=None, description="Capabilities that training must keep; null watches none")
     merge: Merge | None = Field(
         default=None, description="Full checkpoint after training; null leaves adapter and trained weights on their own"
     )

@@ -1,8 +1,9 @@
-"""Batched greedy replies of a causal language model to chat prompts."""
+"""Batched replies of a causal language model to chat prompts."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,18 @@ Prompt = str | Sequence[Mapping[str, Any]]
 """A user's request, or the messages that come before the reply."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    temperature: float = 0.0
+    """0 takes the most probable token each time."""
+    top_p: float = 1.0
+    """Draw from the most probable tokens that together have this probability."""
+    seed: int = 0
+    """Of the drawing; the replies of a batch also depend on what else is in it."""
+
+
 def generate_replies(
     model: Any,
     tokenizer: "PreTrainedTokenizerFast",
@@ -24,7 +37,7 @@ def generate_replies(
     *,
     max_new_tokens: int = 128,
     batch_size: int = 32,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
     skip_special_tokens: bool = True,
 ) -> list[str]:
     """Generate one reply per prompt, greedily.
@@ -48,6 +61,42 @@ def generate_replies(
         DataError: If the tokenizer has no chat template or no padding token.
         ValueError: If a size is below 1.
     """
+    found = iterate_replies(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        tools=tools,
+        skip_special_tokens=skip_special_tokens,
+    )
+    replies = dict(found)
+    return [replies[index] for index in range(len(prompts))]
+
+
+def iterate_replies(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerFast",
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    sampling: Sampling | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+    skip_special_tokens: bool = True,
+) -> Iterator[tuple[int, str]]:
+    """As :func:`generate_replies`, batch by batch: yield the index of a prompt and its reply.
+
+    Args:
+        model: As there.
+        tokenizer: As there.
+        prompts: As there.
+        max_new_tokens: As there.
+        batch_size: As there.
+        sampling: How tokens are chosen; None takes the most probable ones. torch's own random state is left alone.
+        tools: As there.
+        skip_special_tokens: As there.
+    """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}, expected at least 1")
     if not tokenizer.chat_template:
@@ -55,42 +104,43 @@ def generate_replies(
     if tokenizer.pad_token_id is None and tokenizer.eos_token is None:
         raise DataError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
     texts = [_render(tokenizer, prompt, tools) for prompt in prompts]
-    replies = [""] * len(texts)
     # Prompts of like length share a batch, so that little is spent on padding.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    with evaluating(model), _padding_left(tokenizer), torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            for index, reply in zip(
-                batch,
-                _generate(model, tokenizer, [texts[index] for index in batch], max_new_tokens, skip_special_tokens),
-                strict=True,
-            ):
-                replies[index] = reply
-    return replies
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        with evaluating(model), _padding_left(tokenizer), torch.inference_mode():
+            tokens = _generate(model, tokenizer, [texts[i] for i in batch], max_new_tokens, sampling or Sampling())
+            replies = _decode(model, tokenizer, tokens, skip_special_tokens)
+        yield from zip(batch, replies, strict=True)
 
 
-def _render(tokenizer: Any, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None) -> str:
+def _render(tokenizer: Any, prompt: Prompt, tools: Sequence[Mapping[str, Any]]) -> str:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    schemas = None if tools is None else list(tools)
-    return tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False, add_generation_prompt=True)
+    shown = {"tools": list(tools)} if tools else {}
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **shown)
 
 
-def _generate(
-    model: Any, tokenizer: Any, texts: list[str], max_new_tokens: int, skip_special_tokens: bool
-) -> list[str]:
+def _generate(model: Any, tokenizer: Any, texts: list[str], max_new_tokens: int, sampling: Sampling) -> torch.Tensor:
     device = next(model.parameters()).device
     # The template writes its own special tokens.
     inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
-    output_BS = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    new_BS = output_BS[:, inputs["input_ids"].shape[1] :]
+    drawn: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(sampling.seed)
+        output_BS = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            **drawn,
+        )
+    return output_BS[:, inputs["input_ids"].shape[1] :]
+
+
+def _decode(model: Any, tokenizer: Any, new_BS: torch.Tensor, skip_special_tokens: bool) -> list[str]:
     if skip_special_tokens:
         return tokenizer.batch_decode(new_BS, skip_special_tokens=True)
     ends = {tokenizer.pad_token_id, *_ends(model)}

@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+FEW = 30
+"""Below this many units an interval is too narrow as often as not; figures of fewer are marked."""
+
 Statistic = Callable[[NDArray[np.float64]], float]
 
 
@@ -30,6 +33,11 @@ class Estimate:
     """Share of samples whose interval holds the population's figure, about."""
     num: int
     """Units of the sample."""
+
+    @property
+    def is_of_few(self) -> bool:
+        """Whether there are too few units to trust the interval."""
+        return self.num < FEW
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""

@@ -54,5 +54,29 @@ def hidden_states(model: Any, **inputs: Any) -> Tensor:
     return _base(model).model(**inputs, use_cache=False).last_hidden_state
 
 
+def edge_log_probs(
+    model: Any, places: Tensor, labels: Tensor, *, chunk_rows: int | None = None, **inputs: Any
+) -> Tensor:
+    """Log-probability of labels after tokens at given places: a place may have several labels, as a tree's nodes do.
+
+    Args:
+        model: A causal language model of transformers, with or without adapters.
+        places: ``[N]`` int64, places in ``input_ids`` taken as one row.
+        labels: ``[N]`` int64, a label for each place.
+        chunk_rows: Rows of logits in memory at a time.
+        **inputs: As for :func:`token_log_probs`.
+
+    Returns:
+        ``[N]`` float32.
+
+    Raises:
+        UnsupportedModelError: If the model's head is not a plain linear layer.
+    """
+    head = linear_head(model)
+    hidden = hidden_states(model, **inputs)
+    hidden_NH = hidden.flatten(0, 1).index_select(0, places.to(hidden.device))
+    return linear_log_probs(hidden_NH, head.weight, labels.to(hidden.device), head.softcap, chunk_rows)
+
+
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -3,7 +3,7 @@
 from moeft.kernels import nf4, routing
 from moeft.kernels.experts import Activation, ClampedSwiglu, ExpertLayout, ExpertLora, LoraFactors, experts
 from moeft.kernels.grouped_linear import grouped_linear
-from moeft.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
+from moeft.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs, linear_logits
 from moeft.kernels.nf4 import NF4Weight
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "grouped_linear",
     "linear_cross_entropy",
     "linear_log_probs",
+    "linear_logits",
     "nf4",
     "routing",
 ]

@@ -13,6 +13,8 @@
 ``skipped_step``  ``step``, ``reason``, ``module``, ``detail``, ``places`` in the micro-batch, ``rows`` of the training
                   set
 ``frozen_base``   ``sha256``, ``bytes``, ``seconds``, ``changed``: frozen tensors that training altered
+``gate``          ``step``, ``verdict`` (``base``, ``passed`` or the action), ``breaches``, ``seconds``, ``readings``:
+                  ``name``, ``value``, ``low``, ``high``, ``num``, ``better``
 ``protection``    ``mode``, ``parameters`` that are protected, ``bytes`` of their bases
 ``reference``     ``cached``, ``computed``, ``verified``: sequences, two for each preference pair
 ``stopped``       ``step``, ``reason``: a rule that ended training early

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from moeft.provenance import RunFolder
+from moeft.reports.gate import gate_section
 from moeft.reports.held_out import held_out_sections
 from moeft.reports.plots import plot_bytes, plot_loss
 from moeft.reports.routing import routing_section
@@ -51,6 +52,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
         _title(run, metrics),
         *held_out_sections(metrics.get("heldout")),
         _losses(run),
+        gate_section(run),
         _bytes(run, metrics.get("bytes")),
         _proofs(metrics.get("proofs")),
         _samples(metrics.get("samples")),

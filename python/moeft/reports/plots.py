@@ -68,6 +68,43 @@ def plot_loss(train_logs: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[s
         figure.align_ylabels()
 
 
+def plot_capabilities(
+    train_logs: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]], bounded: Sequence[str], path: Path
+) -> None:
+    """Draw the training loss and below it each capability with its interval, over the same steps.
+
+    Args:
+        train_logs: As for :func:`plot_loss`.
+        gates: ``gate`` events: ``step``, ``verdict``, ``readings``.
+        bounded: Names of the readings to draw.
+        path: PNG file to write.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    with _figure(path, 7.0, 1.8 + 1.5 * len(bounded)) as figure:
+        losses, *others = figure.subplots(1 + len(bounded), 1, sharex=True)
+        losses.plot(*_series(train_logs, "loss"), color=_BLUE, linewidth=1.6)
+        losses.set_title("Training loss, and what the gate watches")
+        losses.set_ylabel("nats per token")
+        losses.grid(axis="y")
+        for axes, name in zip(others, bounded, strict=True):
+            found = {e["step"]: (e, r) for e in gates for r in e["readings"] if r["name"] == name}
+            steps = sorted(found)
+            readings = [found[step][1] for step in steps]
+            low, value, high = ([_nan(reading[key]) for reading in readings] for key in ("low", "value", "high"))
+            axes.fill_between(steps, low, high, color=_BLUE, alpha=0.15, linewidth=0)
+            axes.plot(steps, value, color=_BLUE, linewidth=1.2, marker="o")
+            axes.axhline(value[0], color=_GREY, linewidth=0.8, linestyle=":")
+            breached = [i for i, step in enumerate(steps) if found[step][0]["breaches"]]
+            axes.plot([steps[i] for i in breached], [value[i] for i in breached], "X", color=_ORANGE, markersize=8)
+            axes.set_title(name, fontweight="normal")
+            axes.grid(axis="y")
+        others[-1].set_xlabel("optimizer step")
+        others[-1].xaxis.get_major_locator().set_params(integer=True)
+        figure.align_ylabels()
+
+
 def plot_bytes(before: Mapping[str, int], after: Mapping[str, int], path: Path) -> None:
     """Draw bytes per component as a pair of bars each, the largest component first.
 
@@ -191,6 +228,10 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
         FigureCanvasAgg(figure)
         yield figure
         figure.savefig(path)
+
+
+def _nan(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _series(events: Sequence[Mapping[str, Any]], field: str) -> tuple[list[int], list[float]]:

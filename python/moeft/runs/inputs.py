@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moeft.config import TuningRecipe
+from moeft.runs.gate import gate_files
 
 
 def shared_input_files(recipe: TuningRecipe) -> dict[str, Path]:
@@ -14,6 +15,8 @@ def shared_input_files(recipe: TuningRecipe) -> dict[str, Path]:
     rows = {"tool_calls": measured.tool_calls, "turn_perplexity": measured.turn_perplexity}
     rows["recall"] = None if measured.recall is None else measured.recall.filler
     files |= {name: path for name, path in rows.items() if path is not None}
+    if recipe.gate is not None:
+        files |= gate_files(recipe.gate)
     if recipe.protection is not None:
         wanted = {"subspace": recipe.protection.subspace, "layer_importance": recipe.protection.layer_importance}
         files |= {f"protection.{name}": path for name, path in wanted.items() if path is not None}

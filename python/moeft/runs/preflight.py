@@ -64,6 +64,10 @@ def _check_processes(recipe: TuningRecipe) -> None:
             f"evaluation.{asked} calls the model outside of training, for which weights must not be sharded; set it to "
             "null and evaluate the finished checkpoint"
         )
+    if recipe.gate is not None and num_processes() > 1:
+        raise RecipeError(
+            "gate measures the model in one process; set it to null, and evaluate the finished checkpoint"
+        )
     if recipe.merge is not None and recipe.merge.verify and num_processes() > 1:
         raise RecipeError("merge.verify needs the run in one process; set it to false")
 

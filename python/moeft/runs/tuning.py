@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeft.runs.context import RunContext
+from moeft.runs.gate import add_gate
 from moeft.runs.held_out import HeldOut
 from moeft.runs.launch import is_main_process, wait_for_everyone
 from moeft.runs.merged import check_mergeable, is_merged, merge, prove_merge
@@ -69,6 +70,7 @@ def execute(run: RunContext[Any], make_trainer: MakeTrainer) -> None:
 def _train(run: RunContext[Any], trainer: MoeTrainer) -> None:
     from moeft.training.checkpoints import last_checkpoint
 
+    gate = add_gate(run.recipe.gate, trainer, run.folder, run.show)
     last = last_checkpoint(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     throughput = trainer.throughput
@@ -76,9 +78,10 @@ def _train(run: RunContext[Any], trainer: MoeTrainer) -> None:
         "steps": trainer.state.global_step,
         "seconds": throughput.total_seconds,
         "tokens": throughput.total_tokens,
-        "tokens_per_second": throughput.total_tokens / throughput.total_seconds,
+        "tokens_per_second": throughput.total_tokens / max(throughput.total_seconds, 1e-9),
         "peak_bytes": max((log["peak_bytes"] for log in run.folder.events("train_log")), default=0),
         "skipped_steps": trainer.skipped_steps,
         "resumed_from": None if last is None else last.name,
+        "gate": None if gate is None else gate.summary(),
         "routing": None if trainer.routing is None else trainer.routing.summary(),
     }

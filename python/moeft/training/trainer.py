@@ -158,8 +158,9 @@ class MoeTrainer(TrainableCheckpoints):
         return SeededLengthGroupedSampler(batch_size, dataset, seed)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer looks at the step count after a step only, so it would train one more on a resume of a complete run.
-        if self.state.global_step >= self.state.max_steps:
+        # Trainer looks at the step count, and at what callbacks want, after a step only: it would train one more on a
+        # resume of a run that is complete or was stopped.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

@@ -43,13 +43,16 @@ def read_saved_dataset(folder: Path, split: str = "train") -> Iterator[tuple[int
     return _numbered(_rows(saved))
 
 
-def read_hub_dataset(name: str, split: str = "train", revision: str | None = None) -> Iterator[tuple[int, Any]]:
+def read_hub_dataset(
+    name: str, split: str = "train", revision: str | None = None, config: str | None = None
+) -> Iterator[tuple[int, Any]]:
     """Position and record of every row of a data set of the hub, or of the local cache.
 
     Args:
         name: ``owner/name``.
         split: Split to read.
         revision: Branch, tag or commit; None takes the newest.
+        config: Part of a data set that has several, such as ``ARC-Easy``; None takes its default.
 
     Raises:
         DataError: If there is no such data set or split, or no connection.
@@ -57,7 +60,7 @@ def read_hub_dataset(name: str, split: str = "train", revision: str | None = Non
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, split=split, revision=revision)
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # Of many kinds: no connection, no such repository, no such split, a script inside.
         reason = " ".join(str(error).split())[:300]
         raise DataError(

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from moeft.kernels.dispatch import choice, in_triton
 from moeft.kernels.linear_cross_entropy import gpu, reference
-from moeft.kernels.linear_cross_entropy.function import LinearLogProbs
+from moeft.kernels.linear_cross_entropy.function import LinearLogProbs, compute_dtype, write_logits
 from moeft.kernels.linear_cross_entropy.reference import IGNORE_INDEX
 
-__all__ = ["IGNORE_INDEX", "linear_cross_entropy", "linear_log_probs"]
+__all__ = ["IGNORE_INDEX", "linear_cross_entropy", "linear_log_probs", "linear_logits"]
 
 CHUNK_ELEMENTS = 1 << 25  # logits of a chunk: 128 MiB in float32, twice
 MOST_CHUNK_ROWS = 1024
@@ -74,6 +74,23 @@ def linear_log_probs(
         return _all_log_probs(hidden, head_weight, labels, softcap, chunk_rows).view(labels.shape)
     counted_M, rows = _counted_log_probs(hidden, head_weight, labels, softcap, chunk_rows)
     return counted_M.new_zeros(labels.numel()).index_copy(0, rows, counted_M).view(labels.shape)
+
+
+@torch.no_grad()
+def linear_logits(hidden: Tensor, head_weight: Tensor, softcap: float | None = None) -> Tensor:
+    """Logits of a few rows, all in memory at once and without a gradient; the caller decides how many.
+
+    Args:
+        hidden: ``[N, H]``, last hidden states.
+        head_weight: ``[V, H]``.
+        softcap: Soft cap of the logits, or None.
+
+    Returns:
+        ``[N, V]`` float32 (float64 for float64 rows).
+    """
+    logits = hidden.new_empty((hidden.shape[0], head_weight.shape[0]), dtype=compute_dtype(hidden))
+    write_logits(hidden, head_weight, logits)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _counted_log_probs(

@@ -36,7 +36,7 @@ class LinearLogProbs(torch.autograd.Function):
         chunk_rows: int,
         with_gradient: bool,
     ) -> Tensor:
-        dtype = _compute_dtype(hidden_MH)
+        dtype = compute_dtype(hidden_MH)
         log_probs_M = hidden_MH.new_empty(hidden_MH.shape[0], dtype=dtype)
         unit_MH = torch.empty_like(hidden_MH) if with_gradient and ctx.needs_input_grad[0] else None
         for rows, log_probs_C, grad_CV in _chunks(hidden_MH, head_VH, targets_M, softcap, chunk_rows):
@@ -83,26 +83,28 @@ def _chunks(
     """
     shape = (min(chunk_rows, hidden_MH.shape[0]), head_VH.shape[0])
     log_probs_and_gradient = cpu.log_probs_and_gradient if in_core(hidden_MH) else pytorch.LogProbsAndGradient()
-    logits_CV = hidden_MH.new_empty(shape, dtype=_compute_dtype(hidden_MH))
+    logits_CV = hidden_MH.new_empty(shape, dtype=compute_dtype(hidden_MH))
     for start in range(0, hidden_MH.shape[0], chunk_rows):
         rows = slice(start, start + chunk_rows)
         targets_C = targets_M[rows]
         logits_of_rows_CV = logits_CV[: len(targets_C)]
-        _logits(hidden_MH[rows], head_VH, logits_of_rows_CV)
+        write_logits(hidden_MH[rows], head_VH, logits_of_rows_CV)
         yield rows, *log_probs_and_gradient(logits_of_rows_CV, targets_C, softcap)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Float32, and float64 for float64 rows."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _logits(hidden_CH: Tensor, head_VH: Tensor, out_CV: Tensor) -> None:
-    if not hidden_CH.is_cpu:
+def write_logits(hidden_CH: Tensor, head_VH: Tensor, out_CV: Tensor) -> None:
+    """Write the logits of a chunk of rows, before a soft cap, into a float32 (or float64) buffer."""
+    if hidden_CH.is_cpu:
+        hidden_CH = hidden_CH.to(out_CV.dtype)
+        for tile in _tiles(head_VH):
+            torch.mm(hidden_CH, head_VH[tile].to(out_CV.dtype).mT, out=out_CV[:, tile])
+    else:
         out_CV.copy_(hidden_CH @ head_VH.to(hidden_CH.dtype).mT)
-        return
-    hidden_CH = hidden_CH.to(out_CV.dtype)
-    for tile in _tiles(head_VH):
-        torch.mm(hidden_CH, head_VH[tile].to(out_CV.dtype).mT, out=out_CV[:, tile])
 
 
 def _times_head(grad_CV: Tensor, head_VH: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,123 @@
+"""Tasks by name. A new one is a function from rows to a :class:`~moeft.evaluation.task.Task` and a line here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeft.errors import DataError
+from moeft.evaluation.sources import Hub, Record, read_rows
+from moeft.evaluation.task import Task
+from moeft.evaluation.tasks import benchmarks, identity, instructions, language, perplexity, refusal, style
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a task is made."""
+
+    build: Callable[..., Task]
+    """Takes rows, and the lists of phrases if it has any."""
+    files: tuple[str, ...] = ()
+    """Patterns of its file below a data folder; the first that fits is taken."""
+    hub: Hub | None = None
+    built_in: Callable[[], list[Record]] | None = None
+    """Rows that are asked where no file is given."""
+    phrases: tuple[str, ...] = ()
+    """Patterns of lists of phrases below a data folder."""
+
+
+TASKS = {
+    "hellaswag": Kind(benchmarks.hellaswag, ("hellaswag/*.jsonl",), Hub("Rowan/hellaswag", "validation")),
+    "piqa": Kind(benchmarks.piqa, ("piqa/*.jsonl",), Hub("baber/piqa", "validation")),
+    "arc_easy": Kind(benchmarks.arc_easy, ("arc/arc_easy*.jsonl",), Hub("allenai/ai2_arc", "test", "ARC-Easy")),
+    "arc_challenge": Kind(
+        benchmarks.arc_challenge, ("arc/arc_challenge*.jsonl",), Hub("allenai/ai2_arc", "test", "ARC-Challenge")
+    ),
+    "mmlu": Kind(benchmarks.mmlu, ("mmlu/*test*.jsonl",), Hub("cais/mmlu", "test", "all")),
+    "wikitext": Kind(
+        perplexity.wikitext,
+        ("wikitext*/test.txt",),
+        Hub("EleutherAI/wikitext_document_level", "test", "wikitext-2-raw-v1"),
+    ),
+    "perplexity": Kind(perplexity.perplexity),
+    "ifeval": Kind(instructions.ifeval, ("ifeval/ifeval*.jsonl",), Hub("google/IFEval", "train")),
+    "ifbench": Kind(instructions.ifbench, ("ifbench/ifbench*.jsonl",), Hub("allenai/IFBench_test", "train")),
+    "style": Kind(style.style, phrases=("slop/antislop_phrases.jsonl", "slop/slopscore_words.txt")),
+    "refusal": Kind(refusal.refusal),
+    "language": Kind(language.language, built_in=language.built_in),
+    "identity": Kind(identity.identity),
+}
+
+
+def build_task(
+    name: str, file: Path | None = None, data: Path | None = None, limit: int | None = None, seed: int = 0
+) -> Task:
+    """Make a task.
+
+    Args:
+        name: One of ``TASKS``.
+        file: Its rows; None looks in ``data``, and else asks the hub.
+        data: Folder of a data set each, such as ``hellaswag/rows.jsonl``.
+        limit: Most items, drawn by the seed; None takes all.
+        seed: Of the drawing.
+
+    Raises:
+        DataError: If there is no such task, or its rows cannot be had or read.
+    """
+    kind = _kind(name)
+    file = file or (None if data is None else task_file(name, data))
+    rows = _rows(name, kind, file)
+    if not rows:
+        raise DataError(f"task {name}: {file or kind.hub} holds no row")
+    if data is not None:
+        instructions.use_nltk_data(data / "nltk_data")
+    lists = [path for pattern in kind.phrases if data is not None for path in sorted(data.glob(pattern))]
+    return _subset(kind.build(rows, lists) if kind.phrases else kind.build(rows), limit, seed)
+
+
+def task_file(name: str, data: Path) -> Path | None:
+    """The file of a task below a data folder; None if the task has no usual place there.
+
+    Raises:
+        DataError: If there is no such task, or the folder holds no file for it.
+    """
+    kind = _kind(name)
+    if not kind.files:
+        return None
+    for pattern in kind.files:
+        if matches := sorted(data.glob(pattern)):
+            return matches[0]
+    raise DataError(
+        f"task {name}: {data} holds no {' or '.join(kind.files)}; give the file as {name}=FILE, or leave --data out to "
+        + (f"take {kind.hub} from the hub" if kind.hub else "see docs/evaluation.md for where to get one")
+    )
+
+
+def _rows(name: str, kind: Kind, file: Path | None) -> list[Record]:
+    if file is None and kind.built_in is not None:
+        return kind.built_in()
+    # The text of WikiText is no file of rows.
+    if name == "wikitext" and file is not None and file.suffix in (".txt", ".tokens"):
+        return perplexity.wikitext_file(file)
+    return read_rows(name, file, kind.hub)
+
+
+def _kind(name: str) -> Kind:
+    if name in TASKS:
+        return TASKS[name]
+    close = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(TASKS)}"
+    raise DataError(f"there is no task {name!r}; {hint}")
+
+
+def _subset(task: Task, limit: int | None, seed: int) -> Task:
+    if limit is not None and limit < 1:
+        raise DataError(f"task {task.name}: limit is {limit}, expected at least 1")
+    if limit is None or limit >= len(task.items):
+        return task
+    chosen = sorted(random.Random(f"{seed} {task.name}").sample(range(len(task.items)), limit))
+    return dataclasses.replace(task, items=tuple(task.items[index] for index in chosen))

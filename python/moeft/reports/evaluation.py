@@ -1,0 +1,71 @@
+"""Tables of evaluations, as Markdown that reads well in a terminal too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moeft.reports.text import number, table
+
+FEW_NOTE = "(!) fewer than 30 items: the interval is not to be trusted."
+
+
+def results_table(tasks: Sequence[Mapping[str, Any]]) -> str:
+    """Metrics of the tasks of a ``results.json``, each with its interval and items."""
+    rows = []
+    for task in tasks:
+        for metric in task["metrics"]:
+            few = " (!)" if metric["is_of_few"] else ""
+            failed = len(task["failed"]) or None
+            rows.append(
+                [
+                    f"{task['name']} {metric['name']}",
+                    metric["value"],
+                    _interval(metric["low"], metric["high"]),
+                    f"{metric['num']}{few}",
+                    failed,
+                    task["empty"] or None,
+                ]
+            )
+    level = tasks[0]["metrics"][0]["level"] if tasks and tasks[0]["metrics"] else 0.95
+    text = table(["metric", "value", f"{level:.0%} interval", "items", "failed", "empty replies"], rows)
+    return text + _note(any(metric["is_of_few"] for task in tasks for metric in task["metrics"]))
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], first: str, second: str, level: float) -> str:
+    """Metrics of two runs beside each other, and which differences are real.
+
+    Args:
+        rows: ``task``, ``metric``, ``first``, ``second``, ``change``, ``low``, ``high``, ``p``, ``num``, ``verdict``,
+            ``is_of_few``, ``only_one``.
+        first: Name of the first run.
+        second: Name of the second.
+        level: Of the intervals.
+    """
+    lines = [
+        [
+            f"{row['task']} {row['metric']}",
+            row["first"],
+            row["second"],
+            row["change"],
+            _interval(row["low"], row["high"]),
+            row["p"],
+            f"{row['num']}{' (!)' if row['is_of_few'] else ''}",
+            row["verdict"],
+        ]
+        for row in rows
+    ]
+    header = ["metric", first, second, "change", f"{level:.0%} interval", "p, corrected", "items", "verdict"]
+    text = table(header, lines) + _note(any(row["is_of_few"] for row in rows))
+    left_out = {row["task"]: row["only_one"] for row in rows if row["only_one"]}
+    for task, count in left_out.items():
+        text += f"\n{task}: {number(count)} items that only one run has answered are left out.\n"
+    return text
+
+
+def _interval(low: float | None, high: float | None) -> str | None:
+    return None if low is None or high is None else f"{number(low)} to {number(high)}"
+
+
+def _note(any_few: bool) -> str:
+    return f"\n{FEW_NOTE}\n" if any_few else ""

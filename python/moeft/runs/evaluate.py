@@ -1,0 +1,180 @@
+"""``moeft evaluate``: tasks, subject, measurement and tables, in a run folder that a second start continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeft.errors import CheckpointError
+from moeft.progress_bar import step_bar
+from moeft.provenance import RunFolder
+
+if TYPE_CHECKING:
+    from moeft.evaluation.measure import TaskResult
+    from moeft.evaluation.request import Subject
+    from moeft.evaluation.results import Compared
+    from moeft.evaluation.task import Task
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What decides the result; see ``moeft evaluate --help``."""
+
+    model: str
+    """Folder of a checkpoint, or the URL of a server."""
+    tasks: tuple[str, ...]
+    """Names, each perhaps with a file: ``hellaswag`` or ``hellaswag=rows.jsonl``."""
+    adapter: Path | None = None
+    data: Path | None = None
+    limit: int | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    @property
+    def is_server(self) -> bool:
+        """Whether the model is behind a URL."""
+        return self.model.startswith(("http://", "https://"))
+
+
+def run(
+    settings: EvaluateSettings,
+    out: Path,
+    batch_size: int = 16,
+    device: str = "cpu",
+    cache: Path | None = None,
+    show: Callable[[str], None] = print,
+) -> RunFolder:
+    """Evaluate a model, or continue an interrupted evaluation.
+
+    Args:
+        settings: What to measure.
+        out: Run folder: ``results.json``, ``results.md``, ``answers.jsonl``, ``run.json``, ``events.jsonl``.
+        batch_size: Replies generated at once, or requests that a server gets at once.
+        device: Where to compute.
+        cache: File of answers, which runs may share; None takes ``answers.jsonl`` in the folder.
+        show: Where to print what is found.
+
+    Raises:
+        MoeftError: If the model, a task or its rows cannot be used; see the classes.
+    """
+    tasks = _tasks(settings)  # Before the folder is made and the model is loaded: a typo answers at once.
+    inputs = _inputs(settings)
+    with RunFolder.create(out, "moeft evaluate", dataclasses.asdict(settings), inputs, settings.seed) as folder:
+        subject = _subject(settings, folder, batch_size, device, show)
+        _measure(folder, subject, tasks, cache or folder.path / "answers.jsonl", show)
+    return folder
+
+
+def compare(first: Path, second: Path, level: float = 0.95, seed: int = 0) -> str:
+    """Table of two evaluations, and which of their differences are real.
+
+    Args:
+        first: Run folder of an evaluation.
+        second: Another one, of the same tasks.
+        level: Of the intervals, and of what counts as real.
+        seed: Of the resampling.
+
+    Raises:
+        DataError: If they have no item in common.
+        RunFolderError: If a folder holds no results.
+    """
+    from moeft.evaluation.results import compare as compare_results
+    from moeft.evaluation.results import read_results
+    from moeft.reports.evaluation import comparison_table
+
+    found = compare_results(read_results(first), read_results(second), level=level, seed=seed)
+    return comparison_table([_row(compared, level) for compared in found], str(first), str(second), level)
+
+
+def _row(compared: Compared, level: float) -> dict[str, Any]:
+    change = compared.difference.change
+    return {
+        "task": compared.task,
+        "metric": compared.metric.name,
+        "first": compared.difference.first,
+        "second": compared.difference.second,
+        "change": change.value,
+        "low": change.low,
+        "high": change.high,
+        "p": compared.p_corrected,
+        "num": change.num,
+        "is_of_few": change.is_of_few,
+        "only_one": compared.only_one,
+        "verdict": compared.verdict(level),
+    }
+
+
+def _tasks(settings: EvaluateSettings) -> list[Task]:
+    from moeft.evaluation.task import sampled
+    from moeft.evaluation.tasks import build_task
+
+    found = []
+    for word in settings.tasks:
+        name, _, file = word.partition("=")
+        task = build_task(name, Path(file) if file else None, settings.data, settings.limit, settings.seed)
+        found.append(sampled(task, settings.temperature, settings.seed, settings.max_new_tokens))
+    return found
+
+
+def _inputs(settings: EvaluateSettings) -> dict[str, Path]:
+    inputs = {} if settings.is_server else {"model": Path(settings.model)}
+    if settings.adapter is not None:
+        inputs["adapter"] = settings.adapter
+    return inputs
+
+
+def _subject(
+    settings: EvaluateSettings, folder: RunFolder, batch_size: int, device: str, show: Callable[[str], None]
+) -> Subject:
+    if settings.is_server:
+        from moeft.evaluation.server_subject import ServerSubject
+
+        return ServerSubject(settings.model, parallel=batch_size, api_key=os.environ.get("OPENAI_API_KEY"))
+    from moeft.data import templates
+    from moeft.evaluation.model_subject import ModelSubject
+    from moeft.integration import experts_implementation, experts_module
+    from moeft.integration.loading import load
+    from moeft.integration.lora import load_adapter
+
+    model, tokenizer = load(settings.model, dtype=settings.dtype, device=device)
+    if tokenizer is None:
+        raise CheckpointError(f"{settings.model} holds no tokenizer; copy that of the base beside the weights")
+    origin = templates.apply(tokenizer, None, model.config.model_type)
+    if origin is not None:
+        show(f"chat template: {origin}")
+    if any(experts_module.is_fused(module) for module in model.modules()):
+        # transformers' own kernel refuses some sizes in bfloat16 on the CPU.
+        model.set_experts_implementation(experts_implementation.NAME)
+    if settings.adapter is not None:
+        model = load_adapter(model, settings.adapter)
+    identity: dict[str, Any] = {name: source["sha256"] for name, source in folder.record["inputs"].items()}
+    identity |= {"dtype": settings.dtype}
+    return ModelSubject(model, tokenizer, identity, batch_size=batch_size, max_length=settings.max_length)
+
+
+def _measure(
+    folder: RunFolder, subject: Subject, tasks: Sequence[Task], cache: Path, show: Callable[[str], None]
+) -> Mapping[str, TaskResult]:
+    from moeft.evaluation.answers import AnswerCache
+    from moeft.evaluation.measure import measure
+    from moeft.evaluation.results import FILE, write_results
+    from moeft.reports.evaluation import results_table
+
+    with step_bar("evaluate", sys.stderr.isatty()) as advance:
+        results = measure(subject, tasks, AnswerCache(cache), advance)
+    write_results(folder.path, results)
+    text = results_table(folder.read_json(FILE)["tasks"])
+    (folder.path / "results.md").write_text(text, encoding="utf-8")
+    show(text)
+    for result in results:
+        for key, reason in result.failed.items():
+            show(f"{result.name} item {key} failed: {reason}")
+    return {result.name: result for result in results}

@@ -1,0 +1,135 @@
+"""The capability gate of a recipe: tasks and divergence as readings of the model in training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeft.config.gate import Gate, GateDivergence, GateTask
+from moeft.errors import RecipeError
+from moeft.provenance import RunFolder
+
+if TYPE_CHECKING:
+    from moeft.evaluation.divergence import BaseDivergence
+    from moeft.evaluation.task import Task
+    from moeft.training.gate import CapabilityGate, Reading
+    from moeft.training.trainer import MoeTrainer
+
+DIVERGENCE = "divergence"
+
+
+def gate_files(gate: Gate) -> dict[str, Path]:
+    """Files that a gate reads, by their place in the recipe.
+
+    Raises:
+        DataError: If a task is unknown, or has no file in the gate's folder.
+    """
+    from moeft.evaluation.tasks import task_file
+
+    files: dict[str, Path] = {}
+    for index, watched in enumerate(gate.tasks):
+        file = watched.path or (None if gate.data is None else task_file(watched.task, gate.data))
+        if file is not None:
+            files[f"gate.tasks[{index}]"] = file
+    if gate.divergence is not None:
+        files["gate.divergence"] = gate.divergence.path
+    return files
+
+
+def add_gate(
+    gate: Gate | None, trainer: MoeTrainer, folder: RunFolder, show: Callable[[str], None] = print
+) -> CapabilityGate | None:
+    """Put a gate into a trainer whose model is still the base.
+
+    Args:
+        gate: The recipe's section; None adds nothing.
+        trainer: Before training, and before a checkpoint is loaded.
+        folder: The run's, which gains ``gate/`` and events of the kind ``gate``.
+        show: Where to print breaches and cost.
+
+    Raises:
+        DataError: If the rows of a task cannot be had or read.
+        RecipeError: If a task has no such metric.
+        UnsupportedModelError: If the divergence is to be watched and the head is trained.
+    """
+    if gate is None:
+        return None
+    from moeft.training.gate import Bound, CapabilityGate
+
+    watched = [(_task(gate, task), task) for task in gate.tasks]
+    bounds = {
+        _name(task.name, _metric(task, section)): Bound(section.limit, section.change, section.intervals)
+        for task, section in watched
+    }
+    divergence = None
+    if gate.divergence is not None:
+        divergence = _divergence(gate.divergence, trainer, gate.seed)
+        bounds[DIVERGENCE] = Bound(gate.divergence.limit)
+    tasks = [task for task, _ in watched]
+    callback = CapabilityGate(
+        lambda: _readings(trainer, tasks, divergence),
+        bounds,
+        folder.path / "gate",
+        every_steps=gate.every_steps,
+        every_epoch=gate.every_epoch,
+        action=gate.action,
+        budget=gate.budget,
+        events=folder,
+        show=show,
+    )
+    # Behind the trainer's own callbacks, which measure the time of a step.
+    trainer.add_callback(callback)
+    return callback
+
+
+def _task(gate: Gate, watched: GateTask) -> Task:
+    from moeft.evaluation.tasks import build_task
+
+    return build_task(watched.task, watched.path, gate.data, watched.rows, gate.seed)
+
+
+def _metric(task: Task, watched: GateTask) -> str:
+    known = [metric.name for metric in task.metrics if metric.better is not None]
+    name = watched.metric or known[0]
+    if name not in known:
+        raise RecipeError(f"gate.tasks: {task.name} has no metric {name!r} to bound; it has {', '.join(known)}")
+    return name
+
+
+def _divergence(section: GateDivergence, trainer: MoeTrainer, seed: int) -> BaseDivergence:
+    from moeft.data.chat import encode
+    from moeft.data.rows import read_rows
+    from moeft.evaluation.divergence import BaseDivergence
+
+    examples = encode(
+        read_rows(section.path), trainer.processing_class, max_length=section.max_length, on_too_long="truncate"
+    ).examples
+    chosen = random.Random(seed).sample(range(len(examples)), min(section.rows, len(examples)))
+    return BaseDivergence(trainer.model, [examples[index]["input_ids"].tolist() for index in sorted(chosen)])
+
+
+def _readings(trainer: MoeTrainer, tasks: list[Task], divergence: BaseDivergence | None) -> list[Reading]:
+    from moeft.evaluation.measure import measure
+    from moeft.evaluation.model_subject import ModelSubject
+    from moeft.evaluation.statistics import bootstrap
+    from moeft.evaluation.task import Metric
+    from moeft.training.gate import Reading
+
+    def reading(name: str, estimate: Any, better: Any) -> Reading:
+        return Reading(name, estimate.value, estimate.low, estimate.high, estimate.num, better)
+
+    found = []
+    for result in measure(ModelSubject(trainer.model, trainer.processing_class), tasks):
+        for metric in result.measured():
+            if metric.better is not None:
+                found.append(reading(_name(result.name, metric.name), result.estimate(metric), metric.better))
+    if divergence is not None:
+        units = divergence.measure()
+        found.append(reading(DIVERGENCE, bootstrap(units, Metric(DIVERGENCE, "lower")), "lower"))
+    return found
+
+
+def _name(task: str, metric: str) -> str:
+    return f"{task} {metric}"
