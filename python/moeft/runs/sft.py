@@ -11,7 +11,7 @@ from moeft.provenance import RunFolder
 from moeft.runs import preflight
 from moeft.runs.context import RunContext
 from moeft.runs.held_out import HeldOut
-from moeft.runs.launch import is_main_process, num_processes, shared_run, wait_for_everyone
+from moeft.runs.launch import is_main_process, num_processes, shared_run
 from moeft.runs.merged import check_mergeable, is_merged, merge, prove_merge
 from moeft.runs.sft_data import input_files
 from moeft.runs.sft_trainer import make_trainer
@@ -65,7 +65,7 @@ def _execute(run: RunContext) -> None:
             check_mergeable(run, trainer, wanted)
 
     def measure_before() -> None:
-        if not held_out.is_measured("before"):
+        if not (held_out.is_measured("before") and routers.has_choices(trainer)):
             with run.stage("measure before"):
                 held_out.measure(trainer, "before")
                 routers.before(trainer)
@@ -85,9 +85,8 @@ def _execute(run: RunContext) -> None:
         return
     if not is_merged(run, wanted):
         with run.stage("merge"):
-            if is_main_process():
+            if is_main_process():  # Nobody waits for it: a merge may take longer than a barrier lasts.
                 merge(run, trainer, wanted)
-            wait_for_everyone()
     if wanted.verify:
         with run.stage("prove"):
             prove_merge(run, trainer, held_out, wanted)
