@@ -1,4 +1,4 @@
-"""How the processes of a run were started, from what launchers leave in the environment. Imports nothing heavy."""
+"""How the processes of a run were started, from what launchers leave in the environment."""
 
 from __future__ import annotations
 

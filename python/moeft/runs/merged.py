@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,9 @@ def merge(run: RunContext[Any], trainer: MoeTrainer, wanted: Merge) -> None:
 
     unfinished = wanted.output.with_name(f"{wanted.output.name}.untrained")
     out = unfinished if trainer.trains_base else wanted.output
-    if not (out / "config.json").is_file():
-        run.show(str(merge_models(_recipe(run, wanted, run.folder.path / "adapter"), out)))
+    if trainer.trains_base and (out / "moeft_merge.json").is_file():
+        shutil.rmtree(out)  # of a start that was killed here
+    run.show(str(merge_models(_recipe(run, wanted, run.folder.path / "adapter"), out)))
     if trainer.trains_base:
         put_in_place(trainer, run.folder.path / "trained", out)
         out.rename(wanted.output)

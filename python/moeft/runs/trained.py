@@ -39,15 +39,21 @@ class RouterWatch:
         asked = run.recipe.evaluation.router_drift_rows
         self.rows = (ROUTER_ROWS if run.recipe.trained_roles() else 0) if asked is None else asked
 
+    def has_choices(self, trainer: MoeTrainer) -> bool:
+        """Whether the choices before training are kept, or none are wanted."""
+        return not self._watches(trainer) or self._path.exists()
+
     def before(self, trainer: MoeTrainer) -> None:
         """Keep the choices in the run folder."""
         from safetensors.torch import save_file
 
-        path = self._run.folder.path / ROUTING_BEFORE
-        if self._watches(trainer) and not path.exists():
-            choices = {str(layer): chosen for layer, chosen in self._choices(trainer).items()}
-            if trainer.is_world_process_zero():
-                save_file(choices, path)
+        if self.has_choices(trainer):
+            return
+        choices = {str(layer): chosen for layer, chosen in self._choices(trainer).items()}
+        if trainer.is_world_process_zero():
+            unfinished = self._path.with_suffix(".partial")
+            save_file(choices, unfinished)
+            unfinished.rename(self._path)
 
     def after(self, trainer: MoeTrainer) -> None:
         """Compare, and keep the figures."""
@@ -60,7 +66,7 @@ class RouterWatch:
         after = self._choices(trainer)
         if not trainer.is_world_process_zero():
             return
-        before = {int(layer): chosen for layer, chosen in load_file(self._run.folder.path / ROUTING_BEFORE).items()}
+        before = {int(layer): chosen for layer, chosen in load_file(self._path).items()}
         drift = router_drift(before, after, _num_experts(trainer)).to_json()
         self._run.metrics["router_drift"] = drift
         self._run.folder.event("router_drift", **{key: value for key, value in drift.items() if key != "layers"})
@@ -68,6 +74,10 @@ class RouterWatch:
             f"routing of {drift['tokens']} tokens after training: {drift['agreement']:.1%} of the experts the same, "
             f"load shifted by {drift['load_shift']:.1%}"
         )
+
+    @property
+    def _path(self) -> Path:
+        return self._run.folder.path / ROUTING_BEFORE
 
     def _watches(self, trainer: MoeTrainer) -> bool:
         return self.rows > 0 and _num_experts(trainer) > 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moeft.runs.context import RunContext
 from moeft.runs.gate import add_gate
 from moeft.runs.held_out import HeldOut
-from moeft.runs.launch import is_main_process, wait_for_everyone
+from moeft.runs.launch import is_main_process
 from moeft.runs.merged import check_mergeable, is_merged, merge, prove_merge
 from moeft.runs.trained import RouterWatch, save_trained
 
@@ -39,7 +39,7 @@ def execute(run: RunContext[Any], make_trainer: MakeTrainer) -> None:
     routers = RouterWatch(run)
 
     def measure_before() -> None:
-        if not held_out.is_measured("before"):
+        if not (held_out.is_measured("before") and routers.has_choices(trainer)):
             with run.stage("measure before"):
                 held_out.measure(trainer, "before")
                 routers.before(trainer)
@@ -59,9 +59,8 @@ def execute(run: RunContext[Any], make_trainer: MakeTrainer) -> None:
         return
     if not is_merged(run, wanted):
         with run.stage("merge"):
-            if is_main_process():
+            if is_main_process():  # Nobody waits for it: a merge may take longer than a barrier lasts.
                 merge(run, trainer, wanted)
-            wait_for_everyone()
     if wanted.verify:
         with run.stage("prove"):
             prove_merge(run, trainer, held_out, wanted)

@@ -79,9 +79,9 @@ def _whole(parameter: Any) -> Tensor:
     if hasattr(parameter, "full_tensor"):  # FSDP2
         return parameter.full_tensor().detach().cpu().contiguous()
     if hasattr(parameter, "ds_id"):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().cpu().clone()
     return parameter.detach().cpu().contiguous()
 
