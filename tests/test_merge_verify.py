@@ -33,7 +33,11 @@ RECIPES = {
         "models": [{"model": "one"}, {"model": "other"}],
         "parameters": {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"value": 0.4}]},
     },
-    "model_stock": {"base_model": "base", "models": [ONE, OTHER], "parameters": {"filter_wise": True}},
+    "model_stock": {
+        "base_model": "base",
+        "models": [{"model": "one"}, {"model": "other"}],
+        "parameters": {"filter_wise": True},
+    },
     "fisher_damped": {
         "base_model": "base",
         "models": [{"adapter": "r4"}, {"adapter": "r7"}, {"model": "one"}],
