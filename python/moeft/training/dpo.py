@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,19 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from moeft.data import templates
 from moeft.data.pair_batches import PairCollator
-from moeft.data.pairs import EncodedPairs, Pair, encode_pairs
-from moeft.data.preferences import PreferenceRows, read_preferences
+from moeft.data.pairs import EncodedPairs, Pair
 from moeft.data.rejects import Reject
-from moeft.data.vocabulary import check_ids, check_vocabulary
+from moeft.data.vocabulary import check_vocabulary
 from moeft.errors import DataError
 from moeft.integration.log_probs import linear_head
 from moeft.progress_bar import step_bar
 from moeft.training.dpo_arguments import DPOConfig
+from moeft.training.preference.dataset import Dataset, encode_dataset
 from moeft.training.preference.divergence import token_divergences
 from moeft.training.preference.figures import KEYS, PairFigures
 from moeft.training.preference.layout import usable_layout
 from moeft.training.preference.losses import PairLosses, pair_losses
-from moeft.training.preference.reference import Reference, ReferenceReport
+from moeft.training.preference.reference import Reference, ReferenceReport, tolerance
 from moeft.training.preference.reference_cache import ReferenceCache
 from moeft.training.preference.reference_context import reference_context
 from moeft.training.preference.scores import PairScores, score_pairs, source_states
@@ -39,10 +38,6 @@ from moeft.training.sft import padding_id
 from moeft.training.trainer import MoeTrainer
 
 logger = logging.getLogger(__name__)
-Dataset = str | Path | Iterable[Mapping[str, Any]] | PreferenceRows | EncodedPairs
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-"""Nats per token by which a cached log-probability may differ from a new one; batches differ in their padding."""
-TOLERANCE_16_BIT = 0.05
 DIVERGENCE_PAIRS = 64
 """Held-out pairs on whose chosen answers the divergence from the reference is measured."""
 
@@ -94,9 +89,9 @@ class DPOTrainer(MoeTrainer):
             logger.info("chat template: %s", origin)
         num_embeddings = model.get_input_embeddings().weight.shape[0]
         check_vocabulary(processing_class, num_embeddings)
-        self.train_pairs = _encode(train_dataset, processing_class, args, num_embeddings)
+        self.train_pairs = encode_dataset(train_dataset, processing_class, args, num_embeddings)
         self.eval_pairs = (
-            None if eval_dataset is None else _encode(eval_dataset, processing_class, args, num_embeddings)
+            None if eval_dataset is None else encode_dataset(eval_dataset, processing_class, args, num_embeddings)
         )
         self.layout = usable_layout(model, args.layout)
         self.preference_loss = args.preference_loss
@@ -131,10 +126,9 @@ class DPOTrainer(MoeTrainer):
         if self.args.reference_cache is not None:
             context = reference_context(self.model, self.start, self._precision())
             cache = ReferenceCache(self.args.reference_cache, context)
-        dtype = self.model.get_input_embeddings().weight.dtype
-        tolerance = TOLERANCE_16_BIT if self._precision() != "no" else TOLERANCE.get(dtype, TOLERANCE_16_BIT)
+        dtype = self.model.get_input_embeddings().weight.dtype if self._precision() == "no" else torch.bfloat16
         reference = Reference(
-            self._score_as_reference, self.args.eval_batch_size, cache, self.args.reference_verify, tolerance
+            self._score_as_reference, self.args.eval_batch_size, cache, self.args.reference_verify, tolerance(dtype)
         )
         reports = []
         self.train_pairs, report = self._referenced(self.train_pairs, reference)
@@ -261,17 +255,3 @@ class DPOTrainer(MoeTrainer):
 
     def _routing_paused(self) -> Any:
         return nullcontext() if self.routing is None else self.routing.paused()
-
-
-def _encode(dataset: Dataset, tokenizer: Any, args: DPOConfig, num_embeddings: int) -> EncodedPairs:
-    if not isinstance(dataset, EncodedPairs):
-        rows = dataset if isinstance(dataset, PreferenceRows) else read_preferences(dataset)
-        options: dict[str, Any] = {
-            "reasoning": args.reasoning,
-            "max_length": args.max_length,
-            "on_too_long": args.on_too_long,
-        }
-        dataset = encode_pairs(rows, tokenizer, **options)
-    for side in (dataset.pairs.chosen, dataset.pairs.rejected):
-        check_ids(side, num_embeddings)
-    return dataset

@@ -19,6 +19,11 @@ from moeft.training.preference.scores import PairScores
 Score = Callable[[Sequence[Pair]], PairScores]
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """Nats per token by which a cached log-probability may differ from a new one: batches differ in their padding."""
+    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 0.05)
+
+
 @dataclass(frozen=True)
 class ReferenceReport:
     """How the log-probabilities under the reference came about, in sequences: two for each pair."""
