@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moeft.config.gate import Gate, GateDivergence, GateTask
 from moeft.errors import RecipeError
