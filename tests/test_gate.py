@@ -144,8 +144,8 @@ def test_run_that_was_rolled_back_stays_stopped_when_it_is_started_again(texts, 
 def test_resumed_run_is_held_to_the_base_of_its_first_start(texts, tmp_path):
     whole, _, unbroken = train(tiny, tmp_path / "whole", lenient(texts))
     saving = {"save_strategy": "steps", "save_steps": 2}
-    train(tiny, tmp_path, lenient(texts), max_steps=2, **saving)
-    resumed, _, run = train(tiny, tmp_path, lenient(texts), resume=2, **saving)
+    train(tiny, tmp_path / "broken", lenient(texts), max_steps=2, **saving)
+    resumed, _, run = train(tiny, tmp_path / "broken", lenient(texts), resume=2, **saving)
     assert verdicts(run) == [(0, "base"), (2, "passed"), (4, "passed")]
     # The divergence counts from the base, not from where the run went on.
     assert run.events("gate")[-1]["readings"] == unbroken.events("gate")[-1]["readings"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moeft.config.gate import Gate, GateDivergence, GateTask
 from moeft.errors import RecipeError
@@ -13,6 +15,7 @@ from moeft.provenance import RunFolder
 
 if TYPE_CHECKING:
     from moeft.evaluation.divergence import BaseDivergence
+    from moeft.evaluation.measure import TaskResult
     from moeft.evaluation.task import Task
     from moeft.training.gate import CapabilityGate, Reading
     from moeft.training.trainer import MoeTrainer
@@ -58,16 +61,15 @@ def add_gate(
         return None
     from moeft.training.gate import Bound, CapabilityGate
 
-    watched = [(_task(gate, task), task) for task in gate.tasks]
+    tasks = [_task(gate, watched) for watched in gate.tasks]
     bounds = {
-        _name(task.name, _metric(task, section)): Bound(section.limit, section.change, section.intervals)
-        for task, section in watched
+        _name(task): Bound(watched.limit, watched.change, watched.intervals)
+        for task, watched in zip(tasks, gate.tasks, strict=True)
     }
     divergence = None
     if gate.divergence is not None:
         divergence = _divergence(gate.divergence, trainer, gate.seed)
         bounds[DIVERGENCE] = Bound(gate.divergence.limit)
-    tasks = [task for task, _ in watched]
     callback = CapabilityGate(
         lambda: _readings(trainer, tasks, divergence),
         bounds,
@@ -85,17 +87,17 @@ def add_gate(
 
 
 def _task(gate: Gate, watched: GateTask) -> Task:
+    """The task with the one metric that is bounded."""
     from moeft.evaluation.tasks import build_task
 
-    return build_task(watched.task, watched.path, gate.data, watched.rows, gate.seed)
-
-
-def _metric(task: Task, watched: GateTask) -> str:
-    known = [metric.name for metric in task.metrics if metric.better is not None]
-    name = watched.metric or known[0]
+    task = build_task(watched.task, watched.path, gate.data, watched.rows, gate.seed)
+    known = {metric.name: metric for metric in task.metrics if metric.better is not None}
+    if not known:
+        raise RecipeError(f"gate.tasks: {task.name} has no metric to bound; none of its figures is better high or low")
+    name = watched.metric or next(iter(known))
     if name not in known:
         raise RecipeError(f"gate.tasks: {task.name} has no metric {name!r} to bound; it has {', '.join(known)}")
-    return name
+    return dataclasses.replace(task, metrics=(known[name],))
 
 
 def _divergence(section: GateDivergence, trainer: MoeTrainer, seed: int) -> BaseDivergence:
@@ -113,23 +115,26 @@ def _divergence(section: GateDivergence, trainer: MoeTrainer, seed: int) -> Base
 def _readings(trainer: MoeTrainer, tasks: list[Task], divergence: BaseDivergence | None) -> list[Reading]:
     from moeft.evaluation.measure import measure
     from moeft.evaluation.model_subject import ModelSubject
-    from moeft.evaluation.statistics import bootstrap
+    from moeft.evaluation.statistics import Estimate, bootstrap
     from moeft.evaluation.task import Metric
     from moeft.training.gate import Reading
 
-    def reading(name: str, estimate: Any, better: Any) -> Reading:
+    def reading(name: str, metric: Metric, estimate: Estimate) -> Reading:
+        better = metric.better or "higher"
         return Reading(name, estimate.value, estimate.low, estimate.high, estimate.num, better)
 
     found = []
     for result in measure(ModelSubject(trainer.model, trainer.processing_class), tasks):
-        for metric in result.measured():
-            if metric.better is not None:
-                found.append(reading(_name(result.name, metric.name), result.estimate(metric), metric.better))
+        (metric,) = result.metrics
+        # Of nothing but empty replies, say, a metric is not a number, which no bound lets pass.
+        nothing = Estimate(math.nan, math.nan, math.nan, 0.95, 0)
+        found.append(reading(_name(result), metric, result.estimate(metric) if result.measured() else nothing))
     if divergence is not None:
         units = divergence.measure()
-        found.append(reading(DIVERGENCE, bootstrap(units, Metric(DIVERGENCE, "lower")), "lower"))
+        metric = Metric(DIVERGENCE, "lower")
+        found.append(reading(DIVERGENCE, metric, bootstrap(units, metric)))
     return found
 
 
-def _name(task: str, metric: str) -> str:
-    return f"{task} {metric}"
+def _name(task: Task | TaskResult) -> str:
+    return f"{task.name} {task.metrics[0].name}"
