@@ -52,10 +52,13 @@ pub fn plan_merge(py: Python<'_>, recipe: &str, folder: PathBuf, max_shard_bytes
     Ok(json!(outline).to_string())
 }
 
-/// Runs the `moeft-merge` command on these words, under the name `moeft merge`; returns its exit code and, if the merge is
-/// to be verified, recipe, folder, and whether the answer is to be JSON.
+/// Recipe, output folder, and whether to answer in JSON.
+type ToVerify = (PathBuf, PathBuf, bool);
+
+/// Runs the `moeft-merge` command on these words, under the name `moeft merge`; returns its exit code and what the caller is
+/// to verify.
 #[pyfunction]
-pub fn merge_command(py: Python<'_>, words: Vec<OsString>) -> PyResult<(u8, Option<(PathBuf, PathBuf, bool)>)> {
+pub fn merge_command(py: Python<'_>, words: Vec<OsString>) -> PyResult<(u8, Option<ToVerify>)> {
     let (mut last, mut raised) = (Instant::now(), None);
     let mut stop = || {
         if last.elapsed() >= INTERVAL {
