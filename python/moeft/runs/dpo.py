@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moeft.config.dpo import DpoRecipe
+from moeft.errors import RecipeError
 from moeft.provenance import RunFolder
 from moeft.runs import preflight
 from moeft.runs.context import RunContext
 from moeft.runs.dpo_trainer import input_files, make_trainer
 from moeft.runs.inputs import shared_input_files
+from moeft.runs.launch import num_processes
 from moeft.runs.tuning import execute
 
 
@@ -27,6 +29,8 @@ def run(recipe: DpoRecipe, show: Callable[[str], None] = print, precompute_only:
     Raises:
         MoeftError: If the recipe, the model, the pairs or the training cannot be used; see the classes.
     """
+    if num_processes() > 1:
+        raise RecipeError("moeft dpo trains in one process; start it without a launcher")
     preflight.check(recipe)
     inputs = input_files(recipe) | shared_input_files(recipe)
     seed = int(recipe.training.get("seed", 42))

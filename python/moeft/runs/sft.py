@@ -39,7 +39,7 @@ def run(recipe: SftRecipe, show: Callable[[str], None] = print) -> RunFolder:
         return RunFolder.create(recipe.output, "moeft sft", *asked)
 
     if num_processes() > 1:
-        _ = sft_arguments(recipe, recipe.output / "checkpoints").device  # sets up the group as the engine wants it
+        _join_processes(recipe)
     with shared_run(create, recipe.output) as folder:
         execute(RunContext(recipe, folder, show if is_main_process() else _silent), make_trainer)
     return folder
@@ -61,6 +61,16 @@ def dry_run(recipe: SftRecipe, show: Callable[[str], None] = print) -> None:
         with RunFolder.create(elsewhere.output, "moeft sft", elsewhere.resolved(), {}, _seed(recipe)) as folder:
             prepare(RunContext(elsewhere, folder, show), make_trainer)
     show("dry run: nothing was trained")
+
+
+def _join_processes(recipe: SftRecipe) -> None:
+    args = sft_arguments(recipe, recipe.output / "checkpoints")
+    _ = args.device  # sets up the group as the engine wants it
+    if args.world_size != num_processes():
+        raise RecipeError(
+            f"{num_processes()} processes were launched and the engine sees {args.world_size}, so that each would read "
+            "all rows, as DeepSpeed was seen to do on CPUs; take DDP or FSDP 2 (docs/distributed.md)"
+        )
 
 
 def _silent(_: str) -> None:

@@ -57,7 +57,9 @@ fn check_every_damage(folder: &Path, work: impl Fn(&Path, &mut dyn Progress) -> 
     let partial = |out: &Path| out.with_extension("partial");
     let undamaged = folder.join("undamaged");
     stop(&undamaged);
-    let names = files(&partial(&undamaged)).into_keys().filter(|name| name.ends_with("safetensors"));
+    let entries = fs::read_dir(partial(&undamaged)).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names = names.filter(|name| name.ends_with("safetensors"));
     for (number, name) in names.chain([".moeft/journal.jsonl".to_string()]).enumerate() {
         for (part, place) in [0.0, 0.5, 0.999].into_iter().enumerate() {
             let out = folder.join(format!("damaged-{number}-{part}"));
