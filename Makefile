@@ -49,7 +49,7 @@ lint: $(EXTENSION)  ## clippy, rustfmt, ruff, mypy
 
 test: build  ## run every Rust and Python test
 	cargo test --workspace --quiet
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --dist loadfile
 
 bench: $(EXTENSION)  ## time the kernels beside their peers and the machine's limits
 	$(BIN)/python benches/cpu.py

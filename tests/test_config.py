@@ -97,7 +97,7 @@ def test_unknown_key_names_the_nearest_with_its_full_path(recipe_file):
 
 
 def test_key_of_another_section_is_named(recipe_file):
-    assert "rank: unknown key; did you mean lora.rank?" in message_of(recipe_file(), ["rank=8"])
+    assert "rank: unknown key; did you mean protection.rank or lora.rank?" in message_of(recipe_file(), ["rank=8"])
 
 
 def test_unknown_key_with_nothing_near_lists_the_keys(recipe_file):
@@ -211,7 +211,7 @@ def test_every_key_has_a_description():
     without = [
         key for section in sections for key, value in section["properties"].items() if not value.get("description")
     ]
-    assert len(sections) == 15
+    assert len(sections) == 18
     assert without == []
 
 

@@ -12,8 +12,8 @@ import sys
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PhimoeConfig, TrainingArguments
+from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 import moeft
 from moeft.config import SftRecipe, validate_training_fields
@@ -25,7 +25,7 @@ from moeft.runs.replies import HeldOutCalls
 from moeft.runs.sft import run
 from moeft.training.checkpoints import last_checkpoint
 from moeft.training.sft import SFTConfig
-from tests.tiny_models import VOCABULARY, save_tiny_model, token_ids
+from tests.tiny_models import save_tiny_model, token_ids
 from tests.tiny_training import load, sums, tiny_tokenizer
 
 
@@ -85,17 +85,14 @@ def finished(base, tmp_path_factory):
     return start(path), path
 
 
-def test_merge_that_is_bound_to_fail_is_refused_before_training(tmp_path):
-    config = PhimoeConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
-        pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    path = write_recipe(tmp_path, tmp_path / "base", merge={"output": str(tmp_path / "merged")})
-    with pytest.raises(MoeftError, match=r'model_type is "phimoe"'):
-        start(path)
+def test_merge_that_is_bound_to_fail_is_refused_before_training(base, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    merge = {"output": str(tmp_path / "merged"), "base_model": str(other)}
+    with pytest.raises(MoeftError, match="was trained on another base"):
+        start(write_recipe(tmp_path, base, merge=merge))
     folder = RunFolder.open(tmp_path / "run")
     assert [stage["name"] for stage in folder.events("stage")] == ["load"]
     assert not list((tmp_path / "run").glob("mergeable-*"))

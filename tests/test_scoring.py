@@ -9,7 +9,7 @@ from moeft.evaluation.prefix_tree import Scored, trees
 from moeft.evaluation.scoring import Scorer
 from tests.tiny_models import DENSE_NAMES, MOE_NAMES, tiny_model, token_ids
 
-LINEAR = ("qwen3_next", "qwen3_5_moe")
+LINEAR = ("qwen3_next", "qwen3_5_moe", "granitemoehybrid", "minimax", "lfm2_moe")
 
 
 def branching(longest: int = 30) -> list[Scored]:

@@ -42,7 +42,7 @@ def _nearest_key(location: Location, model: type[BaseModel]) -> str:
     siblings = [path[-1] for path in paths if list(path[:-1]) == parents]
     elsewhere = [path for path in paths if path[-1] == name]
     if elsewhere:  # the very name, in another section
-        return f"did you mean {dotted(elsewhere[0])}?"
+        return f"did you mean {' or '.join(dotted(path) for path in elsewhere)}?"
     if close := difflib.get_close_matches(name, siblings, n=1):
         return f"did you mean {dotted((*location[:-1], close[0]))}?"
     return f"keys here are {', '.join(siblings)}"

@@ -138,8 +138,9 @@ class Lora(Section):
 class TuningData(Section):
     """What every command that tunes adapters needs to know of its rows."""
 
-    chat_template: ChatTemplateName | Path | None
-    max_length: int
+    if TYPE_CHECKING:  # Each command describes its own.
+        chat_template: ChatTemplateName | Path | None
+        max_length: int
 
 
 class Data(TuningData):

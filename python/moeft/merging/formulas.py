@@ -75,13 +75,21 @@ def slerp(terms: Terms) -> Result:
     return result.reshape(terms.base.shape), magnitude.reshape(terms.base.shape)
 
 
+CANCELLED = 1e-6
+"""What is left of deltas that cancel out but for rounding."""
+
+
 def model_stock(terms: Terms) -> Result:
-    """``W + r * mean d_i`` with ``r = N cos / (1 + (N - 1) cos)`` and the mean cosine of all pairs of deltas."""
+    """``W + r * mean d_i`` with ``r = N cos / (1 + (N - 1) cos)`` and the mean cosine of all pairs of deltas.
+
+    ``r`` is 0 for deltas that cancel out.
+    """
     deltas = [delta.reshape(terms.units, -1) for delta in terms.deltas]
     count = len(deltas)
     cosines = [_cosine(deltas[i], deltas[j]) for i in range(count) for j in range(i + 1, count)]
     mean = torch.stack(cosines).mean(0)
-    ratio = (count * mean / (1 + (count - 1) * mean))[:, None]
+    left = 1 + (count - 1) * mean
+    ratio = torch.where(left > CANCELLED, count * mean / left.clamp(min=CANCELLED), 0.0)[:, None]
     moved = (ratio * torch.stack(deltas).mean(0)).reshape(terms.base.shape)
     sizes = torch.stack(terms.delta_magnitudes).mean(0).reshape(terms.units, -1)
     return terms.base + moved, terms.base.abs() + (ratio.abs() * sizes).reshape(terms.base.shape)

@@ -2,11 +2,12 @@
 
 use serde::Serialize;
 
-use super::engine::{slot_bytes, slot_count, Options};
+use super::engine::{check_base, slot_bytes, slot_count, Options};
 use super::factors::CACHE_VALUES;
 use super::files::files;
 use super::plan::{Action, Job, Plan, Values};
 use super::recipe::{ModelSource, Recipe};
+use crate::checkpoint::fingerprint;
 use crate::isa::Isa;
 use crate::Result;
 
@@ -51,6 +52,9 @@ pub struct TensorOutline {
 pub fn outline(recipe: Recipe, options: Options) -> Result<Outline> {
     Isa::active()?;
     let plan = Plan::resolve(recipe)?;
+    if !plan.adapters.is_empty() {
+        check_base(&plan.adapters, &fingerprint(plan.base())?)?;
+    }
     let files = files(&plan, options.max_shard_bytes)?;
     let mut tensors = Vec::with_capacity(plan.jobs.len());
     for file in &files {

@@ -2,7 +2,8 @@
 //! `W' = r * mean_i W_i + (1 - r) * W` with `r = N cos / (1 + (N - 1) cos)`, where cos is the mean cosine of all pairs of
 //! deltas of a tensor, or of each row with `filter_wise: true`.
 //!
-//! A pair with a zero delta has cosine 0. Source: Jang et al., <https://arxiv.org/abs/2403.19522>.
+//! A pair with a zero delta has cosine 0. Deltas that cancel out, `cos = -1 / (N - 1)`, have no ratio: the base stays. That
+//! is the rule, not the exception, for tensors of one value and two models. Source: Jang et al., <https://arxiv.org/abs/2403.19522>.
 
 use std::ops::Range;
 
@@ -28,6 +29,9 @@ pub(super) const SPEC: Spec = Spec {
         Ok(Box::new(ModelStock { models: settings.models.len(), row_len, ratio: None }))
     },
 };
+
+/// What is left of deltas that cancel out but for rounding.
+const CANCELLED: f64 = 1e-6;
 
 struct ModelStock {
     models: usize,
@@ -57,7 +61,12 @@ impl ModelStock {
         let pairs = sums.as_chunks::<3>().0;
         let mean = pairs.iter().map(cosine).sum::<f64>() / pairs.len().max(1) as f64;
         let count = self.models as f64;
-        count * mean / (1.0 + (count - 1.0) * mean)
+        let left = 1.0 + (count - 1.0) * mean;
+        if left > CANCELLED {
+            count * mean / left
+        } else {
+            0.0
+        }
     }
 }
 
