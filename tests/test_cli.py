@@ -1,5 +1,6 @@
 """The ``moeft`` command as a user runs it: one process each, exit code, what is on stdout and stderr."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -107,8 +108,19 @@ def test_interrupt_is_one_line_and_130(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     os.mkfifo(recipe)
     command = [sys.executable, "-m", "moeft.cli", "sft", str(recipe)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with open(recipe, "w", encoding="utf-8"):  # Opens when the command reads its recipe, and never gives it any.
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs inherit none
+    ) as process:
+        try:
+            with open(
+                recipe, "w", encoding="utf-8"
+            ):  # opens when the command reads it, and gives nothing
+                process.send_signal(signal.SIGINT)
+                output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, output, errors) == (130, "", "moeft: interrupted\n")
