@@ -116,9 +116,7 @@ def test_interrupt_is_one_line_and_130(tmp_path):
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs inherit none
     ) as process:
         try:
-            with open(
-                recipe, "w", encoding="utf-8"
-            ):  # opens when the command reads it, and gives nothing
+            with open(recipe, "w", encoding="utf-8"):  # opens when the command reads it, and gives nothing
                 process.send_signal(signal.SIGINT)
                 output, errors = process.communicate(timeout=60)
         finally:
