@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeft.errors import CheckpointError
 from moeft.progress_bar import step_bar
 from moeft.provenance import RunFolder
+from moeft.runs.measured import load
 
 if TYPE_CHECKING:
     from moeft.evaluation.measure import TaskResult
@@ -138,21 +138,10 @@ def _subject(
         from moeft.evaluation.server_subject import ServerSubject
 
         return ServerSubject(settings.model, parallel=batch_size, api_key=os.environ.get("OPENAI_API_KEY"))
-    from moeft.data import templates
     from moeft.evaluation.model_subject import ModelSubject
-    from moeft.integration import experts_implementation, experts_module
-    from moeft.integration.loading import load
     from moeft.integration.lora import load_adapter
 
-    model, tokenizer = load(settings.model, dtype=settings.dtype, device=device)
-    if tokenizer is None:
-        raise CheckpointError(f"{settings.model} holds no tokenizer; copy that of the base beside the weights")
-    origin = templates.apply(tokenizer, None, model.config.model_type)
-    if origin is not None:
-        show(f"chat template: {origin}")
-    if any(experts_module.is_fused(module) for module in model.modules()):
-        # transformers' own kernel refuses some sizes in bfloat16 on the CPU.
-        model.set_experts_implementation(experts_implementation.NAME)
+    model, tokenizer = load(Path(settings.model), settings.dtype, device, show)
     if settings.adapter is not None:
         model = load_adapter(model, settings.adapter)
     identity: dict[str, Any] = {name: source["sha256"] for name, source in folder.record["inputs"].items()}
