@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeft.cli import main
-from moeft.merging import merge
+from moeft.merging import merge, plan
+from moeft.merging.verify_weights import prove_weights
 from moeft.runs.verified_merge import run
 from tests.tiny_checkpoints import save_adapter, save_base
+from tests.tiny_models import tiny_config
 
 NAMES, COPIES, VALUES, LOGITS = range(4)
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -98,6 +100,46 @@ def test_a_right_merge_is_proved_and_a_value_two_steps_off_is_found(models, tmp_
     assert proofs[VALUES].measured > 0.5  # Of hundreds of values some are rounded by nearly half a step.
     change(tmp_path / "out", QUERY, 5, 2)
     assert [proof.ok for proof in run(recipe, tmp_path / "out")][: VALUES + 1] == [True, True, False]
+
+
+def test_every_layout_of_experts_is_computed_again(tmp_path):
+    """One by one on disk, stacks under other names, transposed stacks, and stacks whose matrices are square."""
+    square = tiny_config("gemma4")
+    square.moe_intermediate_size = square.hidden_size // 2
+    for config in (tiny_config("mixtral"), tiny_config("granitemoe"), tiny_config("gpt_oss"), square):
+        folder = tmp_path / config.model_type
+        base = save_base(folder / "base", config, torch.bfloat16)
+        save_adapter(folder / "r4", base, target_modules=["q_proj"])
+        recipe = folder / "recipe.yaml"
+        content = {"merge_method": "lora", "base_model": "base", "models": [{"adapter": "r4"}]}
+        recipe.write_text(json.dumps(content))
+        merge(recipe, folder / "out", progress=False)
+        proofs = prove_weights(recipe, folder / "out")
+        assert all(proof.ok for proof in proofs), "\n".join(map(str, proofs))
+        planned = [tensor["action"] for tensor in plan(recipe)["tensors"]]
+        assert f"; {planned.count('merge')} of {planned.count('merge')} computed" in proofs[VALUES].how
+
+
+def test_values_that_cannot_be_computed_again_are_no_proof(models, tmp_path):
+    (models / "peft.yaml").write_text(json.dumps(LORA | {"rounding": "peft"}))
+    merge(models / "peft.yaml", tmp_path / "out", progress=False)
+    said = []
+    proofs = prove_weights(models / "peft.yaml", tmp_path / "out", said.append)
+    assert len(proofs) == VALUES
+    assert "none of" in said[0]
+
+
+def test_a_single_number_is_computed_again(models, tmp_path):
+    for folder in ("base", "one", "other"):
+        shutil.copytree(models / folder, tmp_path / folder)
+        tensors = load_file(tmp_path / folder / "model.safetensors")
+        tensors["model.scale"] = torch.tensor(float(len(folder)), dtype=torch.bfloat16)
+        save_file(tensors, tmp_path / folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"merge_method": "linear", "models": [ONE, OTHER]}))
+    merge(tmp_path / "recipe.yaml", tmp_path / "out", progress=False)
+    assert all(proof.ok for proof in prove_weights(tmp_path / "recipe.yaml", tmp_path / "out"))
+    change(tmp_path / "out", "model.scale", 0, 1)
+    assert not prove_weights(tmp_path / "recipe.yaml", tmp_path / "out")[VALUES].ok
 
 
 def test_what_is_not_the_merge_of_the_recipe_is_found(models, tmp_path):

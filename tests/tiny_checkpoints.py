@@ -5,20 +5,23 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tests.tiny_models import tiny_config
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def save_base(folder: Path, family: str, dtype: torch.dtype, seed: int = 0, **options: object) -> Path:
-    """Save a random model; every tensor that transformers starts at zero or one gets noise too.
+def save_base(
+    folder: Path, family: str | PreTrainedConfig, dtype: torch.dtype, seed: int = 0, **options: object
+) -> Path:
+    """Save a random model of a family or a config; every tensor that transformers starts at zero or one gets noise too.
 
     ``options`` go to ``save_pretrained``.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype)
+    config = tiny_config(family) if isinstance(family, str) else family
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)

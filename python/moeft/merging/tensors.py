@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-_EXPERT = re.compile(r"(?P<layer>layers\.\d+\.).*\.experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
-_PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+from moeft.families import Family
+from moeft.families.disk_names import PARTS, DiskNames, split
 
 
 class DiskTensors:
@@ -47,9 +46,16 @@ class AdapterDeltas:
 
     Source: PEFT 0.21, ``ParamWrapper.get_delta_weight``: A is ``(E*r, in)`` with row ``e*r + j``, B ``(out, r*E)`` with
     column ``j*E + e``.
+
+    Args:
+        path: Folder of the adapter.
+        family: Family of the base, which says how experts lie; None for one that is unknown: then names on disk are
+            those in memory, and stacks lie as ``[E, out, in]``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, family: Family | None) -> None:
+        self._names = DiskNames(family)
+        self._transposed = family is not None and family.layout.transposed
         self._config = json.loads((path / "adapter_config.json").read_text("utf-8"))
         self._weights = DiskTensors(path / "adapter_model.safetensors")
         self._keys = {}
@@ -72,44 +78,40 @@ class AdapterDeltas:
             The delta, the sum of the magnitudes of its terms, and its rank; None if the adapter has nothing for the
             weight, or nothing of its shape.
         """
-        expert = _EXPERT.fullmatch(_below_layers(name))
-        if expert is not None:
-            return self._expert_delta(expert, shape, rows)
-        key = self._key(_below_layers(name.removesuffix(".weight")))
+        layer, below = split(_below_layers(name)) or (None, name)
+        expert = self._names.expert(below)
+        if layer is not None and expert is not None:
+            return self._expert_delta(layer, *expert, shape, rows)
+        in_memory = self._names.in_memory(below).removesuffix(".weight")
+        key = self._key(in_memory if layer is None else f"{layer}.{in_memory}")
         if key is None:
             return None
-        experts = shape[0] if len(shape) == 3 else 1
-        a, b = self._factors(key, experts)
-        if len(shape) == 3:
-            a, b = a[rows], b[rows]
-        elif (b.shape[1], a.shape[2]) == shape:
-            b = b[:, rows]
-        delta, size, rank = self._product(a, b)
-        if len(shape) == 3 and delta.shape[1:] == (shape[2], shape[1]):
-            delta, size = delta.mT, size.mT
         if len(shape) == 2:
-            delta, size = delta[0], size[0]
+            a, b = self._factors(key, 1)
+            delta, size, rank = self._product(a, b[:, rows])
+            return (delta[0], size[0], rank) if (b.shape[1], a.shape[2]) == shape else None
+        a, b = self._factors(key, shape[0])
+        delta, size, rank = self._product(a[rows], b[rows])
+        if self._transposed:
+            delta, size = delta.mT, size.mT
         return (delta, size, rank) if delta.shape[1:] == shape[1:] else None
 
     def _expert_delta(
-        self, found: re.Match[str], shape: tuple[int, ...], rows: slice
+        self, layer: str, part: str, expert: int, shape: tuple[int, ...], rows: slice
     ) -> tuple[Tensor, Tensor, int] | None:
         """Of an expert that is a matrix on disk and part of a stack in memory, gate before up."""
-        part = _PARTS.get(found["part"])
-        stacks = [path for path in self._keys if path.startswith(found["layer"]) and ".experts" in path]
-        stacks = [path for path in stacks if path.endswith((".experts", ".experts.base_layer"))]
-        inner = [path for path in stacks if path.endswith(".base_layer")]
-        # PEFT wraps gate and up first, so with both stacks these are the inner ones.
-        chosen = inner if inner and part != "down" else [path for path in stacks if path not in inner]
-        if part is None or len(chosen) != 1:
+        stack = next(name for name, parts in PARTS.items() if part in parts)
+        experts = {path.removesuffix(".base_layer") for path in self._keys if path.startswith(f"{layer}.")}
+        found = [path for path in experts if path.endswith(".experts")]
+        key = self._key(f"{found[0]}.{stack}") if len(found) == 1 else None
+        if key is None:
             return None
-        key = self._keys[chosen[0]]
         a, b = self._factors(key, self._weights.shape(f"{key}.lora_A.weight")[0] // int(self._config["r"]))
-        a, b = a[int(found["expert"])][None], b[int(found["expert"])][None]
-        if part != "down":
-            b = b.chunk(2, dim=1)[part == "up"]
+        a, b = a[expert][None], b[expert][None]
+        if stack == "gate_up_proj":
+            b = b.chunk(2, dim=1)[PARTS[stack].index(part)]
         delta, size, rank = self._product(a, b[:, rows])
-        return (delta[0], size[0], rank) if delta.shape[2:] == shape[1:] and b.shape[1] == shape[0] else None
+        return (delta[0], size[0], rank) if (b.shape[1], a.shape[2]) == shape else None
 
     def _factors(self, key: str, experts: int) -> tuple[Tensor, Tensor]:
         """A as ``[E, r, in]`` and B as ``[E, out, r]``."""
@@ -123,10 +125,14 @@ class AdapterDeltas:
         return scale * (b @ a), abs(scale) * (b.abs() @ a.abs()), rank
 
     def _key(self, module: str) -> str | None:
-        stack, _, leaf = module.rpartition(".")
-        if module not in self._keys and leaf in ("gate_up_proj", "down_proj") and stack.endswith("experts"):
-            inner = f"{stack}.base_layer"
-            module = inner if leaf == "gate_up_proj" and inner in self._keys else stack
+        """Of a module, or of the stack that a parameter of an experts module is.
+
+        PEFT wraps gate and up first, so with both stacks these are the inner ones.
+        """
+        experts, _, stack = module.rpartition(".")
+        if module not in self._keys and stack in PARTS and experts.endswith("experts"):
+            inner = f"{experts}.base_layer"
+            module = inner if stack == "gate_up_proj" and inner in self._keys else experts
         return self._keys.get(module)
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, load_peft_weights
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moeft.errors import ProofError
 from moeft.integration.experts_implementation import takes_grouped_mm
 from moeft.kernels import nf4
+from moeft.merging.tensors import DiskTensors, same_bytes
 from moeft.modules import PackedModule
 from moeft.modules.nf4_experts import STACKS
 
@@ -203,20 +203,8 @@ def _half_steps_apart(ours: Any, theirs: Any, touched: set[str]) -> float:
 
 def _changed_tensors(base: Path, merged: Path, touched: set[str]) -> Iterator[str]:
     """Tensors that no delta belongs to and that are not byte-identical, and names on disk that are gone or new."""
-    yield from _names_on_disk(base) ^ _names_on_disk(merged)
+    yield from DiskTensors(base).names ^ DiskTensors(merged).names
     before, after = load_plain(base, "auto").state_dict(), load_plain(merged, "auto").state_dict()
     for name, tensor in before.items():
-        if name.rpartition(".")[0] not in touched and not _same_bytes(tensor, after[name]):
+        if name.rpartition(".")[0] not in touched and not same_bytes(tensor, after[name]):
             yield name
-
-
-def _names_on_disk(folder: Path) -> set[str]:
-    names: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            names |= set(file.keys())
-    return names
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -7,13 +7,15 @@ angles of whole tensors, and by a slab for the others.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeft.errors import UnsupportedModelError
+from moeft.families import Family, for_model_type
 from moeft.merging import plan
 from moeft.merging.formulas import FORMULAS, Terms, bound, count_roundings
 from moeft.merging.settings import Recipe, layer_of
@@ -26,17 +28,18 @@ WHOLE = ("slerp", "model_stock")
 """Methods that must see a whole unit."""
 
 
-def prove_weights(recipe: Path, merged: Path) -> list[Proof]:
+def prove_weights(recipe: Path, merged: Path, show: Callable[[str], None] = print) -> list[Proof]:
     """Check every tensor of a merge against its inputs.
 
     Args:
         recipe: The recipe file it was made with.
         merged: The merged checkpoint.
+        show: Where to print what is not checked.
 
     Raises:
         MoeftError: If the recipe or its inputs cannot be used.
     """
-    return _Check(recipe, merged).prove()
+    return _Check(recipe, merged).prove(show)
 
 
 class _Check:
@@ -47,12 +50,13 @@ class _Check:
         self.recipe = Recipe(content, folder, max(layers, default=-1) + 1)
         self.merged = DiskTensors(merged)
         self.base = DiskTensors(self.recipe.base)
+        self.family = _family(self.recipe.base)
         self.sources = [self._open(entry) for entry in self.recipe.models]
         self.fisher = DiskTensors(self.recipe.path(content["fisher"])) if "fisher" in content else None
         self.importance = self._layer_importance()
 
-    def prove(self) -> list[Proof]:
-        """Names and copies, then values."""
+    def prove(self, show: Callable[[str], None]) -> list[Proof]:
+        """Names and copies, then values, if any can be computed here."""
         method = self.recipe.method
         strange = self.planned.keys() ^ self.merged.names
         copies = [name for name, tensor in self.planned.items() if tensor["action"] == "copy" and name not in strange]
@@ -65,16 +69,19 @@ class _Check:
                 checked += 1
                 if apart >= farthest:
                     farthest, where = apart, name
-        how = "half a step of the output's type, and half a step of float32 for every rounding on the way"
-        how += f"; {checked} of {len(computed)} computed tensors, farthest {where or 'none'}"
-        if method not in FORMULAS:
-            how += f"; what {method} drops hangs on single roundings or on chance, so it is not computed again"
         names = "what the recipe makes of its inputs"
-        return [
+        proofs = [
             Proof("the merge has the tensors of its base", len(strange), 0, "names missing or new", names),
             Proof("untouched tensors are those of the base", changed, 0, "tensors changed", "none may change"),
-            Proof("computed tensors equal a float64 computation, rounded once", farthest, 1, "of the bound", how),
         ]
+        why = f"; what {method} drops hangs on single roundings or on chance" if method not in FORMULAS else ""
+        if computed and not checked:
+            show(f"values were not computed again in float64: none of {len(computed)} computed tensors can be{why}")
+            return proofs
+        how = "half a step of the output's type, and half a step of float32 for every rounding on the way"
+        how += f"; {checked} of {len(computed)} computed tensors, farthest {where or 'none'}"
+        values = "computed tensors equal a float64 computation, rounded once"
+        return [*proofs, Proof(values, farthest, 1, "of the bound", how)]
 
     def _is_copied(self, name: str) -> bool:
         base, found = self.base.read(name), self.merged.read(name)
@@ -83,7 +90,7 @@ class _Check:
     def _apart(self, name: str) -> float | None:
         """Largest distance of a tensor from float64, in bounds; None if it cannot be computed here."""
         formula = FORMULAS.get(self.recipe.method)
-        found = self.merged.read(name)
+        found = _with_an_axis(self.merged.read(name))
         if formula is None or self.recipe.content.get("rounding") == "peft" or not found.is_floating_point():
             return None
         farthest = 0.0
@@ -101,7 +108,7 @@ class _Check:
 
     def _slabs(self, shape: tuple[int, ...]) -> Iterator[slice]:
         """Ranges of the first axis, with whole units where the method needs them."""
-        rows = shape[0] if shape else 1
+        rows = shape[0]
         row_len = max(1, torch.Size(shape[1:]).numel())
         step = max(1, SLAB_LEN // row_len)
         if self.recipe.method in WHOLE and not (len(shape) == 3 and self._unit(shape, "") == "expert"):
@@ -117,7 +124,7 @@ class _Check:
         if name not in self.base:
             return None
         recipe = self.recipe
-        base = self.base.read(name)[rows].double() if shape else self.base.read(name).double()
+        base = _with_an_axis(self.base.read(name))[rows].double()
         models, deltas, sizes, weights, ranks = [], [], [], [], []
         total = 0.0
         for entry, source in zip(recipe.models, self.sources, strict=True):
@@ -137,7 +144,7 @@ class _Check:
             weights.append(weight)
             ranks.append(rank)
         unit = self._unit(shape, name)
-        parts = {"row": base.numel() // max(1, shape[-1] if shape else 1), "expert": base.shape[0]}
+        parts = {"row": base.numel() // max(1, shape[-1]), "expert": base.shape[0]}
         own = recipe.models[0] if recipe.method == "passthrough" else None
         terms = Terms(
             base=base,
@@ -163,10 +170,10 @@ class _Check:
             return None if found is None else (base + found[0], *found)
         if name not in source:
             return None
-        tensor = source.read(name)
+        tensor = _with_an_axis(source.read(name))
         if tuple(tensor.shape) != shape:
             return None
-        model = tensor[rows].double() if shape else tensor.double()
+        model = tensor[rows].double()
         return model, model - base, model.abs() + base.abs(), 0
 
     def _damping(self, name: str, rows: slice) -> Tensor | float:
@@ -175,7 +182,7 @@ class _Check:
         of_layer = 1.0 - (self.importance.get(layer, 0.0) if layer is not None else 0.0)
         if self.fisher is None or name not in self.fisher:
             return of_layer
-        values = self.fisher.read(name)
+        values = _with_an_axis(self.fisher.read(name))
         low, high = values.min().double(), values.max().double()
         if not low < high:
             return of_layer
@@ -193,5 +200,18 @@ class _Check:
 
     def _open(self, entry: Mapping[str, Any]) -> DiskTensors | AdapterDeltas:
         if "adapter" in entry:
-            return AdapterDeltas(self.recipe.path(entry["adapter"]))
+            return AdapterDeltas(self.recipe.path(entry["adapter"]), self.family)
         return DiskTensors(self.recipe.path(entry["model"]))
+
+
+def _with_an_axis(tensor: Tensor) -> Tensor:
+    """A tensor that is a single number as a vector of one, others as they are."""
+    return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+
+def _family(base: Path) -> Family | None:
+    """Family of a checkpoint; None if it has no config, or one of an unknown ``model_type``."""
+    try:
+        return for_model_type(json.loads((base / "config.json").read_text("utf-8"))["model_type"])
+    except (OSError, KeyError, UnsupportedModelError):
+        return None

@@ -41,7 +41,7 @@ def run(recipe: Path, merged: Path, show: Callable[[str], None] = print) -> list
     from moeft.merging.settings import Recipe
     from moeft.merging.verify_weights import prove_weights
 
-    proofs = prove_weights(recipe, merged)
+    proofs = prove_weights(recipe, merged, show)
     content, folder = Recipe.read(recipe)
     read = Recipe(content, folder, 0)
     if read.method == "lora" and all(proof.ok for proof in proofs[:1]):
