@@ -93,6 +93,22 @@ fn a_merge_goes_on_after_every_stop() {
 }
 
 #[test]
+fn a_merge_whose_adapter_is_scaled_anew_does_not_go_on() {
+    let folder = prepared(0.1);
+    let out = folder.path().join("out");
+    let start =
+        |progress: &mut dyn Progress| merge(recipe(folder.path()), &out, Options::default(), progress).map(|_| ());
+    assert!(matches!(start(&mut StopAt::new(9)), Err(Error::Interrupted)));
+    let config = folder.path().join("adapter/adapter_config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("\"lora_alpha\":3", "\"lora_alpha\":5")).unwrap();
+    let error = start(&mut Silent).unwrap_err();
+    assert!(error.to_string().contains("interrupted run of another plan"), "{error}");
+    fs::write(&config, text).unwrap();
+    start(&mut Silent).unwrap();
+}
+
+#[test]
 fn a_quantisation_goes_on_after_every_stop() {
     let folder = prepared(0.1);
     let options =

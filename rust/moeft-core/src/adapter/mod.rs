@@ -68,6 +68,11 @@ pub struct Adapter {
 }
 
 impl Adapter {
+    /// What A and B of every module are multiplied by: with the files of factors, all that decides a delta.
+    pub fn scalings(&self) -> Vec<(&str, f32)> {
+        self.pairs.iter().map(|pair| (pair.a.as_str(), pair.scaling)).collect()
+    }
+
     /// Opens an adapter folder; every key is understood or the adapter is refused.
     ///
     /// # Errors

@@ -109,16 +109,16 @@ pub fn write(
     let export = Export::new(source, out, model, options)?;
     shards::check_outputs(&export.shards)?;
     let headers: Vec<_> = export.shards.iter().map(|shard| (&shard.path, &shard.header)).collect();
-    let plan = plan_hash(&(headers, model, options, imatrix_state(options)?), export.weights.inputs())?;
+    let summary = (headers, model, options, imatrix_state(options)?, export.weights.scalings());
+    let plan = plan_hash(&summary, export.weights.inputs())?;
+    // Before anything is removed: what an earlier run has written stays while the disk is full.
+    shards::check_space(&export.shards)?;
     let mut finished = Finished::open(out, &plan)?;
     if finished.is_empty() {
         shards::discard(&export.shards);
     }
-    let written = shards::check_space(&export.shards).and_then(|()| {
-        progress.start(export.shards.iter().flat_map(|shard| &shard.tensors).map(|tensor| tensor.bytes).sum());
-        export.write_shards(&model.tensors, &mut finished, progress)
-    });
-    match written {
+    progress.start(export.shards.iter().flat_map(|shard| &shard.tensors).map(|tensor| tensor.bytes).sum());
+    match export.write_shards(&model.tensors, &mut finished, progress) {
         Ok(()) => {}
         // The same export can go on from here.
         Err(error @ (Error::Interrupted | Error::Io { .. })) => return Err(error),

@@ -39,6 +39,11 @@ impl Weights {
         std::iter::once(&self.checkpoint).chain(self.adapted.iter().map(Adapted::weights))
     }
 
+    /// What the factors of the adapter are multiplied by.
+    pub fn scalings(&self) -> Option<Vec<(&str, f32)>> {
+        self.adapted.as_ref().map(Adapted::scalings)
+    }
+
     /// The tensor that a piece is cut from.
     ///
     /// # Errors

@@ -7,7 +7,6 @@ use super::adapters::{patches, Patch};
 use super::engine::check_base;
 use super::factors::{Factors, Sides};
 use super::recipe::Rounding;
-use super::report::BaseCheck;
 use crate::adapter::{Adapter, AdapterError};
 use crate::checkpoint::folder::Config;
 use crate::checkpoint::{fingerprint, unravel, Checkpoint, Tensor};
@@ -51,12 +50,9 @@ impl Adapted {
         &self.adapters[0].weights
     }
 
-    /// Whether the adapter was trained on this base, if it says so.
-    pub fn base_check(&self) -> BaseCheck {
-        match self.adapters[0].base_fingerprint {
-            Some(_) => BaseCheck::Verified,
-            None => BaseCheck::Unverified,
-        }
+    /// What its factors are multiplied by.
+    pub fn scalings(&self) -> Vec<(&str, f32)> {
+        self.adapters[0].scalings()
     }
 
     /// Reads what several calls of [`Self::add`] for these tensors of the base need.

@@ -52,7 +52,9 @@ pub fn merge(recipe: Recipe, out: &Path, options: Options, progress: &mut dyn Pr
     }
     let base_fingerprint = fingerprint(plan.base())?;
     let base_check = check_base(&plan.adapters, &base_fingerprint)?;
-    let summary = ("merge", &plan.recipe, &plan.jobs, &plan.importance, &plan.checkpoints[0].config.fields, options);
+    let scalings: Vec<_> = plan.adapters.iter().map(Adapter::scalings).collect();
+    let fields = &plan.checkpoints[0].config.fields;
+    let summary = ("merge", &plan.recipe, &plan.jobs, &plan.importance, scalings, fields, options);
     let mut stage = Stage::open(out, &plan_hash(&summary, inputs(&plan))?)?;
 
     let files = files(&plan, options.max_shard_bytes)?;
