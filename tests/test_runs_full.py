@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moeft
+from moeft import _core
 from moeft.config import SftRecipe
 from moeft.errors import RecipeError
 from moeft.reports import write_report
@@ -75,6 +76,8 @@ def test_plain_transformers_loads_what_was_trained_and_nothing_else_changed(base
     )
     assert not (folder.path / "adapter").exists()
     assert not (tmp_path / "tuned.untrained").exists()
+    outputs = json.loads((tmp_path / "tuned" / "moeft_merge.json").read_text())["outputs"]
+    assert outputs == {path.name: _core.checksum(path) for path in (tmp_path / "tuned").glob("*.safetensors")}
 
 
 def test_attention_in_full_beside_packed_experts_and_their_adapter(bases, tmp_path):

@@ -349,6 +349,16 @@ def fingerprint(path: _Path) -> str:
         OSError: If a file cannot be read.
     """
 
+def checksum(path: _Path) -> str:
+    """Checksum of the bytes of a safetensors file, 32 hex digits, as the manifest of a merge has it.
+
+    XXH3, 128 bits, of the header and of each tensor.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+        OSError: If it cannot be read.
+    """
+
 def tensors(path: _Path) -> str:
     """List the tensors of a checkpoint folder or safetensors file, sorted by name; reads headers only.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +18,18 @@ TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 HEADER_LENGTH_BYTES = 8
 
 
-def overwrite_tensors(folder: str | Path, values: Mapping[str, Tensor]) -> int:
+def overwrite_tensors(folder: str | Path, values: Mapping[str, Tensor]) -> list[str]:
     """Write values over tensors of a checkpoint folder, rounded to the type that each has there.
 
-    Everything is checked before the first byte is written. A write that was cut off is finished by another call.
+    Everything is checked before the first byte is written, and all is on the disk when this returns. A write that was
+    cut off is finished by another call.
 
     Args:
         folder: Folder of a 16- or 32-bit checkpoint, to be changed.
         values: Name on disk -> new value.
 
     Returns:
-        Bytes written.
+        Names of the files that were changed.
 
     Raises:
         CheckpointError: If the checkpoint lacks a tensor, or has it in another shape or a type that is no float.
@@ -37,8 +39,8 @@ def overwrite_tensors(folder: str | Path, values: Mapping[str, Tensor]) -> int:
 
     folder = Path(folder)
     listed = check_tensors(folder, values)
-    written = 0
-    for file in sorted({listed[name]["file"] for name in values}):
+    files = sorted({listed[name]["file"] for name in values})
+    for file in files:
         with (folder / file).open("r+b") as shard:
             header_bytes = int.from_bytes(shard.read(HEADER_LENGTH_BYTES), "little")
             header = json.loads(shard.read(header_bytes))
@@ -46,8 +48,10 @@ def overwrite_tensors(folder: str | Path, values: Mapping[str, Tensor]) -> int:
                 if listed[name]["file"] == file:
                     rounded = value.detach().to("cpu", getattr(torch, TYPES[listed[name]["dtype"]])).contiguous()
                     shard.seek(HEADER_LENGTH_BYTES + header_bytes + header[name]["data_offsets"][0])
-                    written += shard.write(rounded.flatten().view(torch.uint8).numpy().data)
-    return written
+                    shard.write(rounded.flatten().view(torch.uint8).numpy().data)
+            shard.flush()
+            os.fsync(shard.fileno())
+    return files
 
 
 def check_tensors(folder: str | Path, values: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,15 @@ COSINE = ("cosine", "cosine_with_min_lr")
 """Schedules that ``min_lr_ratio`` gives a floor."""
 
 
+def default_optimizer(trains_in_full: bool, dtype: str) -> str | None:
+    """What a run takes if the recipe names nothing: 16-bit weights that train get float32 masters in host memory.
+
+    Returns:
+        A name for ``optim``; None for the default of transformers.
+    """
+    return "adamw_moeft_host" if trains_in_full and dtype == "bfloat16" else None
+
+
 def optimizer_problems(training: Mapping[str, Any]) -> list[str]:
     """What is wrong with ``optim``, ``lr_scheduler_type``, ``loraplus_lr_ratio`` and ``min_lr_ratio``.
 

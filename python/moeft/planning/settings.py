@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from moeft.config.optimizer import default_optimizer
 from moeft.config.protection import Protection
 from moeft.config.sft import Lora, Quantization, SftRecipe
 from moeft.errors import RecipeError
@@ -88,6 +89,7 @@ def read_settings(recipe: str | Path | SftRecipe | Settings | None) -> Settings:
         except RecipeError as error:
             raise RecipeError(f"a plan reads recipes of `moeft sft`, and {error}") from error
     training = recipe.training
+    default = default_optimizer(bool(recipe.train), recipe.dtype)
     return Settings(
         quantization=recipe.quantization,
         lora=recipe.lora or Lora().model_copy(update={"targets": ()}),
@@ -99,14 +101,9 @@ def read_settings(recipe: str | Path | SftRecipe | Settings | None) -> Settings:
         packing=bool(_asked(recipe, "packing", False)),
         offload=bool(_asked(recipe, "activation_offload", False)),
         checkpointing=_checkpointing(recipe),
-        optimizer=str(training.get("optim", _default_optimizer(recipe))),
+        optimizer=str(training.get("optim") or default or TRANSFORMERS_OPTIMIZER),
         protected_rank=_protected_rank(recipe.protection),
     )
-
-
-def _default_optimizer(recipe: SftRecipe) -> str:
-    """What a run takes if the recipe names none: 16-bit weights that train get float32 masters in host memory."""
-    return "adamw_moeft_host" if recipe.train and recipe.dtype == "bfloat16" else TRANSFORMERS_OPTIMIZER
 
 
 def _protected_rank(protection: Protection | None) -> int | None:

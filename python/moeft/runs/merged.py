@@ -46,12 +46,13 @@ def merge(run: RunContext[Any], trainer: MoeTrainer, wanted: Merge) -> None:
 
     With trained weights the folder has another name until they are in it, so that it never appears without them.
     """
+    from moeft.merging import manifest
     from moeft.merging import merge as merge_models
     from moeft.runs.trained import put_in_place
 
     unfinished = wanted.output.with_name(f"{wanted.output.name}.untrained")
     out = unfinished if trainer.trains_base else wanted.output
-    if trainer.trains_base and (out / "moeft_merge.json").is_file():
+    if trainer.trains_base and (out / manifest.FILE).is_file():
         shutil.rmtree(out)  # of a start that was killed here
     run.show(str(merge_models(_recipe(run, wanted, run.folder.path / "adapter"), out)))
     if trainer.trains_base:

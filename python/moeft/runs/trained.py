@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeft.config import SftRecipe
+from moeft.config.optimizer import default_optimizer
 from moeft.runs.context import RunContext
 
 if TYPE_CHECKING:
@@ -18,13 +19,12 @@ ROUTING_BEFORE = "routing_before.safetensors"
 
 
 def trainer_defaults(recipe: SftRecipe, sharded: bool) -> dict[str, Any]:
-    """Trainer arguments that a recipe leaves open: 16-bit weights that train get float32 masters.
+    """Trainer arguments that a recipe leaves open.
 
-    FSDP and DeepSpeed keep masters themselves, and shard them.
+    FSDP and DeepSpeed keep float32 masters themselves, and shard them.
     """
-    if recipe.train and recipe.dtype == "bfloat16" and "optim" not in recipe.training and not sharded:
-        return {"optim": "adamw_moeft_host"}
-    return {}
+    default = None if sharded else default_optimizer(bool(recipe.train), recipe.dtype)
+    return {"optim": default} if default is not None and "optim" not in recipe.training else {}
 
 
 class RouterWatch:
@@ -117,13 +117,14 @@ def check_places(trainer: MoeTrainer, checkpoint: Path) -> None:
 
 
 def put_in_place(trainer: MoeTrainer, folder: Path, checkpoint: Path) -> None:
-    """Overwrite the tensors of a checkpoint by the trained weights of a folder."""
+    """Overwrite the tensors of a merged checkpoint by the trained weights of a folder."""
     from safetensors.torch import load_file
 
     from moeft.checkpoint import overwrite_tensors
+    from moeft.merging.manifest import update_checksums
     from moeft.training.trained_weights import FILE
 
-    overwrite_tensors(checkpoint, _on_disk(trainer, load_file(folder / FILE), checkpoint))
+    update_checksums(checkpoint, overwrite_tensors(checkpoint, _on_disk(trainer, load_file(folder / FILE), checkpoint)))
 
 
 def _on_disk(trainer: MoeTrainer, weights: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use moeft_core::checkpoint::{self, Checkpoint};
 use moeft_core::layout::{self, Direction};
+use moeft_core::progress::Silent;
 use moeft_core::quantize::{self, Options};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -17,6 +18,12 @@ use crate::progress::with_progress;
 #[pyfunction]
 pub fn fingerprint(py: Python<'_>, path: PathBuf) -> PyResult<String> {
     py.detach(|| checkpoint::fingerprint(&Checkpoint::open(&path)?)).into_py()
+}
+
+/// Checksum of a safetensors file, as manifests have it.
+#[pyfunction]
+pub fn checksum(py: Python<'_>, path: PathBuf) -> PyResult<String> {
+    py.detach(|| checkpoint::checksum(&path, &mut Silent)).into_py()
 }
 
 /// JSON list of the tensors of a checkpoint folder or file.

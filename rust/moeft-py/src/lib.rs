@@ -28,7 +28,7 @@ mod _core {
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
     #[pymodule_export]
-    use super::checkpoint::{convert_layout, fingerprint, quantize_checkpoint, stamp_metadata, tensors};
+    use super::checkpoint::{checksum, convert_layout, fingerprint, quantize_checkpoint, stamp_metadata, tensors};
     #[pymodule_export]
     use super::cross_entropy::log_probs_and_gradient;
     #[pymodule_export]
