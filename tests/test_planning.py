@@ -369,6 +369,17 @@ def test_weights_in_full_have_gradients_and_state_of_their_own_size():
     assert result.bytes_of("gradients") == 0
 
 
+def test_weights_in_full_take_gradients_masters_and_moments_on_the_host():
+    none = Lora().model_copy(update={"targets": ()})
+    frozen, trained = (
+        plan(DEMO, recipe=Settings(quantization=None, lora=none, train=roles, optimizer="adamw_moeft_host"))
+        for roles in ((), ("attention",))
+    )
+    more = trained.host.tensor_bytes - frozen.host.tensor_bytes
+    # Beside each bfloat16 weight: its gradient, a float32 master, and two float32 moments.
+    assert more == trained.bytes_of("attention") // 2 * (2 + 4 + 8)
+
+
 def test_gpus_share_a_plan_by_strategy():
     settings = Settings(
         quantization=Quantization(), train=("attention",), lora=Lora().model_copy(update={"targets": ()})

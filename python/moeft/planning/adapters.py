@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moeft.config.optimizer import HOST_STATE_BITS, STOCHASTIC
 from moeft.config.sft import Lora
 from moeft.families import Family
 from moeft.planning.weights import Weight, adapted
 
-HOST_OPTIMIZERS = ("adamw_moeft_host", "adamw_moeft_8bit")
+HOST_OPTIMIZERS = tuple(HOST_STATE_BITS)
 ADAM_BYTES = 8.0  # two float32 moments
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256  # two moments of one byte, and a float32 scale per 256 values of each
 OPTIMIZER_BYTES = {"sgd": 0.0}
@@ -57,20 +58,20 @@ def optimizer_bytes(name: str) -> tuple[float, str]:
         return ADAM_8BIT_BYTES, "two 8-bit moments, a scale per 256 values"
     if name in OPTIMIZER_BYTES:
         return OPTIMIZER_BYTES[name], f"{name} keeps no state"
-    if name.startswith(("adamw_torch", "adamw_apex", "adamw_hf")):
+    if name.startswith(("adamw_torch", "adamw_apex", "adamw_hf", STOCHASTIC)):
         return ADAM_BYTES, "two float32 moments"
     return ADAM_BYTES, f"{name} is not known here, counted as Adam with two float32 moments"
 
 
-def host_optimizer_bytes(name: str, trained: int, adapter_bytes: int) -> int:
+def host_optimizer_bytes(name: str, trained: int, element_bytes: int) -> int:
     """Bytes of state in host memory when training runs on the CPU.
 
     Args:
         name: Optimiser.
         trained: Parameters that train.
-        adapter_bytes: Bytes of one of them; those of two bytes have a float32 copy in moeft's own optimisers.
+        element_bytes: Bytes of one of them; those of two bytes have a float32 copy in moeft's own optimisers.
     """
     if name not in HOST_OPTIMIZERS:
         return round(trained * optimizer_bytes(name)[0])
     moments = ADAM_8BIT_BYTES if name.endswith("8bit") else ADAM_BYTES
-    return round(trained * (moments + (4 if adapter_bytes < 4 else 0)))
+    return round(trained * (moments + (4 if element_bytes < 4 else 0)))

@@ -62,7 +62,7 @@ def forecast(
     traits: Traits,
     settings: Settings,
     resident_bytes: int,
-    trained: int,
+    trained: tuple[int, int],
     head: tuple[int, int],
 ) -> HostForecast:
     """Memory and speed of training on the CPU.
@@ -71,13 +71,15 @@ def forecast(
         layers: Decoder layers.
         traits: Traits of their family.
         settings: How the model is to be trained.
-        resident_bytes: Model, adapter and gradients.
-        trained: Parameters that train.
+        resident_bytes: Model, adapter, gradients, and the subspace that is protected.
+        trained: Parameters of adapters, and of the model itself, that train.
         head: Vocabulary and hidden size.
     """
     vocabulary, hidden = head
     element = FLOAT_BYTES[settings.dtype]
-    always = resident_bytes + host_optimizer_bytes(settings.optimizer, trained, FLOAT_BYTES[settings.adapter_dtype])
+    always = resident_bytes
+    for parameters, dtype in zip(trained, (settings.adapter_dtype, settings.dtype), strict=True):
+        always += host_optimizer_bytes(settings.optimizer, parameters, FLOAT_BYTES[dtype])
     always += activations.saved_bytes(layers, traits, settings) + transients.mask_bytes(layers, settings)
     rows = transients.loss_chunk_rows(vocabulary, settings)
     loss = 4 * LOGIT_BUFFERS * rows * vocabulary + (element + 4) * settings.tokens * hidden

@@ -59,13 +59,14 @@ class Forecast:
         if not self.layers or self.model.family is None:
             return None
         adapter = [row for row in rows if row.component.startswith("adapter ")]
-        resident = sum(row.bytes for row in rows if row.component in (*WEIGHTS, "gradients"))
+        kept = (*WEIGHTS, "gradients", "gradients in full", "instruct subspace")
+        resident = sum(row.bytes for row in rows if row.component in kept)
         return host.forecast(
             self.layers,
             traits_of(self.model.family),
             self.settings,
             resident + sum(row.bytes for row in adapter),
-            sum(row.parameters for row in adapter),
+            (sum(row.parameters for row in adapter), self.trained_parameters()),
             (self.vocabulary, self.hidden),
         )
 
