@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 import moeft
 from moeft.errors import CheckpointError, UnsupportedModelError
 from moeft.integration.trained_roles import parameters_by_role, train_roles
 from moeft.training import trained_weights
 from tests.tiny_models import save_tiny_model
-from tests.tiny_training import adapter_weights, load, losses, sft_trainer
+from tests.tiny_training import adapter_weights, load, losses, sft_trainer, sums
 
 FULL = {"optim": "adamw_moeft_host", "learning_rate": 2e-3}
 
@@ -71,6 +73,30 @@ def test_interrupted_full_finetune_ends_with_identical_weights(bf16, optim, pack
     for name, weight in adapter_weights(whole.model).items():
         assert torch.equal(adapter_weights(resumed.model)[name], weight), name
         assert not torch.equal(start[name], weight), name
+
+
+@pytest.mark.parametrize("experts_lora", [False, True])
+def test_the_best_weights_come_back_at_the_end(bf16, experts_lora, tmp_path):
+    """Of weights in full alone, and beside an adapter."""
+    model = moeft.load(bf16, moeft.NF4Config())[0]
+    if experts_lora:
+        model = moeft.add_lora(model, 2, targets=("experts",), seed=0)
+    train_roles(model, ["attention"])
+    best = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 3}
+    # The loss falls, so the first checkpoint is the best if a large one is wanted.
+    best |= {"load_best_model_at_end": True, "greater_is_better": True}
+    trainer = sft_trainer(model, tmp_path, eval_dataset=sums(8, 3), **best, **FULL)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    kept = load_file(tmp_path / "checkpoint-1" / trained_weights.FILE)
+    found = trained_weights.of_base({name: p for name, p in model.named_parameters() if p.requires_grad})
+    assert kept.keys() <= found.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in kept.items())
+    if experts_lora:
+        kept = load_file(tmp_path / "checkpoint-1" / "adapter_model.safetensors")
+        found = get_peft_model_state_dict(model)
+        assert kept.keys() == found.keys()
+        assert all(torch.equal(found[name].to(weight.dtype), weight) for name, weight in kept.items())
 
 
 def test_adapter_on_experts_and_attention_in_full_resume_together(bf16, tmp_path):

@@ -124,6 +124,16 @@ def test_recomputation_changes_no_figure(checkpoints, tmp_path):
     assert figures[0] == pytest.approx(figures[1])
 
 
+def test_a_step_that_saves_logs_its_routing_too(checkpoints, tmp_path):
+    trainer = sft_trainer(
+        packed_with_lora(checkpoints["olmoe"]), tmp_path, save_strategy="steps", save_steps=2, max_steps=4
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 4
+    assert all("load_imbalance" in log for log in logs)
+
+
 def test_counts_go_on_over_a_resume(checkpoints, tmp_path):
     def totals(trainer):
         return trainer.state.stateful_callbacks["moeft.routing"]

@@ -68,6 +68,8 @@ def _check_processes(recipe: TuningRecipe) -> None:
         raise RecipeError(
             "gate measures the model in one process; set it to null, and evaluate the finished checkpoint"
         )
+    if recipe.gate is not None and recipe.training.get("load_best_model_at_end"):
+        raise RecipeError("training.load_best_model_at_end would undo what the gate rolls back to; set one of them")
     if recipe.merge is not None and recipe.merge.verify and num_processes() > 1:
         raise RecipeError("merge.verify needs the run in one process; set it to false")
 

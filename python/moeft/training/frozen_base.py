@@ -63,10 +63,12 @@ class FrozenBase(TrainerCallback):
                 "frozen_base", sha256=self.sha256, bytes=self.num_bytes, seconds=self.seconds, changed=changed
             )
         if any_process(bool(changed), args.device):
-            listed = ", ".join(changed[:SHOWN]) + (f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
+            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+            what = f"{len(changed)} frozen tensors: {', '.join(changed[:SHOWN])}{more}"
             raise TrainingError(
-                f"training changed {len(changed)} frozen tensors: {listed}; the adapter belongs to another base than "
-                "it will be loaded on. Look for code that writes to weights in place, such as a callback or a hook"
+                f"training changed {what if changed else 'frozen tensors in another process'}; the adapter belongs to "
+                "another base than it will be loaded on. Look for code that writes to weights in place, such as a "
+                "callback or a hook"
             )
 
     def _hash(self, model: nn.Module) -> dict[str, str]:

@@ -56,8 +56,9 @@ def time_micro_batch(trainer: MoeTrainer) -> MicroBatch | None:
 
 def _pass(trainer: MoeTrainer, batch: dict[str, Any]) -> float:
     start = time.perf_counter()
-    with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batch)))
-    loss.backward()
-    float(loss.detach())  # waits for the device
+    with trainer.explained_memory():
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batch)))
+        loss.backward()
+        float(loss.detach())  # waits for the device
     return time.perf_counter() - start

@@ -56,8 +56,9 @@ class RoutingMonitor(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the counts where Trainer saves them, if it is about to save."""
         if control.should_save:
-            self._settle()
-            state.stateful_callbacks[STATE_KEY] = {name: total.tolist() for name, total in self._total.items()}
+            # Trainer logs after this, so what was counted since the last reading stays where it is.
+            counted = {name: self._total[name] + total(load) for name, load in self._load.items()}
+            state.stateful_callbacks[STATE_KEY] = {name: count.tolist() for name, count in counted.items()}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take down the hooks."""

@@ -88,6 +88,10 @@ class TrainableCheckpoints(Trainer):
                 )
         super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_best_model(self) -> None:
+        # Trainer looks for files of whole models, and of one adapter.
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         if self.is_fsdp_enabled:

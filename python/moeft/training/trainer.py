@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -165,18 +165,28 @@ class MoeTrainer(TrainableCheckpoints):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch."""
-        self.throughput.add(count_tokens(inputs))
-        if self.routing is not None:
-            self.routing.see_mask(inputs.get("attention_mask"))
+    @contextmanager
+    def explained_memory(self) -> Iterator[None]:
+        """Say which part of the memory is large, and what makes it smaller, if it runs out meanwhile.
+
+        Raises:
+            TrainingError: In place of the error of the allocator.
+        """
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            yield
         except RuntimeError as error:
             if not out_of_memory.is_out_of_memory(error):
                 raise
             step = self.state.global_step + 1
             raise out_of_memory.explain(error, self.model, self.optimizer, step, self.forecast) from error
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch."""
+        self.throughput.add(count_tokens(inputs))
+        if self.routing is not None:
+            self.routing.see_mask(inputs.get("attention_mask"))
+        with self.explained_memory():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.see_loss(loss, inputs)
         return loss
 
