@@ -73,10 +73,12 @@ class ExpertBlock(torch.autograd.Function):
 def stacks(weights: Weights) -> tuple[list[Tensor], list[int], list[Tensor], list[int], str]:
     """Both stacks as the operators take them."""
     gate_up, gate_up_sizes, codebook = operator.flatten(weights.gate_up)
-    down, down_sizes, _ = operator.flatten(weights.down)
+    down, down_sizes, _ = operator.flatten(weights.down)  # of the same codebook, or not known here
     return gate_up, gate_up_sizes, down, down_sizes, codebook
 
 
 def knows(weights: Weights, gate: str) -> bool:
     """Whether the kernels know a gate, and how the weights are stored."""
-    return gate in gpu.GATES and weights.layout == PLAIN and weights.gate_up_bias is None and weights.down_bias is None
+    biased = weights.gate_up_bias is not None or weights.down_bias is not None
+    one_codebook = operator.flatten(weights.gate_up)[2] == operator.flatten(weights.down)[2]
+    return gate in gpu.GATES and weights.layout == PLAIN and not biased and one_codebook
