@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,11 +17,8 @@ from moeft.kernels import dispatch
 from moeft.kernels.grouped_linear import config
 from tests import meta_launches
 
-triton_targets = pytest.importorskip(
-    "tests.triton_targets",
-    reason="needs Triton, which comes with PyTorch for Linux: pip install triton",
-    exc_type=ImportError,
-)
+pytest.importorskip("triton", reason="needs Triton, which comes with PyTorch for Linux: pip install triton")
+triton_targets = importlib.import_module("tests.triton_targets")
 
 HERE = Path(__file__).parent
 BUDGET = HERE / "vectors" / "triton_instructions.json"

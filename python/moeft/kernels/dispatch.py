@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-from moeft.kernels.nf4.cpu import NAMES
+from moeft.kernels.dtypes import NAMES
 
 VARIABLE = "MOEFT_KERNELS"
 CHOICES = ("auto", "pytorch", "triton", "reference")

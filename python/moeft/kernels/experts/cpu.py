@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from moeft import _core
+from moeft.kernels.dtypes import NAMES as DTYPES
 from moeft.kernels.experts.spec import Activation, ClampedSwiglu, Weights
-from moeft.kernels.grouped_linear.cpu import DTYPES, Stack
+from moeft.kernels.grouped_linear.cpu import Stack
 from moeft.kernels.nf4.cpu import buffer
 from moeft.kernels.routing import Buckets
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from moeft.kernels.experts.lora import join_b, split_a, split_b
 from moeft.kernels.grouped_linear import config
-from moeft.kernels.grouped_linear.gpu import LowRank, Tiles, chunks, grouped_linear, power_of_two
+from moeft.kernels.grouped_linear.gpu import LowRank, Tiles, chunks, grouped_linear
 from moeft.kernels.grouped_outer.gpu import grouped_outer
 from moeft.kernels.nf4 import NF4Weight
+from moeft.kernels.power_of_two import power_of_two
 from moeft.kernels.routing import Buckets
 
 WIDEST_COLUMNS = 1024  # of a row that a program holds at once

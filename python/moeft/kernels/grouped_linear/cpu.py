@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moeft import _core
+from moeft.kernels.dtypes import NAMES
 from moeft.kernels.nf4 import NF4Weight
-from moeft.kernels.nf4.cpu import NAMES as DTYPES
 from moeft.kernels.nf4.cpu import buffer
 from moeft.kernels.nf4.weight import Codebook
 
@@ -42,7 +42,7 @@ class Stack(NamedTuple):
         float_bias = None if bias is None else buffer(bias.float().contiguous())
         if isinstance(weight, Tensor):
             values = buffer(weight.contiguous())
-            return cls(values, DTYPES[weight.dtype], "nf4", shape, transposed, float_bias, 0, None, None, 0.0)
+            return cls(values, NAMES[weight.dtype], "nf4", shape, transposed, float_bias, 0, None, None, 0.0)
         nested = weight.nested
         return cls(
             buffer(weight.packed.contiguous()),
@@ -65,7 +65,7 @@ def grouped_linear(x_RK: Tensor, weight: NF4Weight | Tensor, offsets_E1: Tensor,
     out = x_RK.new_empty(x_RK.shape[0], stack.shape[2 if transpose else 1])
     _core.grouped_linear(
         buffer(x_RK),
-        DTYPES[x_RK.dtype],
+        NAMES[x_RK.dtype],
         offsets_E1.numpy(),
         stack,
         transpose,

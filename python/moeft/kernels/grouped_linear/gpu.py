@@ -17,6 +17,7 @@ from moeft.kernels.grouped_linear import config
 from moeft.kernels.grouped_linear.config import Path
 from moeft.kernels.nf4 import NF4Weight
 from moeft.kernels.nf4.gpu import PackedPointers, dequantize
+from moeft.kernels.power_of_two import power_of_two
 
 MAP_SIZE = 64  # tiles that a program of the tile map describes
 
@@ -203,8 +204,3 @@ def _grouped_mm(call: _Call, weight: Tensor) -> Tensor:
     if call.low_rank is not None:
         call._replace(y=y).launch("add", weight, (None,) * 6, 0, weight.shape[0])
     return y
-
-
-def power_of_two(size: int) -> int:
-    """The smallest power of two that is not below a size."""
-    return 1 << max(0, size - 1).bit_length()

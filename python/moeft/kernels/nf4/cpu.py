@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moeft import _core
+from moeft.kernels.dtypes import NAMES
 from moeft.kernels.nf4.weight import NESTED_BLOCK, Codebook, Layout, NF4Weight
 
 if TYPE_CHECKING:
     import numpy as np
-
-NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
 
 
 def quantize(values: Tensor, layout: Layout, codebook: Codebook) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeft.kernels.power_of_two import power_of_two
+
 CHUNK_ELEMENTS = 1 << 14  # rows of a chunk times experts: what a program of 8 warps holds in registers
 WARPS = 8
 
@@ -31,10 +33,10 @@ def sort_rows(top_k_index_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     if not rows:
         return permutation, inverse, torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
     top_k_index_R = top_k_index_R.contiguous()
-    experts = max(2, _power_of_two(num_experts))
+    experts = max(2, power_of_two(num_experts))
     chunk = max(16, CHUNK_ELEMENTS // experts)
     chunks = -(-rows // chunk)
-    slots = max(16, _power_of_two(chunks))
+    slots = max(16, power_of_two(chunks))
     counts = torch.empty(experts, slots, dtype=torch.int32, device=device)
     totals = torch.empty(experts, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
@@ -43,7 +45,3 @@ def sort_rows(top_k_index_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     kernels.scan_kernel[(experts,)](counts, totals, chunks, SP=slots, num_warps=WARPS, enable_fp_fusion=False)
     kernels.scatter_kernel[(chunks,)](top_k_index_R, counts, totals, permutation, inverse, offsets, rows, **sizes)
     return permutation, inverse, offsets
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
