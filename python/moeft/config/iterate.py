@@ -54,5 +54,7 @@ class IterateRecipe(Recipe):
     preference: Preference = Field(default_factory=Preference, description="As in `moeft dpo`")
     training: dict[str, Any] = Field(default_factory=dict, description="Arguments of the trainer, for each round")
     rounds: int = Field(default=3, ge=1, description="Most rounds")
-    min_gain: float = Field(default=0.0, ge=0, le=1, description="Gain in held-out accuracy below which rounds end")
+    min_gain: float = Field(
+        default=0.0, ge=0, le=1, description="Gain in held-out accuracy that must be passed to go on"
+    )
     gate: Gate | None = Field(default=None, description="Rows whose loss must not rise; null checks nothing")

@@ -25,7 +25,7 @@ class TrainingPlan:
     trained_tokens: int
     trainable_parameters: int
     parameters: int
-    """Of the base, which is frozen."""
+    """Of the base."""
     seconds: float | None
     """Of all steps, from one micro-batch that was timed; None if none was."""
     peak_allocated_bytes: int | None
