@@ -18,6 +18,14 @@ def launched_sharded(training: Mapping[str, Any]) -> bool:
     return by_launcher or bool(training.get("fsdp") or training.get("deepspeed"))
 
 
+def launched_in_bf16_by_deepspeed() -> bool:
+    """Whether DeepSpeed's configuration says bf16, which it wants to hear from the trainer's arguments too."""
+    return (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+        and os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "bf16"
+    )
+
+
 def num_processes() -> int:
     """Processes that were launched together."""
     return int(os.environ.get("WORLD_SIZE", "1"))

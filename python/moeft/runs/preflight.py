@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from moeft.config import TuningRecipe, validate_optimizer, validate_training_fields
+from moeft.config import SftRecipe, TuningRecipe, validate_optimizer, validate_training_fields
+from moeft.config.learning_rate import is_auto
 from moeft.config.optimizer import OWN_OPTIMIZERS
 from moeft.config.trainer_values import validate_trainer_values
 from moeft.data import templates
@@ -21,7 +22,7 @@ def check(recipe: TuningRecipe) -> None:
             would lose updates of weights that train in full, or the merge would be refused.
     """
     validate_training_fields(recipe.training)
-    validate_trainer_values(recipe.training)
+    _check_rate(recipe)
     validate_optimizer(recipe.training)
     _check_policy(recipe)
     _check_trackers(recipe)
@@ -30,6 +31,19 @@ def check(recipe: TuningRecipe) -> None:
     _check_processes(recipe)
     _check_masters(recipe)
     _check_merge(recipe)
+
+
+def _check_rate(recipe: TuningRecipe) -> None:
+    if not is_auto(recipe.training):
+        validate_trainer_values(recipe.training)
+        return
+    if not isinstance(recipe, SftRecipe):
+        raise RecipeError("training.learning_rate is 'auto', which moeft sft alone can find; give a number")
+    if num_processes() > 1:
+        raise RecipeError(
+            "training.learning_rate: auto tries rates in one process; start a short run in one, and give what it finds"
+        )
+    validate_trainer_values({name: value for name, value in recipe.training.items() if name != "learning_rate"})
 
 
 def _check_policy(recipe: TuningRecipe) -> None:

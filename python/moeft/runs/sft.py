@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,7 +70,12 @@ def _join_processes(recipe: SftRecipe) -> None:
     if args.world_size != num_processes():
         raise RecipeError(
             f"{num_processes()} processes were launched and the engine sees {args.world_size}, so that each would read "
-            "all rows, as DeepSpeed was seen to do on CPUs; take DDP or FSDP 2 (docs/distributed.md)"
+            "all rows, as DeepSpeed does on CPUs without training.use_cpu: true (docs/distributed.md)"
+        )
+    if args.deepspeed_plugin is not None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        raise RecipeError(
+            "DeepSpeed was asked for, but with ACCELERATE_USE_CPU accelerate starts DDP instead; unset it, and set "
+            "training.use_cpu: true"
         )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeft.config import SftRecipe
 from moeft.runs.context import RunContext
+from moeft.runs.launch import launched_in_bf16_by_deepspeed
 
 if TYPE_CHECKING:
     from moeft.training.trainer import MoeTrainer
@@ -22,9 +23,12 @@ def trainer_defaults(recipe: SftRecipe, sharded: bool) -> dict[str, Any]:
 
     FSDP and DeepSpeed keep masters themselves, and shard them.
     """
+    defaults: dict[str, Any] = {}
     if recipe.train and recipe.dtype == "bfloat16" and "optim" not in recipe.training and not sharded:
-        return {"optim": "adamw_moeft_host"}
-    return {}
+        defaults["optim"] = "adamw_moeft_host"
+    if launched_in_bf16_by_deepspeed() and "bf16" not in recipe.training:
+        defaults["bf16"] = True
+    return defaults
 
 
 class RouterWatch:

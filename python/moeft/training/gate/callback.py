@@ -143,6 +143,8 @@ class CapabilityGate(TrainerCallback):
         self.base = {reading.name: reading for reading in readings}
         breaches = self._breaches(readings)
         self._record(0, readings, breaches, "base", self.base_seconds)
+        found = ", ".join(_said(reading) for reading in readings)
+        self._show(f"capability gate: the base has {found}; measured in {self.base_seconds:.1f} s")
         if breaches:
             raise TrainingError(
                 f"the base itself breaks the gate: {'; '.join(breaches)}. No training can be held to that; loosen the "
@@ -159,6 +161,7 @@ class CapabilityGate(TrainerCallback):
         verdict = self._action if breaches else "passed"
         self._record(state.global_step, readings, breaches, verdict, self._last_seconds)
         if not breaches:
+            self._show(f"capability gate at step {state.global_step}: passed; {', '.join(map(_said, readings))}")
             if state.is_world_process_zero:
                 self._good.save(kwargs["model"], state.global_step)
             return
@@ -212,6 +215,10 @@ def halve_rate(optimizer: Any, scheduler: Any) -> None:
     if hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [rate * 0.5 for rate in scheduler.base_lrs]
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what Trainer logs
+
+
+def _said(reading: Reading) -> str:
+    return f"{reading.name} {reading.value:.4g}{' (fewer than 30 items)' if reading.is_of_few else ''}"
 
 
 def _reading(found: Mapping[str, Any]) -> Reading:
