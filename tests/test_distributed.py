@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import moeft
 from moeft.config import SftRecipe
-from moeft.errors import RunFolderError
+from moeft.errors import RecipeError, RunFolderError
 from moeft.integration.trained_roles import train_roles
 from moeft.provenance import RunFolder
 from moeft.runs.sft import run
@@ -186,6 +186,17 @@ def test_attention_in_full_under_zero3_equals_one_process_and_leaves_an_ordinary
     train_roles(model, FULL["train"])
     trained_weights.load(model, folder.path / "checkpoints" / "checkpoint-4")
     assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters() if name in trained)
+
+
+def test_deepspeed_that_accelerate_would_leave_out_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(RecipeError, match=r"accelerate starts DDP instead; unset it, and set training\.use_cpu: true"):
+        run(SftRecipe.load(recipe(tmp_path, base, **FULL, training=ZERO3)))
+
+
+def test_packed_weights_under_deepspeed_are_refused(base, tmp_path):
+    with pytest.raises(RecipeError, match="take DDP or FSDP 2, which replicate packed weights"):
+        run(SftRecipe.load(recipe(tmp_path, base, **LORA, training=ZERO3)))
 
 
 @pytest.mark.slow

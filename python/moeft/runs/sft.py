@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,11 +70,6 @@ def _join_processes(recipe: SftRecipe) -> None:
         raise RecipeError(
             f"{num_processes()} processes were launched and the engine sees {args.world_size}, so that each would read "
             "all rows, as DeepSpeed does on CPUs without training.use_cpu: true (docs/distributed.md)"
-        )
-    if args.deepspeed_plugin is not None and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        raise RecipeError(
-            "DeepSpeed was asked for, but with ACCELERATE_USE_CPU accelerate starts DDP instead; unset it, and set "
-            "training.use_cpu: true"
         )
 
 
