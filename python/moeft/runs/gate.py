@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ def add_gate(
         for task, watched in zip(tasks, gate.tasks, strict=True)
     }
     divergence = None
+    began = time.perf_counter()
     if gate.divergence is not None:
         divergence = base_divergence(gate.divergence, trainer, gate.seed)
         bounds[DIVERGENCE] = Bound(gate.divergence.limit)
@@ -88,6 +90,7 @@ def add_gate(
         every_epoch=gate.every_epoch,
         action=gate.action,
         budget=gate.budget,
+        prepared_seconds=time.perf_counter() - began,
         events=folder,
         show=show,
     )

@@ -36,6 +36,7 @@ class CapabilityGate(TrainerCallback):
         action: ``warn``, ``halve_lr``, ``roll_back`` or ``stop``.
         budget: Share of training time that measurements may take; one that is due waits until it can be paid. The
             base's and the last one are always taken. None sets no limit.
+        prepared_seconds: Spent already on remembering the base, which counts as the base's.
         events: Where to record.
         show: Where to print.
 
@@ -57,11 +58,13 @@ class CapabilityGate(TrainerCallback):
         every_epoch: bool = True,
         action: str = "roll_back",
         budget: float | None = 0.05,
+        prepared_seconds: float = 0.0,
         events: EventSink | None = None,
         show: Callable[[str], None] = print,
     ) -> None:
         self.base: dict[str, Reading] = {}
-        self.seconds = self.base_seconds = self.training_seconds = 0.0
+        self.seconds = self.training_seconds = 0.0
+        self.base_seconds = prepared_seconds
         self.stopped: dict[str, Any] | None = None
         self._measure, self._bounds, self._folder = measure, bounds, folder
         self._every_steps, self._every_epoch, self._action, self._budget = every_steps, every_epoch, action, budget
@@ -139,7 +142,8 @@ class CapabilityGate(TrainerCallback):
         }
 
     def _measure_base(self, model: Any, kept: Path) -> None:
-        readings, self.base_seconds = self._timed()
+        readings, seconds = self._timed()
+        self.base_seconds += seconds
         self.base = {reading.name: reading for reading in readings}
         breaches = self._breaches(readings)
         self._record(0, readings, breaches, "base", self.base_seconds)
