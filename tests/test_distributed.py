@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +22,11 @@ from transformers import AutoModelForCausalLM
 
 import moeft
 from moeft.config import SftRecipe
-from moeft.errors import RunFolderError
+from moeft.errors import RecipeError, RunFolderError
+from moeft.integration.trained_roles import train_roles
 from moeft.provenance import RunFolder
 from moeft.runs.sft import run
+from moeft.training import trained_weights
 from moeft.training.guards import NonFiniteGuard
 from moeft.training.trained_weights import FILE
 from tests.tiny_models import save_tiny_model, token_ids
@@ -34,6 +38,23 @@ LOSS_BOUND = 1e-5
 FULL = {"train": ["attention", "norms"]}
 LORA = {"quantization": {}, "lora": {"rank": 4}}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+OFFLOADED = {"device": "cpu"}
+ZERO3 = {
+    "deepspeed": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": OFFLOADED, "offload_param": OFFLOADED},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+}
+WITHOUT_DEEPSPEED = importlib.util.find_spec("deepspeed") is None or shutil.which("ninja") is None
+needs_deepspeed = pytest.mark.skipif(
+    WITHOUT_DEEPSPEED,
+    reason="needs DeepSpeed, and ninja on the path to build its CPU part: pip install deepspeed ninja",
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +94,7 @@ def recipe(folder, base, processes=2, **changes):
 def launch(path, processes=2):
     """Start ``moeft sft`` in processes of one thread; one port for rendezvous is found by torch."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.Popen(
         [*command, "-m", "moeft.cli", "sft", str(path)],
         env={**os.environ, **environment},
@@ -149,6 +170,36 @@ def test_attention_in_full_under_fsdp_equals_one_process_and_leaves_an_ordinary_
 
 
 @pytest.mark.slow
+@needs_deepspeed
+def test_attention_in_full_under_zero3_equals_one_process_and_leaves_an_ordinary_folder(base, alone, tmp_path):
+    merge = {"merge": {"output": str(tmp_path / "tuned"), "out_dtype": "float32"}}
+    folder = finish(recipe(tmp_path, base, **FULL, **merge, training=ZERO3))
+    assert_same_figures(folder, alone["full"])
+    assert len(list((folder.path / "checkpoints" / "checkpoint-4" / "global_step4").glob("*_optim_states.pt"))) == 2
+    trained = load_file(folder.path / "trained" / FILE)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32).state_dict()
+    for name, value in load_file(alone["full"].path / "trained" / FILE).items():
+        assert torch.equal(tuned[name], trained[name]), name
+        torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-4)
+    # What two processes saved is whole, and one loads it.
+    model = load(base)
+    train_roles(model, FULL["train"])
+    trained_weights.load(model, folder.path / "checkpoints" / "checkpoint-4")
+    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters() if name in trained)
+
+
+def test_deepspeed_that_accelerate_would_leave_out_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(RecipeError, match=r"accelerate starts DDP instead; unset it, and set training\.use_cpu: true"):
+        run(SftRecipe.load(recipe(tmp_path, base, **FULL, training=ZERO3)))
+
+
+def test_packed_weights_under_deepspeed_are_refused(base, tmp_path):
+    with pytest.raises(RecipeError, match="take DDP or FSDP 2, which replicate packed weights"):
+        run(SftRecipe.load(recipe(tmp_path, base, **LORA, training=ZERO3)))
+
+
+@pytest.mark.slow
 def test_packed_experts_with_lora_under_fsdp_equal_one_process(base, alone, tmp_path):
     folder = finish(recipe(tmp_path, base, **LORA, training=FSDP))
     assert_same_figures(folder, alone["lora"])
@@ -158,7 +209,7 @@ def test_packed_experts_with_lora_under_fsdp_equal_one_process(base, alone, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [FSDP], ids=["fsdp"])
+@pytest.mark.parametrize("engine", [FSDP, pytest.param(ZERO3, marks=needs_deepspeed)], ids=["fsdp", "zero3"])
 def test_run_that_loses_a_process_ends_at_once_and_continues(base, alone, tmp_path, engine):
     path = recipe(tmp_path, base, **FULL, training={**engine, "max_steps": 20, "save_steps": 1})
     process = launch(path)

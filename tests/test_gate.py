@@ -16,7 +16,7 @@ import moeft
 import moeft.demo
 from moeft.config.gate import Gate, GateDivergence, GateTask
 from moeft.demo.ops_agent import generate
-from moeft.errors import RecipeError, TrainingError, UnsupportedModelError
+from moeft.errors import RecipeError, TrainingError
 from moeft.evaluation.divergence import BaseDivergence
 from moeft.integration.loading import load
 from moeft.provenance import RunFolder
@@ -110,8 +110,8 @@ def test_destructive_rate_is_caught_and_the_last_good_weights_are_back(texts, tm
     assert verdicts(run) == [(0, "base"), (2, "roll_back")]
     assert trained.state.global_step == 2 < 4
     assert added.stopped["rolled_back_to"] == 0
-    assert "divergence is" in said[0]
-    assert "went back to the weights of step 0 and stopped" in said[0]
+    assert "divergence is" in said[1]
+    assert "went back to the weights of step 0 and stopped" in said[1]
     fresh = adapter_weights(embedded(tmp_path / "fresh").model)
     now = adapter_weights(trained.model)
     assert all(torch.equal(now[name], fresh[name]) for name in fresh)
@@ -159,7 +159,7 @@ def test_halving_halves_the_rate_of_all_steps_to_come(texts, tmp_path):
     assert verdicts(run) == [(0, "base"), (2, "halve_lr"), (4, "halve_lr")]
     rates = [log["learning_rate"] for log in trained.state.log_history if "learning_rate" in log]
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
-    assert "the learning rate is halved" in said[0]
+    assert "the learning rate is halved" in said[1]
 
 
 @pytest.mark.parametrize(("action", "steps"), [("warn", 4), ("stop", 2)])
@@ -199,7 +199,8 @@ def test_metric_that_a_task_does_not_have_is_refused(texts, tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({}, "at least one of tasks and divergence"),
+        ({"suite": None}, "suite, tasks or divergence; a gate that watches nothing"),
+        ({"suite": "slow"}, "'default' or 'quick'"),
         ({"tasks": ({"task": "piqa"},)}, "at least one of limit, change and intervals"),
         ({"tasks": ({"task": "piqa", "change": 0.1}, {"task": "piqa", "limit": 0.1})}, "each task once"),
         ({"tasks": ({"task": "piqa", "change": -0.1},)}, "greater than 0"),
@@ -254,6 +255,20 @@ def test_divergence_is_that_of_the_full_distributions(name):
     assert measured[:, 1].tolist() == [20, 20, 20]
 
 
-def test_divergence_from_a_head_that_trains_is_refused():
-    with pytest.raises(UnsupportedModelError, match="the head is trained"):
-        BaseDivergence(tiny_model("olmoe"), [[3, 4, 5]])
+def test_divergence_counts_from_the_head_as_it_was_where_the_head_trains():
+    model = tiny_model("olmoe")
+    ids = token_ids(2, 12)
+    divergence = BaseDivergence(model, [row.tolist() for row in ids])
+    with torch.no_grad():
+        base = model(ids).logits.double().log_softmax(-1)
+        model.get_output_embeddings().weight.mul_(1.5)
+        now = model(ids).logits.double().log_softmax(-1)
+    expected = (base.exp() * (base - now)).sum((1, 2)).numpy()
+    assert divergence.measure()[:, 0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_share_of_one_may_lose_what_chance_explains():
+    base = Reading("language", 1.0, 1.0, 1.0, 36)
+    bound = Bound(intervals=1)
+    assert bound.breach(dataclasses.replace(base, value=35 / 36), base) is None
+    assert bound.breach(dataclasses.replace(base, value=33 / 36), base) is not None

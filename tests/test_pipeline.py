@@ -49,7 +49,7 @@ def test_stages_run_in_order_and_read_what_earlier_ones_made(folder):
     assert all(torch.equal(second[name], first[name] / 2) for name in first)
     report = (folder / "out" / "report.md").read_text()
     figures = done.read_json("metrics.json")["comparisons"]["scores"][0]["models"]
-    assert f"| base | {figures['base']['sums, nats per token']:.4g} |" in report
+    assert f"| base | {figures['base']['sums, nats per token']:.4g} (" in report
     with pytest.raises(RunFolderError, match="nothing is left to do"):
         run(recipe)
 
@@ -106,7 +106,7 @@ def test_stages_that_depend_on_the_seed_run_once_for_each(folder):
         ({"a": {"sft": {"model": "one", "output": "x", "data": {"train": "rows.jsonl"}}}}, "output is given"),
         ({"a": {"sft": {"model": "one", "data": {"trian": "rows.jsonl"}}}}, "did you mean data.train"),
         ({"a": {"fisher": {"model": "one", "prompts": "rows.jsonl", "rows": 0}}}, "greater than or equal to 1"),
-        ({"a": {"compare": {"models": {"one": "one"}}}}, "rows or tool_calls"),
+        ({"a": {"compare": {"models": {"one": "one"}}}}, "rows, tasks or tool_calls"),
         ({}, "at least 1"),
     ],
 )
@@ -122,12 +122,57 @@ def test_an_input_that_is_missing_is_named_before_the_first_stage(folder):
     assert not (folder / "out" / "first").exists()
 
 
-def test_the_full_sized_recipe_is_one_that_its_stages_can_read():
-    made = steps(PipelineRecipe.load(RECIPES / "gemma4-e4b-instruct-safe-merge.yaml"))
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (
+            "gemma4-e4b-instruct-safe-merge.yaml",
+            ["fisher", "subspace", "unprotected", "damped", "masked", "healed", "comparison"],
+        ),
+        ("gemma4-26b-capability-preserving.yaml", ["tuned", "comparison"]),
+    ],
+)
+def test_the_full_sized_recipes_are_such_that_their_stages_can_read_them(recipe, expected):
+    made = steps(PipelineRecipe.load(RECIPES / recipe))
     for step in made:
         stages.read(step)
-    names = [step.name for step in made if step.seed in (None, 0)]
-    assert names == ["fisher", "subspace", "unprotected", "damped", "masked", "healed", "comparison"]
+    assert [step.name for step in made if step.seed in (None, 0)] == expected
+
+
+def test_tuning_with_and_without_a_gate_is_compared_in_one_report(folder):
+    tiny_tokenizer().save_pretrained(folder / "one")
+    (folder / "one").rename(folder / "base")
+    (folder / "rows").mkdir()
+    rows = (folder / "rows.jsonl").read_text()
+    for name in ("target", "target-heldout", "general-heldout"):
+        (folder / "rows" / f"{name}.jsonl").write_text(rows)
+    (folder / "rows" / "hellaswag.jsonl").write_text(
+        json.dumps({"ctx": "1 +", "endings": ["1", "2"], "gold": 0}) + "\n"
+    )
+    (folder / "rows" / "texts.jsonl").write_text(json.dumps({"text": "one and one"}) + "\n")
+    content = document.read(RECIPES / "demo-capability-preserving.yaml")
+    for name in ("naive", "gated"):
+        recipe = content["stages"][name]["sft"]
+        recipe["train"] = [role for role in recipe["train"] if role != "mlp"]  # the tiny model has none
+        recipe["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}
+    content["stages"]["gated"]["sft"]["gate"] = {"divergence": {"path": "rows/target.jsonl", "limit": 1e-9}}
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    done = run(PipelineRecipe.load(folder / "pipeline.yaml"))
+    metrics = done.read_json("metrics.json")
+    assert [training["stage"] for training in metrics["trainings"]] == ["naive", "gated"]
+    assert metrics["trainings"][1]["gate"]["stopped"]["rolled_back_to"] == 0
+    (comparison,) = metrics["comparisons"]["comparison"]
+    base, naive, gated = comparison["models"].values()
+    assert gated == base != naive  # the gate went back to the base
+    changes = {row["task"]: row for row in comparison["against_first"]["attention, with the gate"]}
+    assert changes["target"]["change"] == 0
+    assert changes["target"]["num"] == 8
+    report = (folder / "run" / "report.md").read_text()
+    assert "stopped at step 2, went back to step 0" in report
+    interval = comparison["intervals"]["base"]["target, nats per token"]
+    assert f"{interval['value']:.4g} ({interval['low']:.4g} to {interval['high']:.4g}) (!)" in report
+    assert "| target nats per token |" in report
+    assert (folder / "run" / "gated" / "report.md").exists()
 
 
 def test_the_instruct_safe_merge_runs_from_one_command_to_one_report(folder):

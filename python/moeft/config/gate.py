@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from moeft.config.recipe import Section
 
 Action = Literal["warn", "halve_lr", "roll_back", "stop"]
+Suite = Literal["default", "quick"]
 
 
 class GateBound(Section):
@@ -40,7 +41,10 @@ class GateTask(GateBound):
 class GateDivergence(Section):
     """Divergence from the base on general prompts: KL(base || model), nats per token."""
 
-    path: Path = Field(description="File of rows, in any format of docs/data.md")
+    path: Path | None = Field(
+        default=None,
+        description="File of rows, in any format of docs/data.md; null takes the base's own replies to 32 prompts",
+    )
     limit: float = Field(gt=0, description="Largest divergence that is allowed; the base has 0")
     rows: int = Field(default=32, ge=1, description="Rows, drawn by the gate's seed")
     max_length: int = Field(default=256, ge=2, description="First tokens of a row that are compared")
@@ -49,8 +53,15 @@ class GateDivergence(Section):
 class Gate(Section):
     """Capabilities measured before, during and at the end of training."""
 
-    tasks: tuple[GateTask, ...] = Field(default=(), description="Tasks to watch")
-    divergence: GateDivergence | None = Field(default=None, description="Divergence from the base to watch")
+    tasks: tuple[GateTask, ...] = Field(default=(), description="Tasks to watch; one of the suite's is replaced")
+    divergence: GateDivergence | None = Field(
+        default=None, description="Divergence from the base to watch; null takes the suite's"
+    )
+    suite: Suite | None = Field(
+        default_factory=lambda known: None if known.get("tasks") or known.get("divergence") else "default",
+        description="Tasks and divergence that come with moeft, beside those named here; `quick` has no task that "
+        "generates. It is `default` where neither tasks nor divergence are named",
+    )
     data: Path | None = Field(default=None, description="Folder of the tasks' files; null asks the hub")
     every_steps: int | None = Field(default=None, ge=1, description="Measure after so many steps")
     every_epoch: bool = Field(default=True, description="Measure after every epoch")
@@ -68,8 +79,8 @@ class Gate(Section):
 
     @model_validator(mode="after")
     def _watches_something(self) -> Self:
-        if not self.tasks and self.divergence is None:
-            raise ValueError("at least one of tasks and divergence; a gate that watches nothing protects nothing")
+        if not self.tasks and self.divergence is None and self.suite is None:
+            raise ValueError("suite, tasks or divergence; a gate that watches nothing protects nothing")
         names = [watched.task for watched in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError("each task once")

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from moeft.config.evaluation import Evaluation
 from moeft.config.filters import Filters
 from moeft.config.gate import Gate
+from moeft.config.learning_rate import RangeTest
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
@@ -254,6 +255,9 @@ class SftRecipe(TuningRecipe):
         description="The adapter to train; null trains none, which is the default beside `train`",
     )
     data: Data = Field(description="Chat rows to train on")
+    range_test: RangeTest = Field(
+        default_factory=RangeTest, description="How `training.learning_rate: auto` finds the rate"
+    )
 
     @field_validator("train", mode="after")
     @classmethod

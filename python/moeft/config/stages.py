@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from moeft.config.recipe import Recipe
+from moeft.config.recipe import Recipe, Section
 from moeft.config.sft import Dtype, Target
 from moeft.config.sources import TrainOn
 
@@ -45,8 +45,16 @@ class QuantizeRecipe(Recipe):
     double_quant: bool = Field(default=False, description="Quantise the block scales too")
 
 
+class CompareTask(Section):
+    """A task of `moeft evaluate`."""
+
+    task: str = Field(description="Name of the task")
+    path: Path | None = Field(default=None, description="File of its rows; null looks in the stage's `data`")
+    rows: int | None = Field(default=None, ge=1, description="Items, drawn by the stage's seed; null takes all")
+
+
 class CompareRecipe(Recipe):
-    """Models beside each other on held-out rows."""
+    """Models beside each other on held-out rows and tasks, each compared with the first."""
 
     models: dict[str, Path] = Field(min_length=1, description="Folders by the name in the table; the first is the base")
     rows: dict[str, Path] = Field(
@@ -55,12 +63,15 @@ class CompareRecipe(Recipe):
     tool_calls: Path | None = Field(
         default=None, description="Requests with the right tool call: share of replies that match it exactly"
     )
-    max_new_tokens: int = Field(default=64, ge=1, description="Longest reply in tokens")
+    tasks: tuple[CompareTask, ...] = Field(default=(), description="Tasks to measure")
+    data: Path | None = Field(default=None, description="Folder of the tasks' files; null asks the hub")
+    seed: int = Field(default=0, description="Of the choice of items")
+    max_new_tokens: int = Field(default=64, ge=1, description="Longest reply to `tool_calls` in tokens")
     batch_size: int = Field(default=16, ge=1, description="Rows at once")
     dtype: Dtype = Field(default="float32", description="Type to compute in")
 
     @model_validator(mode="after")
     def _measures_something(self) -> Self:
-        if not self.rows and self.tool_calls is None:
-            raise ValueError("rows or tool_calls to compare the models on")
+        if not self.rows and self.tool_calls is None and not self.tasks:
+            raise ValueError("rows, tasks or tool_calls to compare the models on")
         return self

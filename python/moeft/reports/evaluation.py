@@ -63,6 +63,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], first: str, second: str,
     return text
 
 
+def estimate_text(estimate: Mapping[str, Any]) -> str:
+    """A value with its interval and a mark if it is of few items."""
+    interval = _interval(estimate["low"], estimate["high"])
+    few = " (!)" if estimate["is_of_few"] else ""
+    return number(estimate["value"]) + ("" if interval is None else f" ({interval})") + few
+
+
 def _interval(low: float | None, high: float | None) -> str | None:
     return None if low is None or high is None else f"{number(low)} to {number(high)}"
 

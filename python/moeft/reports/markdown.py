@@ -27,6 +27,7 @@ import yaml
 from moeft.provenance import RunFolder
 from moeft.reports.gate import gate_section
 from moeft.reports.held_out import held_out_sections
+from moeft.reports.learning_rate import learning_rate_section
 from moeft.reports.plots import plot_bytes, plot_loss
 from moeft.reports.routing import routing_section
 from moeft.reports.text import cell, facts, fence, mib, number, table
@@ -53,6 +54,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
         *held_out_sections(metrics.get("heldout")),
         _losses(run),
         gate_section(run),
+        learning_rate_section(metrics.get("learning_rate"), run.path),
         _bytes(run, metrics.get("bytes")),
         _proofs(metrics.get("proofs")),
         _samples(metrics.get("samples")),

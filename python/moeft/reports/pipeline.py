@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moeft.provenance import RunFolder
+from moeft.reports.evaluation import comparison_table, estimate_text
 from moeft.reports.text import facts, fence, number, table
+from moeft.reports.trainings import training_section
 
 
 def write_pipeline_report(run: RunFolder) -> Path:
@@ -18,6 +20,7 @@ def write_pipeline_report(run: RunFolder) -> Path:
     metrics = run.read_json("metrics.json") or {}
     sections = [f"# Report of `{run.record['command']}`\n"]
     sections += [_comparison(name, found) for name, found in metrics.get("comparisons", {}).items()]
+    sections += [training_section(metrics.get("trainings", []))] if metrics.get("trainings") else []
     finished = [event for event in run.events("stage") if event["status"] == "finished"]
     sections.append("## Stages\n\n" + table(["stage", "seconds"], [[e["name"], e["seconds"]] for e in finished]))
     record = run.record
@@ -44,14 +47,28 @@ def write_pipeline_report(run: RunFolder) -> Path:
 def _comparison(name: str, found: Sequence[Mapping[str, Any]]) -> str:
     models = list(found[0]["models"])
     figures = list(found[0]["models"][models[0]])
-    rows = [
-        [model, *(_spread([seed["models"][model][figure] for seed in found]) for figure in figures)] for model in models
-    ]
+    rows = [[model, *(_cell(found, model, figure) for figure in figures)] for model in models]
     note = ""
     if len(found) > 1:
         seeds = ", ".join(str(seed["seed"]) for seed in found)
         note = f"\nMean, smallest and largest of {len(found)} seeds ({seeds}).\n"
-    return f"## {name}\n\n" + table(["model", *figures], rows) + note
+    return f"## {name}\n\n" + table(["model", *figures], rows) + note + "".join(_against_first(found))
+
+
+def _against_first(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A table for each model but the first, of every seed: what changed, item by item."""
+    for seed in found:
+        title = "" if seed["seed"] is None else f", seed {seed['seed']}"
+        first = next(iter(seed["models"]))
+        for model, rows in seed.get("against_first", {}).items():
+            yield f"\n### {first} and {model}{title}\n\n" + comparison_table(rows, first, model, 0.95)
+
+
+def _cell(found: Sequence[Mapping[str, Any]], model: str, figure: str) -> str:
+    """Mean and range over seeds; of one seed the value with its interval."""
+    if len(found) > 1 or "intervals" not in found[0]:
+        return _spread([seed["models"][model][figure] for seed in found])
+    return estimate_text(found[0]["intervals"][model][figure])
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -105,6 +105,32 @@ def plot_capabilities(
         figure.align_ylabels()
 
 
+def plot_rates(points: Sequence[Mapping[str, Any]], bound: float, chosen: float, path: Path) -> None:
+    """Draw the divergence that a range test found at each learning rate, with its bound and the rate that was taken.
+
+    Args:
+        points: ``rate`` and ``divergence`` in nats per token, None where a loss was not finite.
+        bound: Largest divergence that was allowed.
+        chosen: The rate that was taken.
+        path: PNG file to write.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    with _figure(path, 5.0, 3.2) as figure:
+        axes = figure.subplots()
+        axes.plot([p["rate"] for p in points], [_nan(p["divergence"]) for p in points], color=_BLUE, marker="o")
+        axes.axhline(bound, color=_ORANGE, linewidth=0.8, linestyle=":", label="bound")
+        axes.axvline(chosen, color=_GREY, linewidth=0.8, label="taken")
+        axes.set_xscale("log")
+        axes.set_yscale("log", nonpositive="clip")
+        axes.set_title("Divergence from the base after a few steps")
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("nats per token")
+        axes.grid(axis="y")
+        axes.legend(loc="upper left")
+
+
 def plot_bytes(before: Mapping[str, int], after: Mapping[str, int], path: Path) -> None:
     """Draw bytes per component as a pair of bars each, the largest component first.
 

@@ -91,7 +91,12 @@ def compare(first: Path, second: Path, level: float = 0.95, seed: int = 0) -> st
     from moeft.reports.evaluation import comparison_table
 
     found = compare_results(read_results(first), read_results(second), level=level, seed=seed)
-    return comparison_table([_row(compared, level) for compared in found], str(first), str(second), level)
+    return comparison_table(comparison_rows(found, level), str(first), str(second), level)
+
+
+def comparison_rows(found: Sequence[Compared], level: float = 0.95) -> list[dict[str, Any]]:
+    """Rows of a table of two runs, as :func:`moeft.reports.evaluation.comparison_table` takes them."""
+    return [_row(compared, level) for compared in found]
 
 
 def _row(compared: Compared, level: float) -> dict[str, Any]:

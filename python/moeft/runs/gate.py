@@ -5,22 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moeft.config.gate import Gate, GateDivergence, GateTask
-from moeft.errors import RecipeError
+from moeft.errors import DataError, RecipeError
 from moeft.provenance import RunFolder
+from moeft.runs.gate_suite import with_suite
 
 if TYPE_CHECKING:
     from moeft.evaluation.divergence import BaseDivergence
     from moeft.evaluation.measure import TaskResult
+    from moeft.evaluation.request import Subject
     from moeft.evaluation.task import Task
     from moeft.training.gate import CapabilityGate, Reading
     from moeft.training.trainer import MoeTrainer
 
 DIVERGENCE = "divergence"
+REPLY_TOKENS = 48
+BATCH_SIZE = 48
+"""Replies generated at once: those of a task in one go."""
 
 
 def gate_files(gate: Gate) -> dict[str, Path]:
@@ -36,7 +42,7 @@ def gate_files(gate: Gate) -> dict[str, Path]:
         file = watched.path or (None if gate.data is None else task_file(watched.task, gate.data))
         if file is not None:
             files[f"gate.tasks[{index}]"] = file
-    if gate.divergence is not None:
+    if gate.divergence is not None and gate.divergence.path is not None:
         files["gate.divergence"] = gate.divergence.path
     return files
 
@@ -54,30 +60,37 @@ def add_gate(
 
     Raises:
         DataError: If the rows of a task cannot be had or read.
+        MissingExtraError: If a task of the suite needs a package that is not installed.
         RecipeError: If a task has no such metric.
-        UnsupportedModelError: If the divergence is to be watched and the head is trained.
+        UnsupportedModelError: If the divergence is to be watched and the head is no linear layer.
     """
     if gate is None:
         return None
+    from moeft.evaluation.model_subject import ModelSubject
     from moeft.training.gate import Bound, CapabilityGate
 
+    gate = with_suite(gate)
     tasks = [_task(gate, watched) for watched in gate.tasks]
     bounds = {
         _name(task): Bound(watched.limit, watched.change, watched.intervals)
         for task, watched in zip(tasks, gate.tasks, strict=True)
     }
     divergence = None
+    began = time.perf_counter()
     if gate.divergence is not None:
-        divergence = _divergence(gate.divergence, trainer, gate.seed)
+        divergence = base_divergence(gate.divergence, trainer, gate.seed)
         bounds[DIVERGENCE] = Bound(gate.divergence.limit)
+    # One for all measurements, since it finds out once how the model takes its masks.
+    subject = ModelSubject(trainer.model, trainer.processing_class, batch_size=BATCH_SIZE)
     callback = CapabilityGate(
-        lambda: _readings(trainer, tasks, divergence),
+        lambda: _readings(subject, tasks, divergence),
         bounds,
         folder.path / "gate",
         every_steps=gate.every_steps,
         every_epoch=gate.every_epoch,
         action=gate.action,
         budget=gate.budget,
+        prepared_seconds=time.perf_counter() - began,
         events=folder,
         show=show,
     )
@@ -100,31 +113,58 @@ def _task(gate: Gate, watched: GateTask) -> Task:
     return dataclasses.replace(task, metrics=(known[name],))
 
 
-def _divergence(section: GateDivergence, trainer: MoeTrainer, seed: int) -> BaseDivergence:
+def base_divergence(section: GateDivergence, trainer: MoeTrainer, seed: int) -> BaseDivergence:
+    """Remember the model of a trainer as it is now.
+
+    Args:
+        section: What to compare it on.
+        trainer: Before training.
+        seed: Of the choice of rows.
+
+    Raises:
+        DataError: If no row can be used.
+    """
     from moeft.data.chat import encode
     from moeft.data.rows import read_rows
     from moeft.evaluation.divergence import BaseDivergence
 
-    examples = encode(
-        read_rows(section.path), trainer.processing_class, max_length=section.max_length, on_too_long="truncate"
-    ).examples
+    rows = read_rows(_own_replies(trainer) if section.path is None else section.path)
+    examples = encode(rows, trainer.processing_class, max_length=section.max_length, on_too_long="truncate").examples
     chosen = random.Random(seed).sample(range(len(examples)), min(section.rows, len(examples)))
     return BaseDivergence(trainer.model, [examples[index]["input_ids"].tolist() for index in sorted(chosen)])
 
 
-def _readings(trainer: MoeTrainer, tasks: list[Task], divergence: BaseDivergence | None) -> list[Reading]:
+def _own_replies(trainer: MoeTrainer) -> list[dict[str, Any]]:
+    """What the model answers to general prompts now: where its own text goes, it should still want to go later."""
+    from moeft.evaluation import suite
+    from moeft.evaluation.generation import generate_replies
+
+    prompts = suite.prompts()
+    replies = generate_replies(
+        trainer.model,
+        trainer.processing_class,
+        prompts,
+        max_new_tokens=REPLY_TOKENS,
+        batch_size=BATCH_SIZE,
+    )
+    said = [(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True) if reply.strip()]
+    if not said:
+        raise DataError("the base answers no general prompt; give rows to compare it on: gate.divergence.path")
+    return [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]} for p, r in said]
+
+
+def _readings(subject: Subject, tasks: Sequence[Task], divergence: BaseDivergence | None) -> list[Reading]:
     from moeft.evaluation.measure import measure
-    from moeft.evaluation.model_subject import ModelSubject
     from moeft.evaluation.statistics import Estimate, bootstrap
     from moeft.evaluation.task import Metric
     from moeft.training.gate import Reading
 
     def reading(name: str, metric: Metric, estimate: Estimate) -> Reading:
         better = metric.better or "higher"
-        return Reading(name, estimate.value, estimate.low, estimate.high, estimate.num, better)
+        return Reading(name, estimate.value, estimate.low, estimate.high, estimate.num, better, estimate.is_of_few)
 
     found = []
-    for result in measure(ModelSubject(trainer.model, trainer.processing_class), tasks):
+    for result in measure(subject, tasks):
         (metric,) = result.metrics
         # Of nothing but empty replies, say, a metric is not a number, which no bound lets pass.
         nothing = Estimate(math.nan, math.nan, math.nan, 0.95, 0)

@@ -13,9 +13,26 @@ from moeft.provenance import FollowedRun, RunFolder
 
 def launched_sharded(training: Mapping[str, Any]) -> bool:
     """Whether FSDP or DeepSpeed will shard weights: asked for by the launcher or by arguments of the trainer."""
-    switches = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    by_launcher = any(os.environ.get(switch, "").lower() == "true" for switch in switches)
-    return by_launcher or bool(training.get("fsdp") or training.get("deepspeed"))
+    return launched_on_deepspeed(training) or _is_set("ACCELERATE_USE_FSDP") or bool(training.get("fsdp"))
+
+
+def launched_on_deepspeed(training: Mapping[str, Any]) -> bool:
+    """Whether the launcher or the arguments of the trainer ask for DeepSpeed."""
+    return _is_set("ACCELERATE_USE_DEEPSPEED") or bool(training.get("deepspeed"))
+
+
+def deepspeed_is_bypassed() -> bool:
+    """Whether accelerate was told to use CPUs, for which it starts DDP whatever else it was told."""
+    return _is_set("ACCELERATE_USE_CPU")
+
+
+def launched_in_bf16_by_deepspeed() -> bool:
+    """Whether DeepSpeed's configuration says bf16, which it wants to hear from the trainer's arguments too."""
+    return launched_on_deepspeed({}) and os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "bf16"
+
+
+def _is_set(switch: str) -> bool:
+    return os.environ.get(switch, "").lower() in ("1", "true", "yes", "on")
 
 
 def num_processes() -> int:

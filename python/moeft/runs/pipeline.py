@@ -41,7 +41,8 @@ def run(recipe: PipelineRecipe, show: Callable[[str], None] = print) -> RunFolde
             gc.collect()  # The next stage loads models of its own.
             seconds = time.perf_counter() - started
             folder.event("stage", name=step.title, status="finished", seconds=seconds)
-        folder.write_json("metrics.json", {"comparisons": _comparisons([step for step, _ in planned])})
+        done = [step for step, _ in planned]
+        folder.write_json("metrics.json", {"trainings": _trainings(done), "comparisons": _comparisons(done)})
     show(f"Report: {write_pipeline_report(folder)}")
     return folder
 
@@ -57,6 +58,29 @@ def _comparisons(done: Sequence[Step]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for step in done:
         if step.kind == "compare":
-            figures = RunFolder.open(step.folder).read_json("metrics.json")["comparison"]
-            found.setdefault(step.name, []).append({"seed": step.seed, "models": figures})
+            metrics = RunFolder.open(step.folder).read_json("metrics.json")
+            kept = {"models": metrics["comparison"], **{key: metrics[key] for key in ("intervals", "against_first")}}
+            found.setdefault(step.name, []).append({"seed": step.seed, **kept})
+    return found
+
+
+def _trainings(done: Sequence[Step]) -> list[dict[str, Any]]:
+    """Of each run that trained: what its gate and its routers did."""
+    found = []
+    for step in done:
+        if step.kind == "sft":
+            metrics = RunFolder.open(step.folder).read_json("metrics.json")
+            training, drift = metrics["training"], metrics.get("router_drift") or {}
+            found.append(
+                {
+                    "stage": step.title,
+                    "report": str((step.folder / "report.md").relative_to(step.folder.parent)),
+                    "steps": training["steps"],
+                    "seconds": training["seconds"],
+                    "tokens": training["tokens"],
+                    "learning_rate": (metrics.get("learning_rate") or {}).get("rate"),
+                    "gate": training["gate"],
+                    "routing": {key: drift[key] for key in ("agreement", "load_shift") if key in drift},
+                }
+            )
     return found

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from moeft.config import TuningRecipe, validate_optimizer, validate_training_fields
+from moeft.config import SftRecipe, TuningRecipe, validate_optimizer, validate_training_fields
+from moeft.config.learning_rate import is_auto
 from moeft.config.optimizer import OWN_OPTIMIZERS
 from moeft.config.trainer_values import validate_trainer_values
 from moeft.data import templates
 from moeft.errors import RecipeError
-from moeft.runs.launch import launched_sharded, num_processes
+from moeft.runs.launch import deepspeed_is_bypassed, launched_on_deepspeed, launched_sharded, num_processes
 
 
 def check(recipe: TuningRecipe) -> None:
@@ -21,7 +23,7 @@ def check(recipe: TuningRecipe) -> None:
             would lose updates of weights that train in full, or the merge would be refused.
     """
     validate_training_fields(recipe.training)
-    validate_trainer_values(recipe.training)
+    _check_rate(recipe)
     validate_optimizer(recipe.training)
     _check_policy(recipe)
     _check_trackers(recipe)
@@ -30,6 +32,19 @@ def check(recipe: TuningRecipe) -> None:
     _check_processes(recipe)
     _check_masters(recipe)
     _check_merge(recipe)
+
+
+def _check_rate(recipe: TuningRecipe) -> None:
+    if not is_auto(recipe.training):
+        validate_trainer_values(recipe.training)
+        return
+    if not isinstance(recipe, SftRecipe):
+        raise RecipeError("training.learning_rate is 'auto', which moeft sft alone can find; give a number")
+    if num_processes() > 1:
+        raise RecipeError(
+            "training.learning_rate: auto tries rates in one process; start a short run in one, and give what it finds"
+        )
+    validate_trainer_values({name: value for name, value in recipe.training.items() if name != "learning_rate"})
 
 
 def _check_policy(recipe: TuningRecipe) -> None:
@@ -57,6 +72,8 @@ def _check_trackers(recipe: TuningRecipe) -> None:
 
 
 def _check_processes(recipe: TuningRecipe) -> None:
+    if launched_on_deepspeed(recipe.training):
+        _check_deepspeed(recipe)
     measured = ("tool_calls", "turn_perplexity", "recall")
     asked = next((name for name in measured if getattr(recipe.evaluation, name) is not None), None)
     if asked is not None and launched_sharded(recipe.training):
@@ -72,6 +89,19 @@ def _check_processes(recipe: TuningRecipe) -> None:
         raise RecipeError("training.load_best_model_at_end would undo what the gate rolls back to; set one of them")
     if recipe.merge is not None and recipe.merge.verify and num_processes() > 1:
         raise RecipeError("merge.verify needs the run in one process; set it to false")
+
+
+def _check_deepspeed(recipe: TuningRecipe) -> None:
+    if deepspeed_is_bypassed():
+        raise RecipeError(
+            "DeepSpeed was asked for, but with ACCELERATE_USE_CPU accelerate starts DDP instead; unset it, and set "
+            "training.use_cpu: true"
+        )
+    if recipe.quantization is not None or _is_quantised(recipe.model):
+        raise RecipeError(
+            "DeepSpeed shards parameters as numbers, which packed weights are not; set quantization to null and give a "
+            "16-bit checkpoint, or take DDP or FSDP 2, which replicate packed weights (docs/distributed.md)"
+        )
 
 
 def _check_masters(recipe: TuningRecipe) -> None:
@@ -98,8 +128,7 @@ def _check_merge(recipe: TuningRecipe) -> None:
             "merge.verify proves the merge of one adapter, and lora.stack_on names others; set merge.verify to false"
         )
     base, output = recipe.merge.base_model or recipe.model, recipe.merge.output
-    config = base / "config.json"
-    if config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8")):
+    if _is_quantised(base):
         raise RecipeError(
             f"an adapter is merged into a 16-bit checkpoint, and {base} is quantised; set merge.base_model to the "
             "checkpoint that it was made from"
@@ -107,3 +136,8 @@ def _check_merge(recipe: TuningRecipe) -> None:
     continued = (recipe.output / "run.json").exists()
     if not continued and output.is_dir() and any(output.iterdir()):
         raise RecipeError(f"merge.output {output} is not empty; choose another folder, or remove it")
+
+
+def _is_quantised(checkpoint: Path) -> bool:
+    config = checkpoint / "config.json"
+    return config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8"))

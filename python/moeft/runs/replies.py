@@ -36,10 +36,14 @@ class HeldOutCalls:
         """Shares of exact and valid replies, and the replies to the first few requests."""
         from moeft.evaluation.tool_score import score_tool_calls
 
-        replies = self._generate(model, tokenizer, self.prompts)
+        replies = self.replies(model, tokenizer)
         score = score_tool_calls(replies, self.references)
         figures = {"exact_match": score.exact_share, "valid": score.valid_share, "rows": len(replies)}
         return figures, replies[:SAMPLES]
+
+    def replies(self, model: Any, tokenizer: Any) -> list[str]:
+        """A reply to every request."""
+        return self._generate(model, tokenizer, self.prompts)
 
     def samples(self) -> list[dict[str, str]]:
         """The first few requests with their references."""

@@ -15,7 +15,9 @@ def show_results(folder: RunFolder, show: Callable[[str], None]) -> None:
         report = str(write_report(folder))
     except MissingExtraError as error:  # No reason to call a finished run failed.
         report = f"none yet, {error}"
-    show(f"adapter: {folder.path / 'adapter'}")
+    for name in ("adapter", "trained"):
+        if (folder.path / name).exists():
+            show(f"{name}: {folder.path / name}")
     merge = folder.record["recipe"]["merge"]
     if merge is not None:
         show(f"merged: {merge['output']}")

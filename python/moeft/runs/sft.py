@@ -69,7 +69,7 @@ def _join_processes(recipe: SftRecipe) -> None:
     if args.world_size != num_processes():
         raise RecipeError(
             f"{num_processes()} processes were launched and the engine sees {args.world_size}, so that each would read "
-            "all rows, as DeepSpeed was seen to do on CPUs; take DDP or FSDP 2 (docs/distributed.md)"
+            "all rows, as DeepSpeed does on CPUs without training.use_cpu: true (docs/distributed.md)"
         )
 
 

@@ -97,9 +97,10 @@ def _read_fisher(step: Step) -> FisherRecipe:
 
 
 def _run_sft(recipe: SftRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.results import show_results
     from moeft.runs.sft import run
 
-    run(recipe, show)
+    show_results(run(recipe, show), show)
 
 
 def _run_fisher(recipe: FisherRecipe, out: Path, show: Show) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moeft.config import SftRecipe
 from moeft.config.optimizer import default_optimizer
 from moeft.runs.context import RunContext
+from moeft.runs.launch import launched_in_bf16_by_deepspeed
 
 if TYPE_CHECKING:
     from moeft.training.trainer import MoeTrainer
@@ -23,8 +24,13 @@ def trainer_defaults(recipe: SftRecipe, sharded: bool) -> dict[str, Any]:
 
     FSDP and DeepSpeed keep float32 masters themselves, and shard them.
     """
-    default = None if sharded else default_optimizer(bool(recipe.train), recipe.dtype)
-    return {"optim": default} if default is not None and "optim" not in recipe.training else {}
+    defaults: dict[str, Any] = {}
+    optimizer = None if sharded else default_optimizer(bool(recipe.train), recipe.dtype)
+    if optimizer is not None and "optim" not in recipe.training:
+        defaults["optim"] = optimizer
+    if launched_in_bf16_by_deepspeed() and "bf16" not in recipe.training:
+        defaults["bf16"] = True
+    return defaults
 
 
 class RouterWatch:

@@ -11,6 +11,7 @@ from moeft.planning.sizes import format_bytes
 if TYPE_CHECKING:
     from moeft.planning import Plan
     from moeft.training.sft import SFTTrainer
+    from moeft.training.trainer import MoeTrainer
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,8 @@ def plan_training(trainer: SFTTrainer, base_parameters: int, forecast: Plan | No
     from moeft.training.probe import time_micro_batch
 
     args = trainer.args
-    rows: Any = trainer.train_dataset
-    share = len(rows) / (args.train_batch_size * args.world_size)
-    batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
-    # As transformers.Trainer counts: what is left of an epoch behind whole steps makes one more.
-    steps_per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    epochs = steps / steps_per_epoch
+    steps = planned_steps(trainer)
+    epochs = steps / _steps_per_epoch(trainer)
     tokens = round(epochs * trainer.train_rows.num_tokens)
     timed = time_micro_batch(trainer)
     return TrainingPlan(
@@ -92,6 +88,20 @@ def plan_training(trainer: SFTTrainer, base_parameters: int, forecast: Plan | No
         peak_allocated_bytes=None if forecast is None else forecast.peak_allocated_bytes,
         peak_reserved_bytes=None if forecast is None else forecast.peak_reserved_bytes,
     )
+
+
+def planned_steps(trainer: MoeTrainer) -> int:
+    """Optimiser steps of a trainer that has not begun to train."""
+    args = trainer.args
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * _steps_per_epoch(trainer))
+
+
+def _steps_per_epoch(trainer: MoeTrainer) -> int:
+    args, rows = trainer.args, trainer.train_dataset
+    share = len(rows) / (args.train_batch_size * args.world_size)
+    batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
+    # As transformers.Trainer counts: what is left of an epoch behind whole steps makes one more.
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
 
 
 def _duration(seconds: float) -> str:

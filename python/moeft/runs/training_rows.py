@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeft.config.learning_rate import with_rate
 from moeft.runs.launch import launched_sharded
+from moeft.runs.learning_rate import default_rate_of
 from moeft.runs.trained import trainer_defaults
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def sft_arguments(recipe: SftRecipe, output_dir: Path) -> SFTConfig:
         reasoning=recipe.data.reasoning,
         cache_dir=str(recipe.data.cache_dir or recipe.output / "encoded"),
         **trainer_defaults(recipe, launched_sharded(recipe.training)),
-        **recipe.training,
+        **with_rate(recipe.training, default_rate_of(recipe)),
     )
 
 

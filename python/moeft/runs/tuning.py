@@ -10,6 +10,7 @@ from moeft.runs.context import RunContext
 from moeft.runs.gate import add_gate
 from moeft.runs.held_out import HeldOut
 from moeft.runs.launch import is_main_process
+from moeft.runs.learning_rate import settle_rate
 from moeft.runs.merged import check_mergeable, is_merged, merge, prove_merge
 from moeft.runs.trained import RouterWatch, save_trained
 
@@ -69,6 +70,7 @@ def execute(run: RunContext[Any], make_trainer: MakeTrainer) -> None:
 def _train(run: RunContext[Any], trainer: MoeTrainer) -> None:
     from moeft.training.checkpoints import last_checkpoint
 
+    settle_rate(run, trainer)
     gate = add_gate(run.recipe.gate, trainer, run.folder, run.show)
     last = last_checkpoint(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))

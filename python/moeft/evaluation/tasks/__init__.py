@@ -10,9 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeft.errors import DataError
+from moeft.evaluation import suite
 from moeft.evaluation.sources import Hub, Record, read_rows
 from moeft.evaluation.task import Task
-from moeft.evaluation.tasks import benchmarks, identity, instructions, language, perplexity, refusal, style
+from moeft.evaluation.tasks import (
+    benchmarks,
+    identity,
+    instructions,
+    language,
+    perplexity,
+    refusal,
+    short_instructions,
+    style,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ TASKS = {
     "perplexity": Kind(perplexity.perplexity),
     "ifeval": Kind(instructions.ifeval, ("ifeval/ifeval*.jsonl",), Hub("google/IFEval", "train")),
     "ifbench": Kind(instructions.ifbench, ("ifbench/ifbench*.jsonl",), Hub("allenai/IFBench_test", "train")),
+    "ifeval_short": Kind(short_instructions.ifeval_short, built_in=suite.ifeval_short),
     "style": Kind(style.style, phrases=("slop/antislop_phrases.jsonl", "slop/slopscore_words.txt")),
     "refusal": Kind(refusal.refusal),
     "language": Kind(language.language, built_in=language.built_in),

@@ -19,6 +19,8 @@ class Reading:
     num: int
     """Items behind it."""
     better: Literal["higher", "lower"] = "higher"
+    is_of_few: bool = False
+    """Whether there are too few items to trust the interval."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -63,4 +65,7 @@ class Bound:
             return None
         half_width = (base.high - base.low) / 2
         # Of a single item nothing is known about chance, so nothing that happens to it is a breach.
-        return None if math.isnan(half_width) else base.value - sign * self.intervals * half_width
+        if math.isnan(half_width):
+            return None
+        # Resampling items that all agree finds no width; of a share of 0 or 1, chance explains 3 of n (rule of three).
+        return base.value - sign * self.intervals * (half_width or 1.5 / base.num)

@@ -36,6 +36,7 @@ class CapabilityGate(TrainerCallback):
         action: ``warn``, ``halve_lr``, ``roll_back`` or ``stop``.
         budget: Share of training time that measurements may take; one that is due waits until it can be paid. The
             base's and the last one are always taken. None sets no limit.
+        prepared_seconds: Spent already on remembering the base, which counts as the base's.
         events: Where to record.
         show: Where to print.
 
@@ -57,11 +58,13 @@ class CapabilityGate(TrainerCallback):
         every_epoch: bool = True,
         action: str = "roll_back",
         budget: float | None = 0.05,
+        prepared_seconds: float = 0.0,
         events: EventSink | None = None,
         show: Callable[[str], None] = print,
     ) -> None:
         self.base: dict[str, Reading] = {}
-        self.seconds = self.base_seconds = self.training_seconds = 0.0
+        self.seconds = self.training_seconds = 0.0
+        self.base_seconds = prepared_seconds
         self.stopped: dict[str, Any] | None = None
         self._measure, self._bounds, self._folder = measure, bounds, folder
         self._every_steps, self._every_epoch, self._action, self._budget = every_steps, every_epoch, action, budget
@@ -139,10 +142,13 @@ class CapabilityGate(TrainerCallback):
         }
 
     def _measure_base(self, model: Any, kept: Path) -> None:
-        readings, self.base_seconds = self._timed()
+        readings, seconds = self._timed()
+        self.base_seconds += seconds
         self.base = {reading.name: reading for reading in readings}
         breaches = self._breaches(readings)
         self._record(0, readings, breaches, "base", self.base_seconds)
+        found = ", ".join(_said(reading) for reading in readings)
+        self._show(f"capability gate: the base has {found}; measured in {self.base_seconds:.1f} s")
         if breaches:
             raise TrainingError(
                 f"the base itself breaks the gate: {'; '.join(breaches)}. No training can be held to that; loosen the "
@@ -159,6 +165,7 @@ class CapabilityGate(TrainerCallback):
         verdict = self._action if breaches else "passed"
         self._record(state.global_step, readings, breaches, verdict, self._last_seconds)
         if not breaches:
+            self._show(f"capability gate at step {state.global_step}: passed; {', '.join(map(_said, readings))}")
             if state.is_world_process_zero:
                 self._good.save(kwargs["model"], state.global_step)
             return
@@ -212,6 +219,10 @@ def halve_rate(optimizer: Any, scheduler: Any) -> None:
     if hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [rate * 0.5 for rate in scheduler.base_lrs]
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what Trainer logs
+
+
+def _said(reading: Reading) -> str:
+    return f"{reading.name} {reading.value:.4g}{' (fewer than 30 items)' if reading.is_of_few else ''}"
 
 
 def _reading(found: Mapping[str, Any]) -> Reading:
