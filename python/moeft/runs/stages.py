@@ -12,9 +12,19 @@ from pydantic import BaseModel
 
 from moeft.config import Recipe, SftRecipe
 from moeft.config.pipeline import Step
-from moeft.config.stages import CompareRecipe, FisherRecipe, QuantizeRecipe, SubspaceRecipe
+from moeft.config.stages import (
+    CompareRecipe,
+    EvaluateRecipe,
+    ExportRecipe,
+    FisherRecipe,
+    LayoutRecipe,
+    QuantizeRecipe,
+    ScenesRecipe,
+    SubspaceRecipe,
+)
 from moeft.errors import RecipeError
 from moeft.provenance import RunFolder
+from moeft.provenance.files import read_json
 
 Show = Callable[[str], None]
 SUBSPACE = "subspace.safetensors"
@@ -63,8 +73,35 @@ def inputs(value: Any) -> Iterator[Path]:
             yield from inputs(item)
 
 
+def notes(kind: str, out: Path) -> list[str]:
+    """What a stage that ran says about its result, for the report."""
+    name = "layout_proof.json" if kind == "layout" else "metrics.json"
+    if kind not in ("scenes", "layout", "export") or not (out / name).is_file():
+        return []
+    said: list[str] = read_json(out / name)["notes"]
+    return said
+
+
 def _as(recipe: type[Recipe]) -> Callable[[Step], Recipe]:
     return lambda step: recipe.from_content(step.content, f"stages.{step.name}", step.start)
+
+
+def _read_scenes(step: Step) -> ScenesRecipe:
+    from moeft.runs.scenes import check
+
+    return check(ScenesRecipe.from_content(step.content, f"stages.{step.name}", step.start))
+
+
+def _read_export(step: Step) -> ExportRecipe:
+    from moeft.runs.export import check
+
+    return check(ExportRecipe.from_content(step.content, f"stages.{step.name}", step.start))
+
+
+def _read_evaluate(step: Step) -> EvaluateRecipe:
+    from moeft.runs.evaluations import check
+
+    return check(EvaluateRecipe.from_content(step.content, f"stages.{step.name}", step.start))
 
 
 def _read_sft(step: Step) -> SftRecipe:
@@ -94,6 +131,30 @@ def _read_fisher(step: Step) -> FisherRecipe:
     recipe = FisherRecipe.from_content(step.content, f"stages.{step.name}", step.start)
     parse_bytes(recipe.memory)
     return recipe
+
+
+def _run_scenes(recipe: ScenesRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.scenes import run
+
+    run(recipe, out, show)
+
+
+def _run_layout(recipe: LayoutRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.layout import run
+
+    run(recipe, out, show)
+
+
+def _run_export(recipe: ExportRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.export import run
+
+    run(recipe, out, show)
+
+
+def _run_evaluate(recipe: EvaluateRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.evaluations import run
+
+    run(recipe, out, show)
 
 
 def _run_sft(recipe: SftRecipe, out: Path, show: Show) -> None:
@@ -151,5 +212,9 @@ KINDS = {
     "subspace": Kind(_as(SubspaceRecipe), _run_subspace, lambda out: (out / SUBSPACE).is_file()),
     "quantize": Kind(_as(QuantizeRecipe), _run_quantize, _is_checkpoint),
     "merge": Kind(_read_merge, _run_merge, _is_checkpoint),
+    "scenes": Kind(_read_scenes, _run_scenes, _is_finished_run),
+    "layout": Kind(_as(LayoutRecipe), _run_layout, lambda out: (out / "layout_proof.json").is_file()),
+    "export": Kind(_read_export, _run_export, _is_finished_run),
+    "evaluate": Kind(_read_evaluate, _run_evaluate, _is_finished_run),
     "compare": Kind(_as(CompareRecipe), _run_compare, _is_finished_run),
 }

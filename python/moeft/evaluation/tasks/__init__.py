@@ -12,7 +12,7 @@ from pathlib import Path
 from moeft.errors import DataError
 from moeft.evaluation.sources import Hub, Record, read_rows
 from moeft.evaluation.task import Task
-from moeft.evaluation.tasks import benchmarks, identity, instructions, language, perplexity, refusal, style
+from moeft.evaluation.tasks import benchmarks, identity, instructions, language, perplexity, refusal, scenes, style
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Kind:
     """Patterns of lists of phrases below a data folder."""
 
 
+STYLE_LISTS = ("slop/antislop_phrases.jsonl", "slop/slopscore_words.txt")
+
 TASKS = {
     "hellaswag": Kind(benchmarks.hellaswag, ("hellaswag/*.jsonl",), Hub("Rowan/hellaswag", "validation")),
     "piqa": Kind(benchmarks.piqa, ("piqa/*.jsonl",), Hub("baber/piqa", "validation")),
@@ -46,7 +48,8 @@ TASKS = {
     "perplexity": Kind(perplexity.perplexity),
     "ifeval": Kind(instructions.ifeval, ("ifeval/ifeval*.jsonl",), Hub("google/IFEval", "train")),
     "ifbench": Kind(instructions.ifbench, ("ifbench/ifbench*.jsonl",), Hub("allenai/IFBench_test", "train")),
-    "style": Kind(style.style, phrases=("slop/antislop_phrases.jsonl", "slop/slopscore_words.txt")),
+    "style": Kind(style.style, phrases=STYLE_LISTS),
+    "scenes": Kind(scenes.scenes, phrases=STYLE_LISTS),
     "refusal": Kind(refusal.refusal),
     "language": Kind(language.language, built_in=language.built_in),
     "identity": Kind(identity.identity),
