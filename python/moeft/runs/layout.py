@@ -12,8 +12,13 @@ from moeft.config.stages import LayoutRecipe
 from moeft.errors import ProofError
 from moeft.provenance.files import write_json
 
-REPORT = "layout_proof.json"
-"""Written last: a checkpoint with it is complete and, where that was asked for, proven."""
+
+def report_file(out: Path) -> Path:
+    """Written last: a checkpoint with it is complete and, where that was asked for, proven.
+
+    It lies beside the folder, since files in a checkpoint are copied along by what is made of it.
+    """
+    return out.with_name(f"{out.name}.proof.json")
 
 
 def run(recipe: LayoutRecipe, out: Path, show: Callable[[str], None] = print) -> None:
@@ -21,7 +26,7 @@ def run(recipe: LayoutRecipe, out: Path, show: Callable[[str], None] = print) ->
 
     Args:
         recipe: Direction, model and base.
-        out: Folder of the new checkpoint; ``layout_proof.json`` holds the hashes of what differs.
+        out: Folder of the new checkpoint; ``OUT.proof.json`` gets the hashes of what differs.
         show: Where to print.
 
     Raises:
@@ -41,7 +46,7 @@ def run(recipe: LayoutRecipe, out: Path, show: Callable[[str], None] = print) ->
         report["changed"] = {name: {"sha256": ours[name], "base": theirs[name]} for name in changed}
     for line in found:
         show(line)
-    write_json(out / REPORT, report)
+    write_json(report_file(out), report)
 
 
 def _changed(ours: Mapping[str, str], theirs: Mapping[str, str], allowed: Sequence[str]) -> list[str]:

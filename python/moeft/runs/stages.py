@@ -75,10 +75,12 @@ def inputs(value: Any) -> Iterator[Path]:
 
 def notes(kind: str, out: Path) -> list[str]:
     """What a stage that ran says about its result, for the report."""
-    name = "layout_proof.json" if kind == "layout" else "metrics.json"
-    if kind not in ("scenes", "layout", "export") or not (out / name).is_file():
+    from moeft.runs.layout import report_file
+
+    file = report_file(out) if kind == "layout" else out / "metrics.json"
+    if kind not in ("scenes", "layout", "export") or not file.is_file():
         return []
-    said: list[str] = read_json(out / name)["notes"]
+    said: list[str] = read_json(file)["notes"]
     return said
 
 
@@ -201,6 +203,12 @@ def _is_finished_run(out: Path) -> bool:
     return (out / "run.json").is_file() and RunFolder.open(out).status == "finished"
 
 
+def _is_layout(out: Path) -> bool:
+    from moeft.runs.layout import report_file
+
+    return report_file(out).is_file()
+
+
 def _is_checkpoint(out: Path) -> bool:
     # Such a folder appears when it is complete.
     return (out / "config.json").is_file()
@@ -213,7 +221,7 @@ KINDS = {
     "quantize": Kind(_as(QuantizeRecipe), _run_quantize, _is_checkpoint),
     "merge": Kind(_read_merge, _run_merge, _is_checkpoint),
     "scenes": Kind(_read_scenes, _run_scenes, _is_finished_run),
-    "layout": Kind(_as(LayoutRecipe), _run_layout, lambda out: (out / "layout_proof.json").is_file()),
+    "layout": Kind(_as(LayoutRecipe), _run_layout, _is_layout),
     "export": Kind(_read_export, _run_export, _is_finished_run),
     "evaluate": Kind(_read_evaluate, _run_evaluate, _is_finished_run),
     "compare": Kind(_as(CompareRecipe), _run_compare, _is_finished_run),
