@@ -173,3 +173,26 @@ def test_command_exits_with_1_for_a_problem_or_an_error(saved, tmp_path, capsys)
     assert "problem: every factor B of experts.down_proj is zero" in capsys.readouterr().out
     assert command("adapter", "convert", adapter, tmp_path / "out", "--to", "pefd") == 1
     assert "moeft: error: to is 'pefd', expected one of peft" in capsys.readouterr().err
+
+
+def test_single_experts_for_vllm_are_whole_and_of_the_shapes_of_the_base(saved, tmp_path):
+    base, adapter = saved
+    convert(adapter, tmp_path / "vllm", "vllm", base=base)
+    whole = verify(tmp_path / "vllm", base)
+    assert (whole.layout, whole.problems) == (Layout.VLLM, ())
+    factors = load_file(tmp_path / "vllm" / WEIGHTS)
+    # Gemma 4: 3 layers of 7 experts, three projections each, all below the module that vLLM has.
+    assert sum(".moe.experts." in key for key in factors) == 3 * 7 * 3 * 2
+    prefix = "base_model.model.model.layers.1.moe.experts.3"
+    lacking = {key: factor for key, factor in factors.items() if not key.startswith(f"{prefix}.up_proj")}
+    narrow = factors | {f"{prefix}.down_proj.lora_A.weight": torch.ones(4, 5)}
+    for name, changed, problem in (
+        ("lacking", lacking, f"{prefix}.up_proj is missing, expected all 7 experts of the layer"),
+        ("narrow", narrow, f"{prefix}.down_proj has A [4, 5] and B"),
+    ):
+        copy = shutil.copytree(tmp_path / "vllm", tmp_path / name)
+        save_file(changed, copy / WEIGHTS)
+        (found,) = [text for text in verify(copy, base).problems if prefix in text]
+        assert found.startswith(problem)
+        with pytest.raises(SystemExit, match="1"):
+            main(["adapter", "verify", str(copy), "--base", str(base)])

@@ -22,7 +22,8 @@ pytest.importorskip("libgguf", reason="needs ggml's quantisers: pip install libg
 
 
 def test_the_embedded_base_is_proven_in_three_types(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text").write_text("Restart the service web-3.\n\nThe disk of db-1 is 93 % full, says the alert.\n")
+    # The last word falls into single bytes, and llama.cpp reports no probability of a part of a character.
+    (tmp_path / "text").write_text("Restart the service web-3.\n\nThe disk of db-1 is 93 % full, says жар.\n", "utf-8")
     files = [tmp_path / f"{kind}.gguf" for kind in ("q8_0", "q4_k_m")]
     for file in files:
         gguf.export(BASE, file, type=file.stem)  # type: ignore[arg-type]

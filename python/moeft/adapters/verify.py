@@ -12,6 +12,7 @@ from moeft.adapters.convert import find_base
 from moeft.adapters.detect import Detection, detect, num_experts
 from moeft.adapters.folder import FINGERPRINT_KEY, AdapterFolder, Pair
 from moeft.adapters.layout import Layout, split
+from moeft.adapters.single_experts import structure_problems
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def verify(adapter: str | Path, base: str | Path | None = None) -> Verification:
         part, broken = _measure(folder, name, pairs, stacks, known_base, detection.layout)
         parts.append(part)
         problems += broken
+    if detection.layout is Layout.VLLM and known_base is not None:
+        problems += structure_problems(folder, known_base)
     state = _compare(folder, known_base)
     if state == "other" and known_base is not None:
         problems.insert(0, f"it was trained on another base than {known_base.path}: the fingerprints differ")

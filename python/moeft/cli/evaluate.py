@@ -8,7 +8,8 @@ import typer
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(help="Folder of a checkpoint, or the http(s) URL of a server.", show_default=False)
+        str | None,
+        typer.Argument(help="Folder of a checkpoint, a GGUF file, or the http(s) URL of a server.", show_default=False),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Names, separated by commas, each perhaps with its file: piqa,mmlu=rows.jsonl.")
@@ -21,6 +22,7 @@ def evaluate(
     max_length: Annotated[int | None, typer.Option(min=2, help="Positions to use; default all.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply; default the task's own.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of replies; 0 takes the most probable tokens.")] = 0.0,
+    samples: Annotated[int, typer.Option(min=1, help="Replies to each prompt, of seeds from --seed on.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of the weights that are not in 4 bit.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     cache: Annotated[Path | None, typer.Option(help="File of answers that several runs share.")] = None,
@@ -49,6 +51,7 @@ def evaluate(
         max_length=max_length,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        samples=samples,
         dtype=dtype,
         seed=seed,
     )

@@ -1,11 +1,12 @@
 """Recipes of the stages that have no command with a recipe of its own: what their options are on a command line."""
 
+import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from moeft.config.recipe import Recipe, Section
+from moeft.config.recipe import Recipe, Section, one_or_many
 from moeft.config.sft import Dtype, Target
 from moeft.config.sources import TrainOn
 
@@ -75,3 +76,79 @@ class CompareRecipe(Recipe):
         if not self.rows and self.tool_calls is None and not self.tasks:
             raise ValueError("rows, tasks or tool_calls to compare the models on")
         return self
+
+
+class ScenesRecipe(Recipe):
+    """Dialogue as scenes in a tool protocol, filtered by validity, cut into rows to train on and to evaluate."""
+
+    rows: Annotated[
+        tuple[Path, ...],
+        BeforeValidator(one_or_many, json_schema_input_type=str | list[str]),
+        Field(min_length=1, description="Files of chat rows in any format"),
+    ]
+    protocol: str = Field(default="bracket", description="How calls are written: bracket, gemma, openai or glaive")
+    tools: Path | None = Field(default=None, description="JSON file of schemas; null takes `say` and `choose`")
+    prose: tuple[str, ...] = Field(
+        default=("text", "choices"), min_length=1, description="Arguments of the tools that hold prose, for `scenes`"
+    )
+    system: str | None = Field(default=None, description="System turn of every row")
+    narrator: str = Field(default="Narrator", min_length=1, description="Speaker of lines that name none")
+    heldout: int = Field(default=50, ge=1, description="Rows that are kept from training")
+    seed: int = Field(default=0, ge=0, description="Of the choice of held-out rows")
+
+
+class LayoutRecipe(Recipe):
+    """As ``moeft layout``, with a proof that what was not trained is the base's, byte for byte."""
+
+    direction: Literal["fuse", "unfuse"] = Field(description="Experts into stacks, or stacks into experts")
+    model: Path = Field(description="Folder of a 16- or 32-bit checkpoint")
+    base: Path | None = Field(
+        default=None, description="Checkpoint of the same layout to compare with, tensor by tensor"
+    )
+    changed: tuple[str, ...] = Field(
+        default=(), description="Regular expressions of names; all other tensors have to equal the base's"
+    )
+
+    @field_validator("changed", mode="after")
+    @classmethod
+    def _are_expressions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"a regular expression, not {pattern!r}: {error}") from error
+        return value
+
+
+class ExportRecipe(Recipe):
+    """As the options of ``moeft export gguf``, for several types of one model."""
+
+    model: Path = Field(description="Folder of a 16- or 32-bit checkpoint")
+    types: tuple[str, ...] = Field(default=("q4_k_m",), min_length=1, description="One file each: TYPE.gguf")
+    tensor_types: dict[str, str] = Field(
+        default_factory=dict, description="Type of the tensors whose name a regular expression finds"
+    )
+    adapter: Path | None = Field(default=None, description="Adapter trained on the model, merged while writing")
+    imatrix: Path | None = Field(default=None, description="Importance matrix")
+    ollama: bool = Field(default=False, description="Write a Modelfile beside each file")
+    context: int = Field(default=4096, ge=1, description="Tokens of a conversation, for the Modelfile")
+    verify: bool = Field(default=False, description="Load the files in llama.cpp and compare them with the model")
+    verify_text: Path | None = Field(default=None, description="Text to compare on; null takes one that is built in")
+
+
+class EvaluateRecipe(Recipe):
+    """As the options of ``moeft evaluate``, for models beside each other."""
+
+    models: dict[str, Path] = Field(
+        min_length=1, description="Folders or GGUF files by the name in the table; the first is the base"
+    )
+    tasks: dict[str, Path | None] = Field(min_length=1, description="Names, each with its file of rows or null")
+    data: Path | None = Field(default=None, description="Folder of the tasks' files and lists")
+    limit: int | None = Field(default=None, ge=1, description="Most items of a task")
+    samples: int = Field(default=1, ge=1, description="Replies to each prompt, of as many seeds")
+    temperature: float = Field(default=0.0, ge=0, description="Of replies; 0 takes the most probable tokens")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="Longest reply; null keeps the tasks' own")
+    max_length: int | None = Field(default=None, ge=2, description="Positions to use; null takes all")
+    batch_size: int = Field(default=16, ge=1, description="Replies at once")
+    dtype: Dtype = Field(default="bfloat16", description="Of weights that are not in 4 bit; GGUF files have their own")
+    seed: int = Field(default=0, ge=0, description="Of the choice of items, and the first of the samples")

@@ -108,9 +108,14 @@ def argument_checker(user: str) -> Callable[[dict[str, Any], Any], str | None]:
             error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
         except (jsonschema.exceptions.UnknownType, jsonschema.exceptions.SchemaError, TypeError) as broken:
             return f"the schema itself is broken ({type(broken).__name__})"
-        return None if error is None else error.message[:200]
+        return None if error is None else _shortened(error.message)
 
     return problem
+
+
+def _shortened(message: str) -> str:
+    """The value stands first in such a message, and what is wrong with it last."""
+    return message if len(message) <= 200 else f"{message[:90]} ... {message[-90:]}"
 
 
 def _typed(value: Any, schema: Any) -> Any:

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
+from moeft.errors import ServingError
 from moeft.evaluation.ggml_reference import GREEDY_TOKENS, Reference
 from moeft.serving import Client
 
 LIKELIEST = 256
 # So much that the wanted token is taken; the log-probabilities are those from before.
 FORCED = 1e9
+# What the server is made to write where the wanted token is no whole character.
+WHOLE = "a"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def compare(client: Client, reference: Reference) -> Comparison:
     errors, divergences, same, losses, greedy = [], [], [], [], []
     for ids, ours_TV, ours_greedy in zip(reference.sequences, reference.log_probs, reference.greedy, strict=True):
         for position in range(1, len(ids)):
-            chosen, likeliest = _next_token(client, ids[:position], ids[position], min(LIKELIEST, ours_TV.shape[1] - 1))
+            chosen, likeliest = _next_token(client, ids[:position], ids[position], ours_TV.shape[1])
             tokens = torch.tensor(list(likeliest))
             theirs = torch.tensor(list(likeliest.values()), dtype=torch.float64)
             ours = ours_TV[position - 1, tokens].double()
@@ -76,11 +79,27 @@ def compare(client: Client, reference: Reference) -> Comparison:
     )
 
 
-def _next_token(client: Client, ids: list[int], following: int, count: int) -> tuple[float, dict[int, float]]:
+def _next_token(client: Client, ids: list[int], following: int, vocabulary: int) -> tuple[float, dict[int, float]]:
     """Log-probability of a token, and of the likeliest ones."""
+    count = min(LIKELIEST, vocabulary - 1)
+    found = _forced(client, ids, following, count)
+    if found is not None:
+        return found
+    # The token is a part of a character, of which llama.cpp reports nothing: it is looked up beside a whole one.
+    found = _forced(client, ids, client.tokenize(WHOLE)[-1], vocabulary)
+    if found is None or following not in found[1]:
+        raise ServingError(f"llama.cpp reports no probability of token {following}, which is a part of a character")
+    likeliest = sorted(found[1].items(), key=lambda entry: -entry[1])[:count]
+    return found[1][following], dict(likeliest)
+
+
+def _forced(client: Client, ids: list[int], following: int, count: int) -> tuple[float, dict[int, float]] | None:
+    """What the server says where it is made to write a token; None if it says nothing."""
     answer = client.complete(
         ids, n_predict=1, n_probs=count, temperature=0, logit_bias=[[following, FORCED]], cache_prompt=True
     )
+    if "completion_probabilities" not in answer:
+        return None
     (token,) = answer["completion_probabilities"]
     assert token["id"] == following
     return token["logprob"], {entry["id"]: entry["logprob"] for entry in token["top_logprobs"]}

@@ -31,6 +31,7 @@ class ServerSubject:
         timeout_seconds: For one request.
         api_key: Sent as a bearer token, if there is one.
         first_pause_seconds: Pause before the second try; each further one is twice as long.
+        identity: What its answers depend on, where it is known better than by address and name.
     """
 
     def __init__(
@@ -42,16 +43,18 @@ class ServerSubject:
         timeout_seconds: float = 300.0,
         api_key: str | None = None,
         first_pause_seconds: float = FIRST_PAUSE_SECONDS,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         root = url.rstrip("/").removesuffix("/v1")
         self._url, self._model = f"{root}/v1/chat/completions", model
         self._parallel, self._timeout, self._api_key = parallel, timeout_seconds, api_key
         self._pause = first_pause_seconds
+        self._identity = identity or {"server": self._url, "model": self._model}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Address and name: whoever puts another model there should use another cache."""
-        return {"server": self._url, "model": self._model}
+        """By default address and name: whoever puts another model there should use another cache."""
+        return self._identity
 
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Yield replies as they come, and errors of those that stay without one.

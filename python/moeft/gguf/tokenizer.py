@@ -9,6 +9,7 @@ from typing import Any
 
 from moeft.errors import CheckpointError, UnsupportedModelError
 from moeft.gguf.config import TextConfig, read_json
+from moeft.gguf.pre_tokenizer import pre_tokenizer
 from moeft.gguf.values import Metadata, array, flag, string, uint32
 
 # Types of tokens in llama.cpp.
@@ -30,7 +31,7 @@ def tokenizer_metadata(folder: Path, settings: Mapping[str, Any], config: TextCo
 
     Raises:
         CheckpointError: If ``tokenizer.json`` is missing or damaged.
-        UnsupportedModelError: If it is no BPE.
+        UnsupportedModelError: If it is no BPE, or cuts texts into words as no name of llama.cpp says.
     """
     document = read_json(folder / "tokenizer.json")
     model, added = document.get("model"), document.get("added_tokens") or []
@@ -44,7 +45,8 @@ def tokenizer_metadata(folder: Path, settings: Mapping[str, Any], config: TextCo
         name = "llama"
     keys: Metadata = [("model", string(name))]
     if name == "gpt2":
-        keys.append(("pre", string(settings.get("pre", "default"))))
+        name_of_cut = pre_tokenizer(document, settings.get("pre", "default"), folder / "tokenizer.json")
+        keys.append(("pre", string(name_of_cut)))
     keys.append(("tokens", array("string", [text for text, _ in tokens])))
     if name != "gpt2":
         # Such vocabularies are sorted by score: the smaller id is merged first.

@@ -70,6 +70,29 @@ def estimate_text(estimate: Mapping[str, Any]) -> str:
     return number(estimate["value"]) + ("" if interval is None else f" ({interval})") + few
 
 
+def models_section(title: str, found: Mapping[str, Any]) -> str:
+    """Metrics of several models beside each other, and of each the difference to the first.
+
+    Args:
+        title: Of the section.
+        found: ``evaluation``: model -> its metrics with intervals; ``differences``: model -> rows as of
+            :func:`comparison_table`.
+    """
+    models = list(found["evaluation"])
+    cells = {model: {(m["task"], m["metric"]): m for m in metrics} for model, metrics in found["evaluation"].items()}
+    names = list(dict.fromkeys(key for of_model in cells.values() for key in of_model))
+    rows = [[" ".join(key), *(_known(cells[model].get(key)) for model in models)] for key in names]
+    level = next(metric["level"] for of_model in cells.values() for metric in of_model.values())
+    text = f"## {title}\n\n" + table(["metric", *models], rows) + f"\nIn brackets: {level:.0%} intervals.\n"
+    for model, differences in found["differences"].items():
+        text += f"\n### {model} beside {models[0]}\n\n" + comparison_table(differences, models[0], model, level)
+    return text
+
+
+def _known(metric: Mapping[str, Any] | None) -> str | None:
+    return None if metric is None else estimate_text(metric)
+
+
 def _interval(low: float | None, high: float | None) -> str | None:
     return None if low is None or high is None else f"{number(low)} to {number(high)}"
 

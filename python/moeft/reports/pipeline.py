@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from moeft.provenance import RunFolder
-from moeft.reports.evaluation import comparison_table, estimate_text
+from moeft.reports.evaluation import comparison_table, estimate_text, models_section
 from moeft.reports.text import facts, fence, number, table
 from moeft.reports.trainings import training_section
 
@@ -21,6 +21,10 @@ def write_pipeline_report(run: RunFolder) -> Path:
     sections = [f"# Report of `{run.record['command']}`\n"]
     sections += [_comparison(name, found) for name, found in metrics.get("comparisons", {}).items()]
     sections += [training_section(metrics.get("trainings", []))] if metrics.get("trainings") else []
+    sections += [section for name, found in metrics.get("evaluations", {}).items() for section in _each(name, found)]
+    if notes := metrics.get("notes"):
+        lines = [f"- {name}: {line}\n" for name, said in notes.items() for line in said]
+        sections.append("## What stages found\n\n" + "".join(lines))
     finished = [event for event in run.events("stage") if event["status"] == "finished"]
     sections.append("## Stages\n\n" + table(["stage", "seconds"], [[e["name"], e["seconds"]] for e in finished]))
     record = run.record
@@ -42,6 +46,11 @@ def write_pipeline_report(run: RunFolder) -> Path:
     path = run.path / "report.md"
     path.write_text("\n".join(sections), encoding="utf-8")
     return path
+
+
+def _each(name: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """An evaluation for each seed of the pipeline."""
+    return [models_section(name if of["seed"] is None else f"{name}, seed {of['seed']}", of) for of in found]
 
 
 def _comparison(name: str, found: Sequence[Mapping[str, Any]]) -> str:

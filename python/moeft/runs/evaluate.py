@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from moeft.evaluation.request import Subject
     from moeft.evaluation.results import Compared
     from moeft.evaluation.task import Task
+    from moeft.serving import Server
+
+CONTEXT = 4096
+"""Tokens of a served conversation where ``max_length`` does not say."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class EvaluateSettings:
     """What decides the result; see ``moeft evaluate --help``."""
 
     model: str
-    """Folder of a checkpoint, or the URL of a server."""
+    """Folder of a checkpoint, a GGUF file, or the URL of a server."""
     tasks: tuple[str, ...]
     """Names, each perhaps with a file: ``hellaswag`` or ``hellaswag=rows.jsonl``."""
     adapter: Path | None = None
@@ -35,6 +40,7 @@ class EvaluateSettings:
     max_length: int | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
+    samples: int = 1
     dtype: str = "bfloat16"
     seed: int = 0
 
@@ -42,6 +48,11 @@ class EvaluateSettings:
     def is_server(self) -> bool:
         """Whether the model is behind a URL."""
         return self.model.startswith(("http://", "https://"))
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a file of llama.cpp, which is served while it is measured."""
+        return not self.is_server and self.model.endswith(".gguf")
 
 
 def run(
@@ -67,8 +78,10 @@ def run(
     """
     tasks = _tasks(settings)  # Before the folder is made and the model is loaded: a typo answers at once.
     inputs = _inputs(settings)
-    with RunFolder.create(out, "moeft evaluate", dataclasses.asdict(settings), inputs, settings.seed) as folder:
-        subject = _subject(settings, folder, batch_size, device, show)
+    with (
+        RunFolder.create(out, "moeft evaluate", dataclasses.asdict(settings), inputs, settings.seed) as folder,
+        _subject(settings, folder, batch_size, device, show) as subject,
+    ):
         _measure(folder, subject, tasks, cache or folder.path / "answers.jsonl", show)
     return folder
 
@@ -117,53 +130,77 @@ def _row(compared: Compared, level: float) -> dict[str, Any]:
     }
 
 
-def _tasks(settings: EvaluateSettings) -> list[Task]:
-    from moeft.evaluation.task import sampled
+def _tasks(settings: EvaluateSettings) -> list[list[Task]]:
+    """Each task, once for every sample."""
+    from moeft.evaluation.samples import draws
     from moeft.evaluation.tasks import build_task
 
     found = []
     for word in settings.tasks:
         name, _, file = word.partition("=")
         task = build_task(name, Path(file) if file else None, settings.data, settings.limit, settings.seed)
-        found.append(sampled(task, settings.temperature, settings.seed, settings.max_new_tokens))
+        found.append(draws(task, settings.samples, settings.temperature, settings.seed, settings.max_new_tokens))
     return found
 
 
 def _inputs(settings: EvaluateSettings) -> dict[str, Path]:
     inputs = {} if settings.is_server else {"model": Path(settings.model)}
+    if settings.is_gguf:
+        from moeft.gguf import parts
+
+        inputs |= {f"model part {number}": part for number, part in enumerate(parts(Path(settings.model))[1:], start=2)}
     if settings.adapter is not None:
         inputs["adapter"] = settings.adapter
     return inputs
 
 
+@contextmanager
 def _subject(
     settings: EvaluateSettings, folder: RunFolder, batch_size: int, device: str, show: Callable[[str], None]
-) -> Subject:
-    if settings.is_server:
-        from moeft.evaluation.server_subject import ServerSubject
+) -> Iterator[Subject]:
+    from moeft.evaluation.server_subject import ServerSubject
 
-        return ServerSubject(settings.model, parallel=batch_size, api_key=os.environ.get("OPENAI_API_KEY"))
+    identity: dict[str, Any] = {name: source["sha256"] for name, source in folder.record["inputs"].items()}
+    if settings.is_server:
+        yield ServerSubject(settings.model, parallel=batch_size, api_key=os.environ.get("OPENAI_API_KEY"))
+        return
+    if settings.is_gguf:
+        with _served(settings, batch_size) as server:
+            show(f"llama.cpp serves {settings.model} at {server.address}")
+            identity |= {"context": settings.max_length or CONTEXT}
+            yield ServerSubject(server.address, parallel=batch_size, identity=identity)
+        return
     from moeft.evaluation.model_subject import ModelSubject
     from moeft.integration.lora import load_adapter
 
     model, tokenizer = load(Path(settings.model), settings.dtype, device, show)
     if settings.adapter is not None:
         model = load_adapter(model, settings.adapter)
-    identity: dict[str, Any] = {name: source["sha256"] for name, source in folder.record["inputs"].items()}
     identity |= {"dtype": settings.dtype}
-    return ModelSubject(model, tokenizer, identity, batch_size=batch_size, max_length=settings.max_length)
+    yield ModelSubject(model, tokenizer, identity, batch_size=batch_size, max_length=settings.max_length)
+
+
+def _served(settings: EvaluateSettings, batch_size: int) -> Server:
+    import torch
+
+    from moeft.serving import ServeOptions, Server
+
+    options = ServeOptions(context=settings.max_length or CONTEXT, parallel=batch_size, threads=torch.get_num_threads())
+    return Server(settings.model, options)
 
 
 def _measure(
-    folder: RunFolder, subject: Subject, tasks: Sequence[Task], cache: Path, show: Callable[[str], None]
+    folder: RunFolder, subject: Subject, tasks: Sequence[Sequence[Task]], cache: Path, show: Callable[[str], None]
 ) -> Mapping[str, TaskResult]:
     from moeft.evaluation.answers import AnswerCache
     from moeft.evaluation.measure import measure
     from moeft.evaluation.results import FILE, write_results
+    from moeft.evaluation.samples import pooled
     from moeft.reports.evaluation import results_table
 
     with step_bar("evaluate", sys.stderr.isatty()) as advance:
-        results = measure(subject, tasks, AnswerCache(cache), advance)
+        kept = AnswerCache(cache)
+        results = [pooled(measure(subject, of_task, kept, advance)) for of_task in tasks]
     write_results(folder.path, results)
     text = results_table(folder.read_json(FILE)["tasks"])
     (folder.path / "results.md").write_text(text, encoding="utf-8")

@@ -42,7 +42,13 @@ def run(recipe: PipelineRecipe, show: Callable[[str], None] = print) -> RunFolde
             seconds = time.perf_counter() - started
             folder.event("stage", name=step.title, status="finished", seconds=seconds)
         done = [step for step, _ in planned]
-        folder.write_json("metrics.json", {"trainings": _trainings(done), "comparisons": _comparisons(done)})
+        metrics = {
+            "trainings": _trainings(done),
+            "comparisons": _comparisons(done),
+            "evaluations": _evaluations(done),
+            "notes": _notes(done),
+        }
+        folder.write_json("metrics.json", metrics)
     show(f"Report: {write_pipeline_report(folder)}")
     return folder
 
@@ -84,3 +90,18 @@ def _trainings(done: Sequence[Step]) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _evaluations(done: Sequence[Step]) -> dict[str, list[dict[str, Any]]]:
+    """Stage -> seed, figures by model, and their differences to the first model."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for step in done:
+        if step.kind == "evaluate":
+            metrics = RunFolder.open(step.folder).read_json("metrics.json")
+            found.setdefault(step.name, []).append({"seed": step.seed, **metrics})
+    return found
+
+
+def _notes(done: Sequence[Step]) -> dict[str, list[str]]:
+    """Stage -> what it said about its result."""
+    return {step.title: said for step in done if (said := stages.notes(step.kind, step.folder))}

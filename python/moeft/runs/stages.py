@@ -12,9 +12,19 @@ from pydantic import BaseModel
 
 from moeft.config import Recipe, SftRecipe
 from moeft.config.pipeline import Step
-from moeft.config.stages import CompareRecipe, FisherRecipe, QuantizeRecipe, SubspaceRecipe
+from moeft.config.stages import (
+    CompareRecipe,
+    EvaluateRecipe,
+    ExportRecipe,
+    FisherRecipe,
+    LayoutRecipe,
+    QuantizeRecipe,
+    ScenesRecipe,
+    SubspaceRecipe,
+)
 from moeft.errors import RecipeError
 from moeft.provenance import RunFolder
+from moeft.provenance.files import read_json
 
 Show = Callable[[str], None]
 SUBSPACE = "subspace.safetensors"
@@ -63,8 +73,37 @@ def inputs(value: Any) -> Iterator[Path]:
             yield from inputs(item)
 
 
+def notes(kind: str, out: Path) -> list[str]:
+    """What a stage that ran says about its result, for the report."""
+    from moeft.runs.layout import report_file
+
+    file = report_file(out) if kind == "layout" else out / "metrics.json"
+    if kind not in ("scenes", "layout", "export") or not file.is_file():
+        return []
+    said: list[str] = read_json(file)["notes"]
+    return said
+
+
 def _as(recipe: type[Recipe]) -> Callable[[Step], Recipe]:
     return lambda step: recipe.from_content(step.content, f"stages.{step.name}", step.start)
+
+
+def _read_scenes(step: Step) -> ScenesRecipe:
+    from moeft.runs.scenes import check
+
+    return check(ScenesRecipe.from_content(step.content, f"stages.{step.name}", step.start))
+
+
+def _read_export(step: Step) -> ExportRecipe:
+    from moeft.runs.export import check
+
+    return check(ExportRecipe.from_content(step.content, f"stages.{step.name}", step.start))
+
+
+def _read_evaluate(step: Step) -> EvaluateRecipe:
+    from moeft.runs.evaluations import check
+
+    return check(EvaluateRecipe.from_content(step.content, f"stages.{step.name}", step.start))
 
 
 def _read_sft(step: Step) -> SftRecipe:
@@ -94,6 +133,30 @@ def _read_fisher(step: Step) -> FisherRecipe:
     recipe = FisherRecipe.from_content(step.content, f"stages.{step.name}", step.start)
     parse_bytes(recipe.memory)
     return recipe
+
+
+def _run_scenes(recipe: ScenesRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.scenes import run
+
+    run(recipe, out, show)
+
+
+def _run_layout(recipe: LayoutRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.layout import run
+
+    run(recipe, out, show)
+
+
+def _run_export(recipe: ExportRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.export import run
+
+    run(recipe, out, show)
+
+
+def _run_evaluate(recipe: EvaluateRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.evaluations import run
+
+    run(recipe, out, show)
 
 
 def _run_sft(recipe: SftRecipe, out: Path, show: Show) -> None:
@@ -141,6 +204,12 @@ def _is_finished_run(out: Path) -> bool:
     return (out / "run.json").is_file() and RunFolder.open(out).status == "finished"
 
 
+def _is_layout(out: Path) -> bool:
+    from moeft.runs.layout import report_file
+
+    return report_file(out).is_file()
+
+
 def _is_checkpoint(out: Path) -> bool:
     # Such a folder appears when it is complete.
     return (out / "config.json").is_file()
@@ -152,5 +221,9 @@ KINDS = {
     "subspace": Kind(_as(SubspaceRecipe), _run_subspace, lambda out: (out / SUBSPACE).is_file()),
     "quantize": Kind(_as(QuantizeRecipe), _run_quantize, _is_checkpoint),
     "merge": Kind(_read_merge, _run_merge, _is_checkpoint),
+    "scenes": Kind(_read_scenes, _run_scenes, _is_finished_run),
+    "layout": Kind(_as(LayoutRecipe), _run_layout, _is_layout),
+    "export": Kind(_read_export, _run_export, _is_finished_run),
+    "evaluate": Kind(_read_evaluate, _run_evaluate, _is_finished_run),
     "compare": Kind(_as(CompareRecipe), _run_compare, _is_finished_run),
 }

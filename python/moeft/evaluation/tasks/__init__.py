@@ -20,6 +20,7 @@ from moeft.evaluation.tasks import (
     language,
     perplexity,
     refusal,
+    scenes,
     short_instructions,
     style,
 )
@@ -40,6 +41,8 @@ class Kind:
     """Patterns of lists of phrases below a data folder."""
 
 
+STYLE_LISTS = ("slop/antislop_phrases.jsonl", "slop/slopscore_words.txt")
+
 TASKS = {
     "hellaswag": Kind(benchmarks.hellaswag, ("hellaswag/*.jsonl",), Hub("Rowan/hellaswag", "validation")),
     "piqa": Kind(benchmarks.piqa, ("piqa/*.jsonl",), Hub("baber/piqa", "validation")),
@@ -57,7 +60,8 @@ TASKS = {
     "ifeval": Kind(instructions.ifeval, ("ifeval/ifeval*.jsonl",), Hub("google/IFEval", "train")),
     "ifbench": Kind(instructions.ifbench, ("ifbench/ifbench*.jsonl",), Hub("allenai/IFBench_test", "train")),
     "ifeval_short": Kind(short_instructions.ifeval_short, built_in=suite.ifeval_short),
-    "style": Kind(style.style, phrases=("slop/antislop_phrases.jsonl", "slop/slopscore_words.txt")),
+    "style": Kind(style.style, phrases=STYLE_LISTS),
+    "scenes": Kind(scenes.scenes, phrases=STYLE_LISTS),
     "refusal": Kind(refusal.refusal),
     "language": Kind(language.language, built_in=language.built_in),
     "identity": Kind(identity.identity),
