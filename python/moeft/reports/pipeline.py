@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from moeft.provenance import RunFolder
+from moeft.reports.preference import preference_section, rounds_section
 from moeft.reports.text import facts, fence, number, table
 
 
@@ -18,6 +19,8 @@ def write_pipeline_report(run: RunFolder) -> Path:
     metrics = run.read_json("metrics.json") or {}
     sections = [f"# Report of `{run.record['command']}`\n"]
     sections += [_comparison(name, found) for name, found in metrics.get("comparisons", {}).items()]
+    sections += [preference_section(name, found) for name, found in metrics.get("preferences", {}).items()]
+    sections += [rounds_section(name, found) for name, found in metrics.get("rounds", {}).items()]
     finished = [event for event in run.events("stage") if event["status"] == "finished"]
     sections.append("## Stages\n\n" + table(["stage", "seconds"], [[e["name"], e["seconds"]] for e in finished]))
     record = run.record
