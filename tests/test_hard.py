@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -16,10 +18,11 @@ from moeft.demo.ops_schema import ops_tools
 from moeft.errors import DataError
 from moeft.evaluation.statistics import wilson
 from moeft.hard.analysis import analyze
+from moeft.hard.augment import ORDERS, augmented
 from moeft.hard.build import build, mixed
 from moeft.hard.categories import CALL_ONLY, CATEGORIES
 from moeft.hard.judge import judge
-from moeft.hard.requests import HeldOutTexts, read_requests
+from moeft.hard.requests import HeldOutTexts, Request, read_requests
 from moeft.hard.targets import Targets
 from moeft.tool_protocols import PROTOCOLS, ToolCall, ToolCallError
 from tests.tiny_preferences import write_pairs
@@ -117,6 +120,24 @@ def test_every_nth_pair_keeps_right_reasoning_and_corrupts_the_call_alone(built)
         said = BRACKET.parse(pair.chosen).said
         assert said.strip()
         assert pair.rejected.startswith(said.strip())
+
+
+def test_right_reasoning_names_the_values_of_the_right_call(material):
+    train, _ = material
+    found = build(SCHEMAS, train, BRACKET, 60, targets=Targets({"edge_case": 1.0}), reasoned_every=1, seed=5).pairs
+    for pair in found:
+        reply = BRACKET.parse(pair.chosen)
+        for value in reply.calls[0].arguments.values():
+            assert str(value) in reply.said, pair
+
+
+def test_requests_in_other_words_stay_sentences():
+    shop = SimpleNamespace(rng=random.Random(0), requests=[])
+    for text, orders in (("Hi, I need to check my bill.", False), ("Could you drain atlas in asia", True)):
+        request = Request([{"role": "user", "content": text}], (), "", "", 1)
+        found = {augmented(shop, request, 1.0).text for _ in range(60)}
+        assert len(found) > 4
+        assert any(other.startswith(ORDERS) for other in found) == orders, found
 
 
 def test_the_same_seed_makes_the_same_pairs_and_another_seed_others(material, built):

@@ -19,7 +19,7 @@ from moeft.planning.shapes import LAYERS
 from tests.tiny_models import token_ids
 
 
-def bytes_kept(model, batch_size, length):
+def bytes_saved(model, forward):
     """Bytes of distinct storages saved for backward in one forward pass, parameters and buffers aside."""
     kept = {}
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -30,13 +30,18 @@ def bytes_kept(model, batch_size, length):
             kept[storage.data_ptr()] = tensor, storage.nbytes()  # The tensor too, so that no address is used twice.
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(size for _, size in kept.values())
+
+
+def bytes_kept(model, batch_size, length):
+    """Those of some rows."""
     ids = token_ids(batch_size, length)
     mask = torch.ones_like(ids)
     if batch_size > 1:
         mask[1:, -1] = 0  # rows of unequal length
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=ids, attention_mask=mask, labels=ids)
-    return sum(size for _, size in kept.values())
+    return bytes_saved(model, lambda: model(input_ids=ids, attention_mask=mask, labels=ids))
 
 
 def predicted(checkpoint, settings):

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import moeft
 from moeft.config.dpo import DpoRecipe
-from moeft.errors import RecipeError, RunFolderError
+from moeft.errors import DataError, RecipeError, RunFolderError
 from moeft.reports.markdown import write_report
-from moeft.runs.dpo import run
+from moeft.runs.dpo import dry_run, run
 from moeft.training.trainer import MoeTrainer
 from tests.interruption import KilledError
 from tests.tiny_models import randomise_lora, save_tiny_model, token_ids
@@ -114,6 +114,37 @@ def test_precompute_only_fills_the_cache_and_the_next_start_goes_on(base, sft_ad
     first, second = folder.events("reference")
     assert (first["computed"], second["computed"], second["verified"]) == (32, 0, 16)
     with pytest.raises(RunFolderError, match="nothing is left to do"):
+        start(path)
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_nothing(base, sft_adapter, tmp_path):
+    path = write_recipe(tmp_path, base, lora={"stack_on": [str(sft_adapter)]}, data={"layout": "shared_prefix"})
+    said = []
+    dry_run(DpoRecipe.load(path), said.append)
+    text = "\n".join(said)
+    assert "plan: 4 steps of 4 pairs, 1.33 epochs" in text
+    assert "memory on a GPU: peak" in text
+    assert said[-1] == "dry run: no reference was taken and nothing was trained"
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_counts_the_tokens_that_training_takes(base, tmp_path):
+    for name in ("packed", "shared_prefix", "padded"):
+        folder = start(write_recipe(tmp_path, base, name, data={"layout": name}, training={"max_steps": 3}))
+        metrics = folder.read_json("metrics.json")
+        assert metrics["plan"]["tokens"] == pytest.approx(metrics["training"]["tokens"], rel=0.02), name
+        assert folder.events("train_log")[0]["loss"] == pytest.approx(0.693, abs=1e-3)
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_computed(tmp_path):
+    folder = save_tiny_model("qwen3_moe", tmp_path / "base", torch.bfloat16)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"word{i}" for i in range(300)])
+    tokenizer.save_pretrained(folder)
+    rows = write_pairs(tmp_path / "pairs.jsonl", [{"prompt": "word299", "chosen": "a", "rejected": "b"}])
+    routed = {"targets": ["experts"], "experts": "routed"}
+    path = write_recipe(tmp_path, folder, data={"train": str(rows)}, lora=routed)
+    with pytest.raises(DataError, match="the rows hold the token id"):
         start(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from moeft.config.iterate import IterateRecipe
 from moeft.data.preferences import read_preferences
 from moeft.demo.ops_agent import generate, write_jsonl
 from moeft.demo.ops_schema import ops_tools
+from moeft.errors import DataError, RecipeError
 from moeft.provenance.files import read_lines
-from moeft.runs.iterate import reason_to_stop, run
+from moeft.runs.iterate import run
+from moeft.runs.rounds import best_round, reason_to_stop
 from tests.tiny_models import save_tiny_model
 from tests.tiny_preferences import pairs, write_pairs
 from tests.tiny_training import sums, tiny_tokenizer
@@ -87,10 +90,10 @@ def test_schemas_that_cannot_be_used_are_named_with_their_file(files, tmp_path, 
     assert reason in error
 
 
-def test_a_round_of_the_loop_probes_builds_tunes_and_measures(files, tmp_path):
-    base = save_tiny_model("qwen3_moe", tmp_path / "base", torch.bfloat16)
+def write_rounds(folder, files, **changes):
+    """A recipe of rounds on a tiny model."""
+    base = save_tiny_model("qwen3_moe", folder / "base", torch.bfloat16)
     tiny_tokenizer().save_pretrained(base)
-    gate = write_pairs(tmp_path / "gate.jsonl", sums(4))
     recipe = {
         "model": str(base),
         "output": "run",
@@ -103,11 +106,16 @@ def test_a_round_of_the_loop_probes_builds_tunes_and_measures(files, tmp_path):
         "preference": {"loss": "sigmoid_norm", "beta": 1.0},
         "training": {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True,
                      "save_strategy": "no"},
-        "gate": {"rows": str(gate), "max_rise": 5.0},
         "rounds": 2,
     }  # fmt: skip
-    path = tmp_path / "iterate.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path = folder / "iterate.yaml"
+    path.write_text(yaml.safe_dump(recipe | changes))
+    return path
+
+
+def test_a_round_of_the_loop_probes_builds_tunes_and_measures(files, tmp_path):
+    gate = write_pairs(tmp_path / "gate.jsonl", sums(4))
+    path = write_rounds(tmp_path, files, gate={"rows": str(gate), "max_rise": 5.0})
     folder = run(IterateRecipe.load(path), show=lambda text: None)
     metrics = folder.read_json("metrics.json")
     # A tiny random model never calls a tool, so the first round gains nothing, and is the last.
@@ -121,19 +129,76 @@ def test_a_round_of_the_loop_probes_builds_tunes_and_measures(files, tmp_path):
     assert held_out.isdisjoint(message["content"] for row in rows for message in row["prompt"])
 
 
-def test_rounds_go_on_while_they_gain_and_end_when_the_gate_breaks(files, tmp_path):
-    def entry(accuracy, loss):
-        return {"accuracy": {"value": accuracy}, "gate_loss": loss}
+def test_the_capability_gate_of_a_round_ends_the_loop(files, tmp_path):
+    general = write_pairs(tmp_path / "general.jsonl", sums(4))
+    gate = {"divergence": {"path": str(general), "limit": 1e-12}, "every_steps": 1, "budget": None, "action": "stop"}
+    said = []
+    path = write_rounds(tmp_path, files, training_gate=gate, merge={"output": "merged"})
+    metrics = run(IterateRecipe.load(path, ["training.max_steps=9"]), said.append).read_json("metrics.json")
+    assert metrics["ended"].startswith("the capability gate stopped round 1: divergence is ")
+    assert metrics["rounds"][1]["stopped"]["step"] == 1
+    assert (metrics["best"], metrics["adapters"]) == (0, [])
+    assert said[-1] == "nothing to merge: the best round is 0, which has no adapter"
 
-    recipe = IterateRecipe.model_validate(
-        {
-            "model": tmp_path, "output": tmp_path, "rounds": 3, "min_gain": 0.01,
-            "data": {"tools": tmp_path, "seeds": tmp_path, "heldout": tmp_path},
-            "gate": {"rows": tmp_path, "max_rise": 0.1},
-        }
-    )  # fmt: skip
-    gaining = [entry(0.1, 2.0), entry(0.3, 2.05), entry(0.5, 2.09)]
-    assert reason_to_stop(recipe, gaining) is None
-    assert "3 rounds" in reason_to_stop(recipe, [*gaining, entry(0.6, 2.0)])
-    assert "changed by +0.5%" in reason_to_stop(recipe, [*gaining, entry(0.505, 2.0)])
-    assert "the loss of the gate rose by 0.15" in reason_to_stop(recipe, [*gaining, entry(0.9, 2.15)])
+
+def rounds_recipe(folder, **changes):
+    content = {
+        "model": folder, "output": folder, "rounds": 3, "min_gain": 0.01,
+        "data": {"tools": folder, "seeds": folder, "heldout": folder},
+        "gate": {"rows": folder, "max_rise": 0.1},
+    }  # fmt: skip
+    return IterateRecipe.model_validate(content | changes)
+
+
+def entry(accuracy, loss, stopped=None):
+    return {"accuracy": {"value": accuracy}, "gate_loss": loss, "stopped": stopped}
+
+
+GAINING = [entry(0.1, 2.0), entry(0.3, 2.05), entry(0.5, 2.09)]
+STOPPED = {"step": 3, "reason": "ifeval is 0.1", "rolled_back_to": None}
+
+
+@pytest.mark.parametrize(
+    ("last", "reason", "best"),
+    [
+        (entry(0.6, 2.0), "3 rounds", 3),
+        (entry(0.505, 2.0), r"held-out accuracy changed by \+0.5%, no more than 1.0%", 3),
+        (entry(0.2, 2.0), r"held-out accuracy changed by -30.0%", 2),
+        (entry(0.9, 2.15), "the loss of the gate rose by 0.15, more than 0.1", 2),
+        (entry(0.9, None), "the loss of the gate rose by nan", 2),
+        (entry(0.9, 2.0, STOPPED), "the capability gate stopped round 3: ifeval is 0.1", 2),
+        (entry(0.9, 2.0, STOPPED | {"rolled_back_to": 2}), "the capability gate stopped round 3", 3),
+    ],
+    ids=["all rounds", "too little", "worse", "gate", "not a number", "stopped", "rolled back"],
+)
+def test_rounds_end_for_a_reason_and_the_best_is_one_whose_gate_holds(tmp_path, last, reason, best):
+    recipe = rounds_recipe(tmp_path)
+    assert reason_to_stop(recipe, GAINING) is None
+    assert re.match(reason, reason_to_stop(recipe, [*GAINING, last]))
+    assert best_round(recipe, [*GAINING, last]) == best
+
+
+def test_recipes_of_rounds_that_make_no_sense_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"sft or lora\.stack_on, and not both"):
+        rounds_recipe(tmp_path, sft=tmp_path, lora={"stack_on": (tmp_path,)})
+    with pytest.raises(ValueError, match=r"merge\.verify: false"):
+        rounds_recipe(tmp_path, merge={"output": tmp_path, "verify": True})
+
+
+def test_supervised_training_before_the_rounds_may_not_see_held_out_requests_or_another_model(files, tmp_path):
+    rows = [*read_lines(files / "seeds.jsonl")[:3], read_lines(files / "heldout.jsonl")[0]]
+    sft = {"model": "base", "output": "x", "data": {"train": str(write_pairs(tmp_path / "rows.jsonl", rows))}}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft))
+    path = write_rounds(tmp_path, files, sft="sft.yaml")
+    with pytest.raises(DataError, match=r"rows\.jsonl line 4 holds the held-out request .* remove the row"):
+        run(IterateRecipe.load(path), show=lambda text: None)
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft | {"model": str(files)}))
+    with pytest.raises(RecipeError, match="is to leave an adapter on"):
+        run(IterateRecipe.load(path, ["output=other"]), show=lambda text: None)
+
+
+def test_a_typo_in_the_training_of_rounds_is_found_before_they_start(files, tmp_path):
+    path = write_rounds(tmp_path, files, training={"max_stepz": 1})
+    with pytest.raises(RecipeError, match=r"did you mean training\.max_steps"):
+        run(IterateRecipe.load(path), show=lambda text: None)
+    assert not (tmp_path / "run").exists()

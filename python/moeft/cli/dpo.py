@@ -15,11 +15,17 @@ def dpo(
     precompute_only: Annotated[
         bool, typer.Option(help="Fill the cache of log-probabilities under the reference, and train nothing yet.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop after the plan: pairs, steps, memory, time. Leaves nothing.")
+    ] = False,
 ) -> None:
     """Train LoRA adapters on preference pairs, as a recipe says."""
     from moeft.config.dpo import DpoRecipe
 
     loaded = DpoRecipe.load(recipe, overrides or ())  # Before the slow import: a typo answers at once.
-    from moeft.runs.dpo import run
+    from moeft.runs import dpo as runs
 
-    print(f"Run folder: {run(loaded, precompute_only=precompute_only).path}")
+    if dry_run:
+        runs.dry_run(loaded)
+        return
+    print(f"Run folder: {runs.run(loaded, precompute_only=precompute_only).path}")

@@ -12,11 +12,17 @@ def run(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Values to replace, such as output=runs/second."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every stage and show the plans of those that could start.")
+    ] = False,
 ) -> None:
     """Run the stages of a pipeline in order; the same command goes on after an interruption."""
     from moeft.config.pipeline import PipelineRecipe
 
     loaded = PipelineRecipe.load(pipeline, overrides or ())
-    from moeft.runs.pipeline import run
+    from moeft.runs import pipeline as runs
 
-    print(f"Run folder: {run(loaded).path}")
+    if dry_run:
+        runs.dry_run(loaded)
+        return
+    print(f"Run folder: {runs.run(loaded).path}")

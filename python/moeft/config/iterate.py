@@ -1,23 +1,22 @@
 """The recipe of ``moeft hard iterate``: rounds of analysis, hard pairs and preference tuning."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moeft.config.dpo import Preference
+from moeft.config.gate import Gate as TrainingGate
 from moeft.config.recipe import Recipe, Section
-from moeft.config.sft import Dtype, Lora
-from moeft.config.sources import PairLayout
+from moeft.config.sft import Dtype, Lora, Merge
+from moeft.config.sources import CallProtocol, PairLayout
 
 
 class HardData(Section):
     """What pairs are made from, and what they must not hold."""
 
     tools: Path = Field(description="Schemas of the tools, OpenAI's JSON")
-    protocol: Literal["bracket", "gemma", "openai", "glaive"] = Field(
-        default="bracket", description="How calls are written"
-    )
+    protocol: CallProtocol = Field(default="bracket", description="How calls are written")
     seeds: Path = Field(description="Chat rows with calls to make pairs from, and to find failures on")
     heldout: Path = Field(description="Chat rows with the right calls that measure each round and are never trained on")
     easy: Path | None = Field(default=None, description="Preference rows to mix in")
@@ -58,3 +57,17 @@ class IterateRecipe(Recipe):
         default=0.0, ge=0, le=1, description="Gain in held-out accuracy that must be passed to go on"
     )
     gate: Gate | None = Field(default=None, description="Rows whose loss must not rise; null checks nothing")
+    training_gate: TrainingGate | None = Field(
+        default=None, description="`gate` of `moeft dpo` in every round, whose base is the policy that the round tunes"
+    )
+    merge: Merge | None = Field(
+        default=None, description="Full checkpoint of the best round; null leaves its adapters on their own"
+    )
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.sft is not None and self.lora.stack_on:
+            raise ValueError("sft or lora.stack_on, and not both: rounds start from one of them")
+        if self.merge is not None and self.merge.verify:
+            raise ValueError("merge.verify: false, since it proves the merge of one adapter alone")
+        return self

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from moeft.config.recipe import Recipe, Section, one_or_many
 from moeft.config.sft import Dtype, Target
-from moeft.config.sources import TrainOn
+from moeft.config.sources import CallProtocol, TrainOn
 
 
 class FisherRecipe(Recipe):
@@ -43,6 +43,8 @@ class QuantizeRecipe(Recipe):
     """As the options of ``moeft quantize``."""
 
     model: Path = Field(description="Folder of a 16-bit checkpoint")
+    attention: bool = Field(default=False, description="Pack attention projections too")
+    mlp: bool = Field(default=False, description="Pack dense and shared-expert projections too")
     double_quant: bool = Field(default=False, description="Quantise the block scales too")
 
 
@@ -52,6 +54,24 @@ class CompareTask(Section):
     task: str = Field(description="Name of the task")
     path: Path | None = Field(default=None, description="File of its rows; null looks in the stage's `data`")
     rows: int | None = Field(default=None, ge=1, description="Items, drawn by the stage's seed; null takes all")
+
+
+class HardPairsRecipe(Recipe):
+    """As the options of ``moeft hard build``; the stage writes ``pairs.jsonl`` into its folder."""
+
+    tools: Path = Field(description="Schemas of the tools, OpenAI's JSON")
+    protocol: CallProtocol = Field(default="bracket", description="How calls are written")
+    seeds: Path = Field(description="Chat rows with calls to make pairs from")
+    count: int = Field(default=1000, ge=1, description="Hard pairs to make")
+    easy: Path | None = Field(default=None, description="Preference rows to mix in")
+    share: float = Field(default=0.3, gt=0, le=1, description="Share of hard pairs, with `easy`")
+    exclude: tuple[Path, ...] = Field(default=(), description="Requests of an evaluation, not to be trained on")
+    targets: Path | None = Field(default=None, description="targets.json of `moeft hard analyze`")
+    reasoned_every: int = Field(
+        default=5, ge=0, description="Every so-many-th pair keeps right reasoning in both answers; 0 for none"
+    )
+    augment: float = Field(default=0.3, ge=0, le=1, description="Share of requests asked in other words")
+    seed: int = Field(default=0, ge=0, description="Of every choice")
 
 
 class CompareRecipe(Recipe):

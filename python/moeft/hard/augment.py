@@ -10,18 +10,21 @@ from moeft.hard.draft import with_last_turn
 from moeft.hard.requests import Request
 from moeft.hard.workshop import Workshop, is_single
 
-OPENERS = ("Please ", "Could you ", "I need you to ", "Quick one: ", "When you have a moment, ", "For the record, ")
+OPENERS = ("Quick one: ", "For the record, ", "One more thing: ", "By the way, ")
+"""Fit before any sentence."""
+ORDERS = ("Please ", "Could you ", "I need you to ", "When you have a moment, ")
+"""Fit before an order alone, which is what is left of a text that begins with one of these."""
 SYNONYMS = {
-    "show": "display",
-    "get": "fetch",
-    "find": "look up",
-    "give": "hand",
+    "can you": "could you",
+    "could you": "can you",
+    "help me": "assist me",
+    "i need to": "i have to",
+    "i want to": "i would like to",
+    "i would like to": "i want to",
     "please": "kindly",
-    "now": "right now",
-    "the": "that",
-    "need": "want",
-    "restart": "start again",
-    "check": "have a look at",
+    "check": "verify",
+    "need": "require",
+    "tell me": "let me know",
 }
 _ASKED = re.compile(
     r"^(?:please|could you(?: please)?|can you|i need you to|hey,|we have to|time to)\s+", re.IGNORECASE
@@ -44,17 +47,23 @@ def augmented(shop: Workshop, request: Request, share: float) -> Request:
 
 def _opened(text: str, rng: random.Random) -> str:
     bare = _ASKED.sub("", text)
-    return rng.choice(OPENERS) + (bare[0].lower() + bare[1:] if bare[1:2].islower() else bare)
+    opener = rng.choice(OPENERS if bare == text else ORDERS)
+    return opener + (bare[0].lower() + bare[1:] if bare[1:2].islower() else bare)
 
 
 def _paraphrased(request: Request, rng: random.Random) -> str:
     values = " ".join(str(value) for call in request.calls for value in call.arguments.values()).lower()
-    candidates = [word for word in SYNONYMS if word not in values]
-    found = [word for word in candidates if re.search(rf"\b{word}\b", request.text, re.IGNORECASE)]
+    candidates = [words for words in SYNONYMS if words not in values]
+    found = [words for words in candidates if re.search(rf"\b{words}\b", request.text, re.IGNORECASE)]
     if not found:
         return _opened(request.text, rng)
-    word = rng.choice(found)
-    return re.sub(rf"\b{word}\b", SYNONYMS[word], request.text, count=1, flags=re.IGNORECASE)
+    words = rng.choice(found)
+
+    def other(match: re.Match[str]) -> str:
+        is_capital = match[0][0].isupper()
+        return SYNONYMS[words].capitalize() if is_capital else SYNONYMS[words]
+
+    return re.sub(rf"\b{words}\b", other, request.text, count=1, flags=re.IGNORECASE)
 
 
 def _after_exchange(shop: Workshop, request: Request) -> Request:

@@ -121,8 +121,9 @@ def edge_case(shop: Workshop, request: Request) -> Draft | None:
             continue
         before, after = re.split(rf"\b{re.escape(value)}\b", request.text)
         mistaken = _replaced(request, index, ToolCall(call.name, {**call.arguments, key: wrong}))
+        said = re.sub(rf"\b{re.escape(value)}\b", right.replace("\\", r"\\"), request.said)
         try:
-            chosen, rejected = shop.protocol.reply(request.said, calls), shop.protocol.reply(request.said, mistaken)
+            chosen, rejected = shop.protocol.reply(said, calls), shop.protocol.reply(said, mistaken)
         except ValueError:  # The protocol has no form for this text.
             continue
         prompt = with_last_turn(request.prompt, before + asked + after)

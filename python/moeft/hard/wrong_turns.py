@@ -36,7 +36,9 @@ def multi_tool(shop: Workshop, request: Request) -> Draft | None:
     second = shop.rng.choice(others)
     joint = shop.rng.choice(JOINTS)
     following = second.text[0].lower() + second.text[1:] if second.text[1:2].islower() else second.text
-    prompt = with_last_turn(request.prompt, request.text.rstrip(" .!") + joint + following)
+    first = request.text.rstrip(" .!")
+    joint = joint.lstrip(".,") if first.endswith("?") else joint
+    prompt = with_last_turn(request.prompt, first + joint + following)
     calls = (*request.calls, *second.calls)
     done = shop.rng.choice((request.calls, second.calls))
     how = f"only {'the first' if done is request.calls else 'the second'} of two requests"

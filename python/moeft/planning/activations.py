@@ -31,7 +31,7 @@ def saved_bytes(layers: Sequence[Layer], traits: Traits, settings: Settings) -> 
         return len(layers) * element * tokens * hidden + last_norm
     if settings.checkpointing == "keep_norm_inputs":
         return sum(_kept_outputs(layer, traits, settings) for layer in layers) + last_norm
-    rotary = 2 * element * settings.max_length * sum({layer.window: layer.head_dim for layer in layers}.values())
+    rotary = 2 * element * settings.row_tokens * sum({layer.window: layer.head_dim for layer in layers}.values())
     # The first norm reads embeddings, which need no gradient.
     unneeded = _norm(tokens, hidden, 1, traits)
     return sum(layer_bytes(layer, traits, settings) for layer in layers) + last_norm + rotary - unneeded
@@ -63,7 +63,7 @@ def recomputed_bytes(layer: Layer, traits: Traits, settings: Settings) -> int:
 
 def is_masked(layer: Layer, settings: Settings) -> bool:
     """Whether attention of this layer takes a mask instead of its plain causal form."""
-    return settings.masked or (layer.window is not None and settings.max_length > layer.window)
+    return settings.masked or (layer.window is not None and settings.row_tokens > layer.window)
 
 
 def _norm(tokens: int, width: int, rows: int, traits: Traits) -> int:
@@ -99,7 +99,7 @@ def _attention(layer: Layer, traits: Traits, settings: Settings) -> int:
     key = layer.query if repeated else layer.key
     saved = element * tokens * (2 * layer.query + 2 * key) + F32 * tokens * layer.heads
     if masked:
-        saved += element * settings.batch_size * settings.max_length**2
+        saved += element * settings.rows * settings.row_tokens**2
     if layer.qk_norm_rows:
         saved += _norm(tokens, layer.query + layer.key, layer.qk_norm_rows, traits)
         if traits.value_norm:

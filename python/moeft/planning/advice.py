@@ -51,6 +51,10 @@ def changes(settings: Settings, packed_on_disk: bool) -> Iterator[tuple[str, Set
     if settings.max_length > 512:
         half = replace(settings, max_length=settings.max_length // 2)
         yield f"data.max_length: {half.max_length}", half, "longer rows are rejected or cut"
+    if settings.pairs is not None and settings.forward_batch_size > 1:
+        half = replace(settings, forward_batch_size=settings.forward_batch_size // 2)
+        name = f"training.per_device_eval_batch_size: {half.forward_batch_size}"
+        yield name, half, "smaller passes over the reference"
     lora = settings.lora
     if lora.rank > 1:
         ranks = {"rank": lora.rank // 2, "experts_rank": lora.experts_rank and max(1, lora.experts_rank // 2)}

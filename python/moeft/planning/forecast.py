@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moeft.config.dpo import DpoRecipe
 from moeft.config.sft import SftRecipe
 from moeft.planning.advice import Knob, changes, streaming
 from moeft.planning.devices import find_device, nearest_names
@@ -22,7 +23,7 @@ from moeft.planning.spread import spread
 def plan(
     model: Any,
     vram: str | int | None = None,
-    recipe: str | Path | SftRecipe | Settings | None = None,
+    recipe: str | Path | SftRecipe | DpoRecipe | Settings | None = None,
     device: str | None = None,
     gpus: int = 1,
     strategy: str = "ddp",
@@ -32,8 +33,8 @@ def plan(
     Args:
         model: Folder of a checkpoint, 16-bit or packed; a ``config.json``; its content; or a config of transformers.
         vram: Memory of the card, such as ``"16GiB"``; by default that of ``device``.
-        recipe: Recipe of ``moeft sft``, or settings. Without one: NF4 experts, LoRA of rank 16 on attention and
-            experts, one row of 2,048 tokens, full activation checkpointing.
+        recipe: Recipe of ``moeft sft`` or ``moeft dpo``, or settings. Without one: NF4 experts, LoRA of rank 16 on
+            attention and experts, one row of 2,048 tokens, full activation checkpointing.
         device: Name of a card for a prediction of speed, such as ``"RTX 3090"``.
         gpus: GPUs that share the run; rows of the recipe are those of one.
         strategy: How they share it: "ddp", "fsdp" or "zero3".

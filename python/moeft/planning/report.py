@@ -13,7 +13,8 @@ from moeft.planning.speed import Speed
 ALWAYS = "always"
 LOSS_HEAD = "loss head"
 LAYER_BACKWARD = "layer backward"
-PHASES = (LOSS_HEAD, LAYER_BACKWARD)
+FORWARD_PASS = "pass without gradients"
+PHASES = (LOSS_HEAD, LAYER_BACKWARD, FORWARD_PASS)
 WEIGHTS = ("experts", "attention", "mlp", "router", "embeddings", "norms", "other", "towers")
 
 
@@ -26,7 +27,7 @@ class PlanRow:
         dtype: How it is held.
         bytes: Its size.
         source: Where the number comes from.
-        phase: "always", or the part of a step in which it exists: "loss head" or "layer backward".
+        phase: "always", or when it exists: "loss head" or "layer backward" of a step, or "pass without gradients".
         parameters: Elements, of weights and adapters.
         exact: Whether the number is arithmetic on shapes; estimates follow the order of operations in the code.
     """
@@ -120,9 +121,10 @@ class Plan:
         lines = [f"{self.model}: {self.parameters:,} parameters", ""]
         lines.append(f"{'component':<28}{'dtype':<18}{'bytes':>16}{'':>12}  source")
         for phase in (ALWAYS, *PHASES):
-            if phase != ALWAYS:
+            found = [_line(row) for row in self.rows if row.phase == phase]
+            if phase != ALWAYS and found:
                 lines.append(f"during {phase}:")
-            lines += [_line(row) for row in self.rows if row.phase == phase]
+            lines += found
         lines += ["", self._total("peak allocated", self.peak_allocated_bytes, f"at its {self.peak_phase}")]
         lines.append(self._total("peak reserved", self.peak_reserved_bytes, "with fragmentation, assumed"))
         lines.append(self._total("on the card", self.device_bytes, "with the CUDA context, assumed"))

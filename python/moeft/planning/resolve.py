@@ -51,7 +51,10 @@ def resolve(model: Model, settings: Settings, *, given: bool) -> tuple[Settings,
     if not decoder_layers(model.weights, model.family, model.config):
         notes.append("layers of another kind than attention: activations, workspaces and speed are left out")
     else:
-        notes.append("activations: rows as long as data.max_length, scaled-dot-product attention, no dropout")
+        lengths = "rows as long as data.max_length"
+        if settings.pairs is not None:
+            lengths = "both sequences of a pair as long as data.max_length, a shared prompt counted twice"
+        notes.append(f"activations: {lengths}, scaled-dot-product attention, no dropout")
     notes += _not_counted(settings)
     if model.family.name not in LAYERS:
         notes.append(f"plans of {model.family.name} models were not compared with loaded ones")

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moeft.config.sft import Lora
-from moeft.planning import activations, host, transients
+from moeft.planning import activations, host, pairs, transients
 from moeft.planning.adapters import adapter_parameters, optimizer_bytes, rank_of, subspace_bytes
 from moeft.planning.devices import Device
 from moeft.planning.layers import Layer, decoder_layers, traits_of
 from moeft.planning.model import Model
-from moeft.planning.report import LAYER_BACKWARD, LOSS_HEAD, WEIGHTS, Plan, PlanRow
+from moeft.planning.report import ALWAYS, FORWARD_PASS, LAYER_BACKWARD, LOSS_HEAD, WEIGHTS, Plan, PlanRow
 from moeft.planning.settings import Settings
 from moeft.planning.sizes import format_bytes
 from moeft.planning.speed import Speed, predict
@@ -43,6 +43,7 @@ class Forecast:
     def plan(self, vram_bytes: int | None = None, speed: Speed | None = None, notes: Sequence[str] = ()) -> Plan:
         """The plan, without advice."""
         rows = [*self.weight_rows(), *self.adapter_rows(), *self.step_rows()]
+        rows += self.pass_without_gradients(rows)
         return Plan(
             self.model.name,
             tuple(rows),
@@ -134,7 +135,7 @@ class Forecast:
             return
         settings, layers, dtype = self.settings, self.layers, self.settings.dtype
         traits = traits_of(self.model.family)
-        shape = f"{settings.batch_size} x {settings.max_length} tokens"
+        shape = f"{settings.rows} x {settings.row_tokens} tokens"
 
         def estimate(component: str, size: int, source: str, **options: Any) -> PlanRow:
             return PlanRow(component, dtype, size, source, exact=False, **options)
@@ -145,6 +146,9 @@ class Forecast:
         head = transients.loss_head_bytes(self.vocabulary, self.hidden, settings)
         rows = transients.loss_chunk_rows(self.vocabulary, settings)
         yield estimate("loss chunk", head, f"{rows} rows of {self.vocabulary:,} logits", phase=LOSS_HEAD)
+        if settings.pairs is not None:
+            size = pairs.answer_state_bytes(self.hidden, settings)
+            yield estimate("answer states", size, "before compared tokens of both answers", phase=LOSS_HEAD)
         gradient = activations.head_gradient_bytes(layers, settings)
         yield estimate("loss gradient", gradient, "hidden states of the rows that count", phase=LOSS_HEAD)
         backward = {"phase": LAYER_BACKWARD}
@@ -163,6 +167,21 @@ class Forecast:
         workspace = transients.workspace_bytes(self.weights, settings.quantization, settings)
         yield estimate("dequantise workspace", workspace, "packed weights, restored in parts", **backward)
 
+    def pass_without_gradients(self, rows: Sequence[PlanRow]) -> Iterator[PlanRow]:
+        """What the reference and held-out pairs take beyond what is there in all of training.
+
+        The reference is taken before training, so nothing but weights and adapter is there yet.
+        """
+        settings = self.settings
+        if settings.pairs is None or not self.layers or self.model.family is None:
+            return
+        workspace = transients.workspace_bytes(self.weights, settings.quantization, settings)
+        size = pairs.forward_pass_bytes(self.layers, traits_of(self.model.family), self.vocabulary, workspace, settings)
+        of_training = sum(row.bytes for row in rows if row.phase == ALWAYS and not _is_resident(row))
+        source = f"{format_bytes(size)} for {settings.forward_batch_size} pairs at a time, less what training keeps"
+        beyond = max(0, size - of_training)
+        yield PlanRow("reference and held-out", settings.dtype, beyond, source, FORWARD_PASS, exact=False)
+
     def expert_bytes(self) -> list[int]:
         """Bytes of the experts of each layer that has some."""
         family, settings = self.model.family, self.settings
@@ -178,6 +197,11 @@ class Forecast:
         if not self.layers:
             return None
         return predict(card, self.layers, self.weights, self.vocabulary * self.hidden, self.settings)
+
+
+def _is_resident(row: PlanRow) -> bool:
+    """Whether a row is of weights, which are there before training."""
+    return row.component in WEIGHTS or row.component.startswith("adapter ")
 
 
 def _ranks(target: str, lora: Lora) -> str:

@@ -8,12 +8,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from moeft.config import document
+from moeft.config.dpo import DpoRecipe
 from moeft.config.optimizer import default_optimizer
 from moeft.config.protection import Protection
 from moeft.config.sft import Lora, Quantization, SftRecipe
+from moeft.config.sources import PairLayout
 from moeft.errors import RecipeError
 
-TRANSFORMERS_BATCH = 8  # per_device_train_batch_size of TrainingArguments
+TRANSFORMERS_BATCH = 8  # per_device_train_batch_size of TrainingArguments, and per_device_eval_batch_size
 TRANSFORMERS_OPTIMIZER = "adamw_torch_fused"
 CHECKPOINTING = ("none", "full", "keep_norm_inputs")
 
@@ -28,8 +31,10 @@ class Settings:
         train: Roles of weights that train in full.
         dtype: Type of what is not packed.
         text_only: Whether towers of other modalities are left out.
-        max_length: Tokens per row; every row is taken to be this long.
-        batch_size: Rows per micro-batch.
+        max_length: Most tokens of a sequence; every sequence is taken to be this long.
+        batch_size: Rows, or preference pairs, of a micro-batch.
+        pairs: How two answers lie in a micro-batch of preference pairs; None for rows of one sequence.
+        forward_batch_size: Pairs of a pass without gradients, which the reference and held-out pairs take.
         packing: Whether a row holds several documents, which needs an attention mask.
         offload: Whether activations wait for backward in host memory.
         checkpointing: "none", "full" or "keep_norm_inputs".
@@ -44,6 +49,8 @@ class Settings:
     text_only: bool = True
     max_length: int = 2048
     batch_size: int = 1
+    pairs: PairLayout | None = None
+    forward_batch_size: int = 1
     packing: bool = False
     offload: bool = False
     checkpointing: str = "full"
@@ -57,9 +64,20 @@ class Settings:
             raise ValueError(f"max_length is {self.max_length} and batch_size {self.batch_size}, expected 1 or more")
 
     @property
+    def rows(self) -> int:
+        """Rows of a micro-batch: two for each pair that is padded."""
+        return self.batch_size * (2 if self.pairs == "padded" else 1)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row: both answers of a pair with their prompts, unless each has a row."""
+        # A shared prompt may be as short as a token, so at worst it saves nothing.
+        return self.max_length * (2 if self.pairs in ("packed", "shared_prefix") else 1)
+
+    @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
-        return self.batch_size * self.max_length
+        return self.rows * self.row_tokens
 
     @property
     def adapter_dtype(self) -> str:
@@ -69,41 +87,51 @@ class Settings:
     @property
     def masked(self) -> bool:
         """Whether attention gets a mask: rows of unequal length beside each other, or documents in one row."""
-        return self.batch_size > 1 or self.packing
+        return self.rows > 1 or self.packing or self.row_tokens > self.max_length
 
 
-def read_settings(recipe: str | Path | SftRecipe | Settings | None) -> Settings:
+def read_settings(recipe: str | Path | SftRecipe | DpoRecipe | Settings | None) -> Settings:
     """Settings of a recipe file, a loaded recipe, or the defaults.
 
     Raises:
         OSError: If the file cannot be read.
-        RecipeError: If it is no recipe of ``moeft sft``.
+        RecipeError: If it is no recipe of ``moeft sft`` or ``moeft dpo``.
     """
     if recipe is None:
         return Settings()
     if isinstance(recipe, Settings):
         return recipe
-    if not isinstance(recipe, SftRecipe):
+    if not isinstance(recipe, SftRecipe | DpoRecipe):
         try:
-            recipe = SftRecipe.load(recipe)
+            recipe = _kind_of(recipe).load(recipe)
         except RecipeError as error:
-            raise RecipeError(f"a plan reads recipes of `moeft sft`, and {error}") from error
+            raise RecipeError(f"a plan reads recipes of `moeft sft` and `moeft dpo`, and {error}") from error
     training = recipe.training
-    default = default_optimizer(bool(recipe.train), recipe.dtype)
+    default = default_optimizer(bool(recipe.trained_roles()), recipe.dtype)
     return Settings(
         quantization=recipe.quantization,
         lora=recipe.lora or Lora().model_copy(update={"targets": ()}),
-        train=recipe.train,
+        train=recipe.trained_roles(),
         dtype=recipe.dtype,
         text_only=recipe.text_only,
         max_length=recipe.data.max_length,
         batch_size=int(training.get("per_device_train_batch_size", TRANSFORMERS_BATCH)),
+        pairs=recipe.data.layout if isinstance(recipe, DpoRecipe) else None,
+        forward_batch_size=int(training.get("per_device_eval_batch_size", TRANSFORMERS_BATCH)),
         packing=bool(_asked(recipe, "packing", False)),
         offload=bool(_asked(recipe, "activation_offload", False)),
         checkpointing=_checkpointing(recipe),
         optimizer=str(training.get("optim") or default or TRANSFORMERS_OPTIMIZER),
         protected_rank=_protected_rank(recipe.protection),
     )
+
+
+def _kind_of(path: str | Path) -> type[SftRecipe] | type[DpoRecipe]:
+    """Which command a recipe file is for: sections that only pairs have tell it."""
+    content = document.read(Path(path))
+    data = content.get("data")
+    is_of_pairs = {"preference", "reference"} & content.keys() or (isinstance(data, dict) and "layout" in data)
+    return DpoRecipe if is_of_pairs else SftRecipe
 
 
 def _protected_rank(protection: Protection | None) -> int | None:
@@ -122,7 +150,7 @@ def _protected_rank(protection: Protection | None) -> int | None:
         ) from error
 
 
-def _checkpointing(recipe: SftRecipe) -> str:
+def _checkpointing(recipe: SftRecipe | DpoRecipe) -> str:
     default = "full" if recipe.training.get("gradient_checkpointing") else "none"
     policy = _asked(recipe, "activation_checkpointing", default)
     if isinstance(policy, bool):  # as transformers spells it
@@ -130,7 +158,7 @@ def _checkpointing(recipe: SftRecipe) -> str:
     return "full" if policy == "auto" else str(policy)
 
 
-def _asked(recipe: SftRecipe, key: str, default: Any) -> Any:
+def _asked(recipe: SftRecipe | DpoRecipe, key: str, default: Any) -> Any:
     """A key wherever the recipe's schema puts it: in ``training``, in ``data`` or on top."""
     for section in (recipe.training, recipe.data, recipe):
         value = section.get(key) if isinstance(section, dict) else getattr(section, key, None)

@@ -73,5 +73,5 @@ def workspace_bytes(weights: Sequence[Weight], quantization: Quantization | None
 def mask_bytes(layers: Sequence[Layer], settings: Settings) -> int:
     """Boolean masks of a micro-batch: one per kind of attention that needs one."""
     windows = {layer.window for layer in layers}
-    needed = [window for window in windows if settings.masked or (window and settings.max_length > window)]
-    return len(needed) * settings.batch_size * settings.max_length**2
+    needed = [window for window in windows if settings.masked or (window and settings.row_tokens > window)]
+    return len(needed) * settings.rows * settings.row_tokens**2

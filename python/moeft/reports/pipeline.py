@@ -11,6 +11,7 @@ import yaml
 
 from moeft.provenance import RunFolder
 from moeft.reports.evaluation import comparison_table, estimate_text, models_section
+from moeft.reports.preference import preference_section, rounds_section
 from moeft.reports.text import facts, fence, number, table
 from moeft.reports.trainings import training_section
 
@@ -25,6 +26,8 @@ def write_pipeline_report(run: RunFolder) -> Path:
     if notes := metrics.get("notes"):
         lines = [f"- {name}: {line}\n" for name, said in notes.items() for line in said]
         sections.append("## What stages found\n\n" + "".join(lines))
+    sections += [preference_section(name, found) for name, found in metrics.get("preferences", {}).items()]
+    sections += [rounds_section(name, found) for name, found in metrics.get("rounds", {}).items()]
     finished = [event for event in run.events("stage") if event["status"] == "finished"]
     sections.append("## Stages\n\n" + table(["stage", "seconds"], [[e["name"], e["seconds"]] for e in finished]))
     record = run.record

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from moeft.config.dpo import DpoRecipe
 from moeft.errors import RecipeError
@@ -12,7 +16,7 @@ from moeft.runs.context import RunContext
 from moeft.runs.dpo_trainer import input_files, make_trainer
 from moeft.runs.inputs import shared_input_files
 from moeft.runs.launch import num_processes
-from moeft.runs.tuning import execute
+from moeft.runs.tuning import execute, prepare
 
 
 def run(recipe: DpoRecipe, show: Callable[[str], None] = print, precompute_only: bool = False) -> RunFolder:
@@ -29,12 +33,8 @@ def run(recipe: DpoRecipe, show: Callable[[str], None] = print, precompute_only:
     Raises:
         MoeftError: If the recipe, the model, the pairs or the training cannot be used; see the classes.
     """
-    if num_processes() > 1:
-        raise RecipeError("moeft dpo trains in one process; start it without a launcher")
-    preflight.check(recipe)
-    inputs = input_files(recipe) | shared_input_files(recipe)
-    seed = int(recipe.training.get("seed", 42))
-    with RunFolder.create(recipe.output, "moeft dpo", recipe.resolved(), inputs, seed) as folder:
+    _check(recipe)
+    with RunFolder.create(recipe.output, *_asked(recipe)) as folder:
         context = RunContext(recipe, folder, show)
         if precompute_only:
             with context.stage("load"):
@@ -43,3 +43,30 @@ def run(recipe: DpoRecipe, show: Callable[[str], None] = print, precompute_only:
         else:
             execute(context, make_trainer)
     return folder
+
+
+def dry_run(recipe: DpoRecipe, show: Callable[[str], None] = print) -> None:
+    """Do all of a run that comes before the reference and training, show its plan, and leave nothing.
+
+    Raises:
+        MoeftError: As :func:`run` does, but for what only the reference, training and what follows can find.
+    """
+    _check(recipe)
+    RunFolder.check(recipe.output, *_asked(recipe))
+    with TemporaryDirectory(prefix="moeft-dry-run-") as scratch:
+        elsewhere = recipe.model_copy(update={"output": Path(scratch) / "run"})
+        with RunFolder.create(elsewhere.output, "moeft dpo", elsewhere.resolved(), {}) as folder:
+            prepare(RunContext(elsewhere, folder, show), partial(make_trainer, take_reference=False))
+    show("dry run: no reference was taken and nothing was trained")
+
+
+def _check(recipe: DpoRecipe) -> None:
+    if num_processes() > 1:
+        raise RecipeError("moeft dpo trains in one process; start it without a launcher")
+    preflight.check(recipe)
+
+
+def _asked(recipe: DpoRecipe) -> tuple[str, dict[str, Any], dict[str, Path], int]:
+    """What a run folder keeps of what was asked for."""
+    inputs = input_files(recipe) | shared_input_files(recipe)
+    return "moeft dpo", recipe.resolved(), inputs, int(recipe.training.get("seed", 42))

@@ -9,6 +9,7 @@ from moeft.config.dpo import DpoRecipe
 from moeft.runs.adapter import adapted
 from moeft.runs.base_model import load_base, load_tokenizer_of
 from moeft.runs.context import RunContext
+from moeft.runs.training_plan import memory_forecast, plan_training
 
 if TYPE_CHECKING:
     from moeft.data.pairs import EncodedPairs
@@ -16,32 +17,44 @@ if TYPE_CHECKING:
     from moeft.training.dpo_arguments import DPOConfig
 
 
-def make_trainer(run: RunContext[DpoRecipe]) -> DPOTrainer:
-    """Everything that training needs, log-probabilities under the reference included.
+def make_trainer(run: RunContext[DpoRecipe], take_reference: bool = True) -> DPOTrainer:
+    """Everything that training needs; figures about bytes, pairs and the plan go to the run's.
+
+    Args:
+        run: The run.
+        take_reference: Whether to take the log-probabilities under the reference.
 
     Raises:
         MoeftError: If the model, its tokenizer, the adapters or the pairs cannot be used.
     """
     from moeft.training.dpo import DPOTrainer
+    from moeft.training.preference.dataset import check_encoded
 
     recipe = run.recipe
     args = dpo_arguments(recipe, run.folder.path / "checkpoints")
     tokenizer = load_tokenizer_of(run, recipe.data.chat_template)
     pairs = _read(recipe, recipe.data.train, tokenizer, run)
-    model, _ = load_base(run)
+    heldout = None if recipe.data.eval is None else _read(recipe, (recipe.data.eval,), tokenizer, run)
+    model, found = load_base(run)
+    check_encoded(pairs, tokenizer, model)
     trainer = DPOTrainer(
         model=_policy(model, pairs, run),
         args=args,
         train_dataset=pairs,
-        eval_dataset=None if recipe.data.eval is None else _read(recipe, (recipe.data.eval,), tokenizer, run),
+        eval_dataset=heldout,
         processing_class=tokenizer,
         events=run.folder,
         protection=recipe.protection,
     )
-    with run.stage("reference"):
-        if (report := trainer.prepare_reference()) is not None:
-            run.show(str(report))
+    trainer.forecast = memory_forecast(run)
+    if take_reference:
+        with run.stage("reference"):
+            if (report := trainer.prepare_reference()) is not None:
+                run.show(str(report))
     _record(run, trainer)
+    planned = plan_training(trainer, sum(row.parameters for row in found.rows), trainer.forecast)
+    run.metrics["plan"] = planned.to_json()
+    run.show(str(planned))
     return trainer
 
 

@@ -121,7 +121,10 @@ def build_pairs(
     num_hard = sum(count for category, count in kept.items() if category is not None)
     show(f"{out}: {len(rows)} pairs, {num_hard} hard ({num_hard / len(rows):.0%})")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    # Under its name only when it is whole: a second start takes it as it is.
+    unfinished = out.with_name(f"{out.name}.partial")
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    unfinished.replace(out)
     return built
 
 

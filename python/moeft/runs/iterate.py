@@ -7,23 +7,22 @@ adapters of the best round are those to use. What a round has finished is not do
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moeft.config import SftRecipe
 from moeft.config.dpo import DpoRecipe
 from moeft.config.iterate import IterateRecipe
-from moeft.errors import RunFolderError
 from moeft.hard.requests import HeldOutTexts, Request
 from moeft.hard.targets import Targets
 from moeft.provenance import RunFolder
-from moeft.runs import dpo, sft
+from moeft.runs import dpo, preflight
 from moeft.runs.generated import Speaker
 from moeft.runs.hard import BuildSettings, Toolbox, analyze_replies, build_pairs
+from moeft.runs.rounds import best_round, reason_to_stop
+from moeft.runs.rounds_start import is_finished, starting_adapters
 
 Show = Callable[[str], None]
 
@@ -42,6 +41,7 @@ def run(recipe: IterateRecipe, show: Show = print) -> RunFolder:
     Raises:
         MoeftError: If the recipe, the model, the data or the training cannot be used.
     """
+    check(recipe)
     data = recipe.data
     inputs = {"model": recipe.model, "tools": data.tools, "seeds": data.seeds, "heldout": data.heldout}
     inputs |= {} if data.easy is None else {"easy": data.easy}
@@ -52,6 +52,16 @@ def run(recipe: IterateRecipe, show: Show = print) -> RunFolder:
     with RunFolder.create(recipe.output, "moeft hard iterate", recipe.resolved(), inputs, seed) as folder:
         _Rounds(recipe, folder, seed, show).run()
     return folder
+
+
+def check(recipe: IterateRecipe) -> None:
+    """Check the parts of a recipe that loading it does not check, as for the preference tuning of its rounds.
+
+    Raises:
+        MoeftError: As :func:`moeft.runs.preflight.check` does.
+    """
+    tuning = _tuning(recipe, recipe.data.seeds, recipe.output, recipe.lora.stack_on, is_first=True)
+    preflight.check(tuning.model_copy(update={"merge": recipe.merge}))
 
 
 @dataclass
@@ -65,8 +75,8 @@ class _Rounds:
         data = self.recipe.data
         self.tools = Toolbox.read(data.tools, data.protocol)
         self.held_out = self.tools.requests(data.heldout, self.show)
-        texts = HeldOutTexts(request.prompt for request in self.held_out)
-        self.seeds = self.tools.requests(data.seeds, self.show, texts)
+        self.texts = HeldOutTexts(request.prompt for request in self.held_out)
+        self.seeds = self.tools.requests(data.seeds, self.show, self.texts)
         self.metrics: dict[str, Any] = self.folder.read_json("metrics.json") or {"rounds": []}
 
     def run(self) -> None:
@@ -74,25 +84,16 @@ class _Rounds:
 
         rounds = self.metrics["rounds"]
         if not rounds:
-            self._measure(0, self._start())
+            self._measure(0, starting_adapters(self.recipe, self.folder.path / "sft", self.texts, self.show))
         while reason_to_stop(self.recipe, rounds) is None:
             self._round(len(rounds))
-        self.metrics |= {"ended": reason_to_stop(self.recipe, rounds), "best": self._best()}
-        self.metrics["adapters"] = rounds[self._best()]["adapters"]
+        number = best_round(self.recipe, rounds)
+        best = rounds[number]
+        self.metrics |= {"ended": reason_to_stop(self.recipe, rounds), "best": number, "adapters": best["adapters"]}
         self.folder.write_json("metrics.json", self.metrics)
         plot_rounds(rounds, self.folder.path / "rounds.png")
-        best = rounds[self._best()]
-        self.show(f"ended: {self.metrics['ended']}; best round {self._best()}: {best['accuracy']['value']:.1%}")
-
-    def _start(self) -> tuple[Path, ...]:
-        """Adapters that rounds start from, after supervised training if the recipe asks for it."""
-        if self.recipe.sft is None:
-            return self.recipe.lora.stack_on
-        output = self.folder.path / "sft"
-        recipe = SftRecipe.load(self.recipe.sft, [f"output={json.dumps(str(output))}"])
-        if not _is_finished(output):
-            sft.run(recipe, self.show)
-        return tuple(recipe.adapters(output / "adapter"))
+        self.show(f"ended: {self.metrics['ended']}; best round {number}: {best['accuracy']['value']:.1%}")
+        self._merge([Path(path) for path in best["adapters"]])
 
     def _round(self, number: int) -> None:
         """Probe, build, tune and measure once."""
@@ -113,35 +114,15 @@ class _Rounds:
                 targets=Targets.read(place / "probe" / "targets.json"),
                 show=self.show,
             )
-        recipe = self._tuning(pairs, place / "dpo", start, is_first=number == 1)
-        if not _is_finished(place / "dpo"):
+        recipe = _tuning(self.recipe, pairs, place / "dpo", start, is_first=number == 1)
+        if not is_finished(place / "dpo"):
             dpo.run(recipe, self.show)
-        self._measure(number, tuple(recipe.adapters(place / "dpo" / "adapter")))
+        gate = RunFolder.open(place / "dpo").read_json("metrics.json")["training"]["gate"]
+        stopped = None if gate is None else gate["stopped"]
+        self._measure(number, tuple(recipe.adapters(place / "dpo" / "adapter")), stopped)
 
-    def _tuning(self, pairs: Path, output: Path, start: tuple[Path, ...], is_first: bool) -> DpoRecipe:
-        """A new adapter in the first round, which all later rounds train on."""
-        recipe, data = self.recipe, self.recipe.data
-        return DpoRecipe.model_validate(
-            {
-                "model": recipe.model,
-                "output": output,
-                "dtype": recipe.dtype,
-                "lora": recipe.lora.model_copy(update={"stack_on": start}),
-                "data": {
-                    "train": (pairs,),
-                    "max_length": data.max_length,
-                    "layout": data.layout,
-                    "chat_template": data.chat_template,
-                },
-                "preference": recipe.preference,
-                "reference": {"cache": self.folder.path / "reference"},
-                "training": recipe.training,
-                "train": "new" if is_first else "start",
-            }
-        )
-
-    def _measure(self, number: int, adapters: tuple[Path, ...]) -> None:
-        """Held-out accuracy and the gate's loss of a policy."""
+    def _measure(self, number: int, adapters: tuple[Path, ...], stopped: Any = None) -> None:
+        """Held-out accuracy and the gate's loss of a policy, beside what stopped its training."""
         from moeft.evaluation.turn_scores import score_turns
 
         speaker = self._speaker(adapters)
@@ -155,6 +136,7 @@ class _Rounds:
             "failures": found.failures,
             "adapters": [str(path) for path in adapters],
             "gate_loss": None,
+            "stopped": stopped,
         }
         if self.recipe.gate is not None:
             from moeft.data.rows import read_rows
@@ -166,15 +148,20 @@ class _Rounds:
         self.folder.write_json("metrics.json", self.metrics)
         self.folder.event("round", number=number, accuracy=found.accuracy.value, gate_loss=entry["gate_loss"])
 
-    def _best(self) -> int:
-        """The most accurate round whose gate holds; the earliest of equals."""
-        rounds, gate = self.metrics["rounds"], self.recipe.gate
-        kept = [
-            number
-            for number, entry in enumerate(rounds)
-            if gate is None or entry["gate_loss"] - rounds[0]["gate_loss"] <= gate.max_rise
-        ]
-        return max(kept, key=lambda number: (rounds[number]["accuracy"]["value"], -number))
+    def _merge(self, adapters: list[Path]) -> None:
+        """Write the full checkpoint of the best round, unless an earlier start did."""
+        from moeft.merging import merge
+
+        wanted = self.recipe.merge
+        if wanted is None or (wanted.output / "config.json").is_file():
+            return
+        if not adapters:
+            self.show("nothing to merge: the best round is 0, which has no adapter")
+            return
+        models = [{"adapter": path} for path in adapters]
+        base = wanted.base_model or self.recipe.model
+        recipe = {"merge_method": "lora", "base_model": base, "models": models, "out_dtype": wanted.out_dtype}
+        self.show(str(merge(recipe, wanted.output)))
 
     def _replies(self, adapters: tuple[Path, ...], requests: list[Request]) -> list[str]:
         speaker = self._speaker(adapters)
@@ -186,23 +173,25 @@ class _Rounds:
         return replace(speaker, max_new_tokens=data.max_new_tokens, batch_size=data.batch_size)
 
 
-def reason_to_stop(recipe: IterateRecipe, rounds: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why no further round is to follow those that were measured, or None."""
-    if (gate := recipe.gate) is not None and len(rounds) > 1:
-        rise = rounds[-1]["gate_loss"] - rounds[0]["gate_loss"]
-        if rise > gate.max_rise:
-            return f"the loss of the gate rose by {rise:.3g}, more than {gate.max_rise:g}"
-    if len(rounds) > 1:
-        gain = rounds[-1]["accuracy"]["value"] - rounds[-2]["accuracy"]["value"]
-        if gain <= recipe.min_gain:
-            return f"held-out accuracy changed by {gain:+.1%}, no more than {recipe.min_gain:.1%}"
-    if len(rounds) > recipe.rounds:
-        return f"{recipe.rounds} rounds"
-    return None
-
-
-def _is_finished(path: Path) -> bool:
-    try:
-        return RunFolder.open(path).status == "finished"
-    except RunFolderError:
-        return False
+def _tuning(recipe: IterateRecipe, pairs: Path, output: Path, start: tuple[Path, ...], *, is_first: bool) -> DpoRecipe:
+    """A new adapter in the first round, which all later rounds train on."""
+    data = recipe.data
+    return DpoRecipe.model_validate(
+        {
+            "model": recipe.model,
+            "output": output,
+            "dtype": recipe.dtype,
+            "lora": recipe.lora.model_copy(update={"stack_on": start}),
+            "data": {
+                "train": (pairs,),
+                "max_length": data.max_length,
+                "layout": data.layout,
+                "chat_template": data.chat_template,
+            },
+            "preference": recipe.preference,
+            "reference": {"cache": recipe.output / "reference"},
+            "training": recipe.training,
+            "gate": recipe.training_gate,
+            "train": "new" if is_first else "start",
+        }
+    )

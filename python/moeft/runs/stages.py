@@ -10,13 +10,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from moeft.config import Recipe, SftRecipe
+from moeft.config import Recipe, SftRecipe, TuningRecipe
+from moeft.config.dpo import DpoRecipe
+from moeft.config.iterate import IterateRecipe
 from moeft.config.pipeline import Step
 from moeft.config.stages import (
     CompareRecipe,
     EvaluateRecipe,
     ExportRecipe,
     FisherRecipe,
+    HardPairsRecipe,
     LayoutRecipe,
     QuantizeRecipe,
     ScenesRecipe,
@@ -28,6 +31,7 @@ from moeft.provenance.files import read_json
 
 Show = Callable[[str], None]
 SUBSPACE = "subspace.safetensors"
+PAIRS = "pairs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,15 @@ class Kind:
         read: Its recipe, checked as far as it can be before earlier stages have run.
         run: Runs it, or continues it where it was.
         is_done: Whether an earlier start finished it.
+        check: Finds what running it would find late, and needs nothing that earlier stages make.
+        dry_run: Does what comes before training and leaves nothing, once all that it reads is there.
     """
 
     read: Callable[[Step], Any]
     run: Callable[[Any, Path, Show], object]
     is_done: Callable[[Path], bool]
+    check: Callable[[Any], None] | None = None
+    dry_run: Callable[[Any, Show], None] | None = None
 
 
 def read(step: Step) -> Any:
@@ -63,7 +71,7 @@ def inputs(value: Any) -> Iterator[Path]:
         yield value
     elif isinstance(value, BaseModel):
         for name, item in value:
-            if name not in ("output", "cache_dir"):
+            if name not in ("output", "cache_dir", "cache"):
                 yield from inputs(item)
     elif isinstance(value, Mapping):
         for item in value.values():
@@ -106,11 +114,18 @@ def _read_evaluate(step: Step) -> EvaluateRecipe:
     return check(EvaluateRecipe.from_content(step.content, f"stages.{step.name}", step.start))
 
 
-def _read_sft(step: Step) -> SftRecipe:
-    if "output" in step.content:
-        raise RecipeError(f"stages.{step.name}: output is given, but a stage writes to a folder of its name; remove it")
-    content = {**step.content, "output": str(step.folder)}
-    return SftRecipe.from_content(content, f"stages.{step.name}", step.start)
+def _as_run(recipe: type[Recipe]) -> Callable[[Step], Recipe]:
+    """Reads the recipe of a command that has a run folder, which is that of the stage."""
+
+    def read(step: Step) -> Recipe:
+        if "output" in step.content:
+            raise RecipeError(
+                f"stages.{step.name}: output is given, but a stage writes to a folder of its name; remove it"
+            )
+        content = {**step.content, "output": str(step.folder)}
+        return recipe.from_content(content, f"stages.{step.name}", step.start)
+
+    return read
 
 
 def _read_merge(step: Step) -> dict[str, Any]:
@@ -166,6 +181,58 @@ def _run_sft(recipe: SftRecipe, out: Path, show: Show) -> None:
     show_results(run(recipe, show), show)
 
 
+def _check_tuning(recipe: TuningRecipe) -> None:
+    from moeft.runs.preflight import check
+
+    check(recipe)
+
+
+def _dry_run_sft(recipe: SftRecipe, show: Show) -> None:
+    from moeft.runs.sft import dry_run
+
+    dry_run(recipe, show)
+
+
+def _dry_run_dpo(recipe: DpoRecipe, show: Show) -> None:
+    from moeft.runs.dpo import dry_run
+
+    dry_run(recipe, show)
+
+
+def _check_rounds(recipe: IterateRecipe) -> None:
+    from moeft.runs.iterate import check
+
+    check(recipe)
+
+
+def _run_dpo(recipe: DpoRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.dpo import run
+
+    run(recipe, show)
+
+
+def _run_iterate(recipe: IterateRecipe, out: Path, show: Show) -> None:
+    from moeft.runs.iterate import run
+
+    run(recipe, show)
+
+
+def _run_hard_pairs(recipe: HardPairsRecipe, out: Path, show: Show) -> None:
+    from moeft.hard.targets import Targets
+    from moeft.runs.hard import BuildSettings, Toolbox, build_pairs
+
+    build_pairs(
+        Toolbox.read(recipe.tools, recipe.protocol),
+        recipe.seeds,
+        out / PAIRS,
+        BuildSettings(recipe.count, recipe.share, recipe.reasoned_every, recipe.augment, recipe.seed),
+        exclude=recipe.exclude,
+        easy=recipe.easy,
+        targets=None if recipe.targets is None else Targets.read(recipe.targets),
+        show=show,
+    )
+
+
 def _run_fisher(recipe: FisherRecipe, out: Path, show: Show) -> None:
     from moeft.planning.sizes import parse_bytes
     from moeft.runs.fisher import FisherSettings, run
@@ -184,7 +251,8 @@ def _run_subspace(recipe: SubspaceRecipe, out: Path, show: Show) -> None:
 def _run_quantize(recipe: QuantizeRecipe, out: Path, show: Show) -> None:
     from moeft import checkpoint
 
-    show(str(checkpoint.quantize(recipe.model, out, double_quant=recipe.double_quant, progress=True)))
+    options = {name: value for name, value in recipe if name != "model"}
+    show(str(checkpoint.quantize(recipe.model, out, progress=True, **options)))
 
 
 def _run_merge(recipe: dict[str, Any], out: Path, show: Show) -> None:
@@ -216,7 +284,10 @@ def _is_checkpoint(out: Path) -> bool:
 
 
 KINDS = {
-    "sft": Kind(_read_sft, _run_sft, _is_finished_run),
+    "sft": Kind(_as_run(SftRecipe), _run_sft, _is_finished_run, _check_tuning, _dry_run_sft),
+    "hard-pairs": Kind(_as(HardPairsRecipe), _run_hard_pairs, lambda out: (out / PAIRS).is_file()),
+    "dpo": Kind(_as_run(DpoRecipe), _run_dpo, _is_finished_run, _check_tuning, _dry_run_dpo),
+    "hard-rounds": Kind(_as_run(IterateRecipe), _run_iterate, _is_finished_run, _check_rounds),
     "fisher": Kind(_read_fisher, _run_fisher, _is_finished_run),
     "subspace": Kind(_as(SubspaceRecipe), _run_subspace, lambda out: (out / SUBSPACE).is_file()),
     "quantize": Kind(_as(QuantizeRecipe), _run_quantize, _is_checkpoint),

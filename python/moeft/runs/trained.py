@@ -25,7 +25,7 @@ def trainer_defaults(recipe: SftRecipe, sharded: bool) -> dict[str, Any]:
     FSDP and DeepSpeed keep float32 masters themselves, and shard them.
     """
     defaults: dict[str, Any] = {}
-    optimizer = None if sharded else default_optimizer(bool(recipe.train), recipe.dtype)
+    optimizer = None if sharded else default_optimizer(bool(recipe.trained_roles()), recipe.dtype)
     if optimizer is not None and "optim" not in recipe.training:
         defaults["optim"] = optimizer
     if launched_in_bf16_by_deepspeed() and "bf16" not in recipe.training:

@@ -18,12 +18,11 @@ from moeft.data import templates
 from moeft.data.pair_batches import PairCollator
 from moeft.data.pairs import EncodedPairs, Pair
 from moeft.data.rejects import Reject
-from moeft.data.vocabulary import check_vocabulary
 from moeft.errors import DataError
 from moeft.integration.log_probs import linear_head
 from moeft.progress_bar import step_bar
 from moeft.training.dpo_arguments import DPOConfig
-from moeft.training.preference.dataset import Dataset, encode_dataset
+from moeft.training.preference.dataset import Dataset, check_encoded, encode_dataset
 from moeft.training.preference.divergence import token_divergences
 from moeft.training.preference.figures import KEYS, PairFigures
 from moeft.training.preference.layout import usable_layout
@@ -71,6 +70,7 @@ class DPOTrainer(MoeTrainer):
 
     args: DPOConfig
     logged_figures = KEYS
+    unit = "pairs"
 
     def __init__(
         self,
@@ -87,12 +87,11 @@ class DPOTrainer(MoeTrainer):
         origin = templates.apply(processing_class, args.chat_template, model.config.model_type)
         if origin is not None:
             logger.info("chat template: %s", origin)
-        num_embeddings = model.get_input_embeddings().weight.shape[0]
-        check_vocabulary(processing_class, num_embeddings)
-        self.train_pairs = encode_dataset(train_dataset, processing_class, args, num_embeddings)
-        self.eval_pairs = (
-            None if eval_dataset is None else encode_dataset(eval_dataset, processing_class, args, num_embeddings)
-        )
+        self.train_pairs = encode_dataset(train_dataset, processing_class, args)
+        self.eval_pairs = None if eval_dataset is None else encode_dataset(eval_dataset, processing_class, args)
+        for encoded in (self.train_pairs, self.eval_pairs):
+            if encoded is not None:
+                check_encoded(encoded, processing_class, model)
         self.layout = usable_layout(model, args.layout)
         self.preference_loss = args.preference_loss
         self.start = StartingPolicy(model)
@@ -151,12 +150,20 @@ class DPOTrainer(MoeTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, after the log-probabilities under the reference are known; as ``transformers.Trainer.train``."""
         self.prepare_reference()
+        self._figures = PairFigures()  # without those of a micro-batch that was timed
         return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure held-out pairs; as ``transformers.Trainer.evaluate``."""
         self.prepare_reference()
         return super().evaluate(*args, **kwargs)
+
+    def tokens_of_epoch(self) -> tuple[int, int]:
+        """Tokens of the training pairs as they are laid out, and how many of them are compared."""
+        pairs = self.train_pairs.pairs
+        saved = int(pairs.num_shared.sum()) if self.layout == "shared_prefix" else 0
+        tokens = len(pairs.chosen.input_ids) + len(pairs.rejected.input_ids) - saved
+        return tokens, pairs.chosen.num_trained + pairs.rejected.num_trained
 
     def sample_sequences(self, count: int) -> list[list[int]]:
         """Token ids of a few chosen conversations, held-out ones if there are any."""

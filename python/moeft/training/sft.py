@@ -122,6 +122,10 @@ class SFTTrainer(MoeTrainer):
             **kwargs,
         )
 
+    def tokens_of_epoch(self) -> tuple[int, int]:
+        """Tokens of the training rows, and how many of them are trained."""
+        return self.train_rows.num_tokens, self.train_rows.num_trained_tokens
+
     def sample_sequences(self, count: int) -> list[list[int]]:
         """Token ids of a few rows, held-out ones if there are any."""
         return [row["input_ids"].tolist() for row in (self.eval_rows or self.train_rows).examples[:count]]

@@ -55,6 +55,8 @@ class MoeTrainer(TrainableCheckpoints):
     """
 
     args: MoeConfig
+    unit = "rows"
+    """What it trains on, in messages."""
     logged_figures: tuple[str, ...] = ()
     """Names of a task's own figures, which the run's events are to hold beside Trainer's."""
 
@@ -236,6 +238,10 @@ class MoeTrainer(TrainableCheckpoints):
         total, count, rows = self.accelerator.reduce(torch.stack((total, count, rows)), "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
+
+    def tokens_of_epoch(self) -> tuple[int, int]:
+        """Tokens that the model reads in an epoch, and how many of them are trained."""
+        raise NotImplementedError
 
     def sample_sequences(self, count: int) -> list[list[int]]:
         """Token ids of a few rows to compare models on."""

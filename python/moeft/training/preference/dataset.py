@@ -1,4 +1,4 @@
-"""Preference rows in any accepted form to encoded pairs that a model has embeddings for."""
+"""Preference rows in any accepted form to encoded pairs, and whether a model has embeddings for them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,36 @@ from typing import Any
 
 from moeft.data.pairs import EncodedPairs, encode_pairs
 from moeft.data.preferences import PreferenceRows, read_preferences
-from moeft.data.vocabulary import check_ids
+from moeft.data.vocabulary import check_ids, check_vocabulary
 from moeft.training.dpo_arguments import DPOConfig
 
 Dataset = str | Path | Iterable[Mapping[str, Any]] | PreferenceRows | EncodedPairs
 
 
-def encode_dataset(dataset: Dataset, tokenizer: Any, args: DPOConfig, num_embeddings: int) -> EncodedPairs:
-    """Encode rows, if they are not, and check their ids.
+def encode_dataset(dataset: Dataset, tokenizer: Any, args: DPOConfig) -> EncodedPairs:
+    """Encode rows, if they are not.
 
     Raises:
-        DataError: If no pair can be used, or the model has no embedding for a token.
+        DataError: If no pair can be used.
     """
-    if not isinstance(dataset, EncodedPairs):
-        rows = dataset if isinstance(dataset, PreferenceRows) else read_preferences(dataset)
-        options: dict[str, Any] = {
-            "reasoning": args.reasoning,
-            "max_length": args.max_length,
-            "on_too_long": args.on_too_long,
-        }
-        dataset = encode_pairs(rows, tokenizer, **options)
-    for side in (dataset.pairs.chosen, dataset.pairs.rejected):
+    if isinstance(dataset, EncodedPairs):
+        return dataset
+    rows = dataset if isinstance(dataset, PreferenceRows) else read_preferences(dataset)
+    options: dict[str, Any] = {
+        "reasoning": args.reasoning,
+        "max_length": args.max_length,
+        "on_too_long": args.on_too_long,
+    }
+    return encode_pairs(rows, tokenizer, **options)
+
+
+def check_encoded(encoded: EncodedPairs, tokenizer: Any, model: Any) -> None:
+    """Refuse pairs or a tokenizer with tokens that a model has no embedding for.
+
+    Raises:
+        DataError: Naming one of them.
+    """
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(tokenizer, num_embeddings)
+    for side in (encoded.pairs.chosen, encoded.pairs.rejected):
         check_ids(side, num_embeddings)
-    return dataset
