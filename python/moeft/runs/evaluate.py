@@ -32,6 +32,7 @@ class EvaluateSettings:
     adapter: Path | None = None
     data: Path | None = None
     limit: int | None = None
+    shots: int = 0
     max_length: int | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
@@ -119,7 +120,8 @@ def _tasks(settings: EvaluateSettings) -> list[Task]:
     found = []
     for word in settings.tasks:
         name, _, file = word.partition("=")
-        task = build_task(name, Path(file) if file else None, settings.data, settings.limit, settings.seed)
+        path = Path(file) if file else None
+        task = build_task(name, path, settings.data, settings.limit, settings.seed, settings.shots)
         found.append(sampled(task, settings.temperature, settings.seed, settings.max_new_tokens))
     return found
 

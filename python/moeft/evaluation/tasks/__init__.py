@@ -13,6 +13,7 @@ from moeft.errors import DataError
 from moeft.evaluation.sources import Hub, Record, read_rows
 from moeft.evaluation.task import Task
 from moeft.evaluation.tasks import benchmarks, identity, instructions, language, perplexity, refusal, style
+from moeft.evaluation.tasks.examples import with_examples
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,16 @@ class Kind:
     files: tuple[str, ...] = ()
     """Patterns of its file below a data folder; the first that fits is taken."""
     hub: Hub | None = None
+    read: Callable[[Path], list[Record]] | None = None
+    """How its file is read, if it is no plain file of rows."""
     built_in: Callable[[], list[Record]] | None = None
     """Rows that are asked where no file is given."""
     phrases: tuple[str, ...] = ()
     """Patterns of lists of phrases below a data folder."""
+    examples: tuple[str, ...] = ()
+    """Patterns of the file below a data folder whose first rows are shown as examples; else the task's own are."""
+    examples_hub: Hub | None = None
+    """Where they are published."""
 
 
 TASKS = {
@@ -37,11 +44,18 @@ TASKS = {
     "arc_challenge": Kind(
         benchmarks.arc_challenge, ("arc/arc_challenge*.jsonl",), Hub("allenai/ai2_arc", "test", "ARC-Challenge")
     ),
-    "mmlu": Kind(benchmarks.mmlu, ("mmlu/*test*.jsonl",), Hub("cais/mmlu", "test", "all")),
+    "mmlu": Kind(
+        benchmarks.mmlu,
+        ("mmlu/*test*.jsonl",),
+        Hub("cais/mmlu", "test", "all"),
+        examples=("mmlu/*dev*.jsonl",),
+        examples_hub=Hub("cais/mmlu", "dev", "all"),
+    ),
     "wikitext": Kind(
         perplexity.wikitext,
         ("wikitext*/test.txt",),
-        Hub("EleutherAI/wikitext_document_level", "test", "wikitext-2-raw-v1"),
+        perplexity.WIKITEXT,
+        read=perplexity.wikitext_rows,
     ),
     "perplexity": Kind(perplexity.perplexity),
     "ifeval": Kind(instructions.ifeval, ("ifeval/ifeval*.jsonl",), Hub("google/IFEval", "train")),
@@ -54,7 +68,12 @@ TASKS = {
 
 
 def build_task(
-    name: str, file: Path | None = None, data: Path | None = None, limit: int | None = None, seed: int = 0
+    name: str,
+    file: Path | None = None,
+    data: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    shots: int = 0,
 ) -> Task:
     """Make a task.
 
@@ -64,11 +83,13 @@ def build_task(
         data: Folder of a data set each, such as ``hellaswag/rows.jsonl``.
         limit: Most items, drawn by the seed; None takes all.
         seed: Of the drawing.
+        shots: Answered questions shown before each question of multiple choice; see :func:`with_examples`.
 
     Raises:
         DataError: If there is no such task, or its rows cannot be had or read.
     """
     kind = _kind(name)
+    examples = _examples(name, kind, file, data) if shots else None
     file = file or (None if data is None else task_file(name, data))
     rows = _rows(name, kind, file)
     if not rows:
@@ -76,7 +97,8 @@ def build_task(
     if data is not None:
         instructions.use_nltk_data(data / "nltk_data")
     lists = [path for pattern in kind.phrases if data is not None for path in sorted(data.glob(pattern))]
-    return _subset(kind.build(rows, lists) if kind.phrases else kind.build(rows), limit, seed)
+    task = kind.build(rows, lists) if kind.phrases else kind.build(rows)
+    return _subset(with_examples(task, shots, examples), limit, seed)
 
 
 def task_file(name: str, data: Path) -> Path | None:
@@ -97,12 +119,21 @@ def task_file(name: str, data: Path) -> Path | None:
     )
 
 
+def _examples(name: str, kind: Kind, file: Path | None, data: Path | None) -> Task | None:
+    """Questions of their own file or split; None where the task's own rows have to do."""
+    if data is not None:
+        files = [path for pattern in kind.examples for path in sorted(data.glob(pattern))]
+        return kind.build(read_rows(name, files[0], None)) if files else None
+    if file is None and kind.examples_hub is not None:
+        return kind.build(read_rows(name, None, kind.examples_hub))
+    return None
+
+
 def _rows(name: str, kind: Kind, file: Path | None) -> list[Record]:
     if file is None and kind.built_in is not None:
         return kind.built_in()
-    # The text of WikiText is no file of rows.
-    if name == "wikitext" and file is not None and file.suffix in (".txt", ".tokens"):
-        return perplexity.wikitext_file(file)
+    if file is not None and kind.read is not None:
+        return kind.read(file)
     return read_rows(name, file, kind.hub)
 
 
