@@ -79,4 +79,4 @@ def test_a_long_common_beginning_is_not_computed_for_every_question(shared):
     sequences = [Scored((*range(shared), *(shared + 100 * i + j for j in range(80))), shared + 79) for i in range(40)]
     places = sum(len(tree.tokens) for tree in trees(sequences, row_tokens=512))
     least = shared + 40 * 79
-    assert least < places < 1.3 * least
+    assert least <= places < 1.2 * least

@@ -22,6 +22,9 @@ def evaluate(
     max_length: Annotated[int | None, typer.Option(min=2, help="Positions to use; default all.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply; default the task's own.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of replies; 0 takes the most probable tokens.")] = 0.0,
+    tool_protocol: Annotated[
+        str | None, typer.Option(help="How calls of tools are written; `python` writes the tools into the prompt.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights that are not in 4 bit.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     cache: Annotated[Path | None, typer.Option(help="File of answers that several runs share.")] = None,
@@ -51,6 +54,7 @@ def evaluate(
         max_length=max_length,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        tool_protocol=tool_protocol,
         dtype=dtype,
         seed=seed,
     )

@@ -15,7 +15,7 @@ class HardData(Section):
     """What pairs are made from, and what they must not hold."""
 
     tools: Path = Field(description="Schemas of the tools, OpenAI's JSON")
-    protocol: Literal["bracket", "gemma", "openai", "glaive"] = Field(
+    protocol: Literal["bracket", "gemma", "openai", "glaive", "hermes", "python"] = Field(
         default="bracket", description="How calls are written"
     )
     seeds: Path = Field(description="Chat rows with calls to make pairs from, and to find failures on")

@@ -76,8 +76,8 @@ def trees(sequences: Sequence[Scored], row_tokens: int, share: bool = True) -> I
     for number in order:
         scored = sequences[number]
         shared = _common_length(before, scored.tokens[:-1])
-        # Attention costs a row's length squared, another row all that is shared: (1 + S / a) * S / (S - shared) is least
-        # near S = shared + sqrt(shared * (shared + a)), which this line stays close to for a = 8 * row_tokens.
+        # Attention costs a row's length squared, another row all that is shared: (1 + S / a) * S / (S - shared) is
+        # least at S = shared + sqrt(shared * (shared + a)), which this line stays close to for a = 8 * row_tokens.
         room = row_tokens + 3 * shared
         if tree.sequences and (not share or len(tree.tokens) + len(scored.tokens) - 1 - shared > room):
             yield tree

@@ -36,6 +36,7 @@ class EvaluateSettings:
     max_length: int | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
+    tool_protocol: str | None = None
     dtype: str = "bfloat16"
     seed: int = 0
 
@@ -121,7 +122,15 @@ def _tasks(settings: EvaluateSettings) -> list[Task]:
     for word in settings.tasks:
         name, _, file = word.partition("=")
         path = Path(file) if file else None
-        task = build_task(name, path, settings.data, settings.limit, settings.seed, settings.shots)
+        task = build_task(
+            name,
+            path,
+            settings.data,
+            settings.limit,
+            settings.seed,
+            shots=settings.shots,
+            tool_protocol=settings.tool_protocol,
+        )
         found.append(sampled(task, settings.temperature, settings.seed, settings.max_new_tokens))
     return found
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from moeft.errors import DataError
 from moeft.evaluation.sources import Hub, Record, read_rows
 from moeft.evaluation.task import Task
-from moeft.evaluation.tasks import benchmarks, identity, instructions, language, perplexity, refusal, style
+from moeft.evaluation.tasks import benchmarks, identity, instructions, language, perplexity, refusal, style, tools
 from moeft.evaluation.tasks.examples import with_examples
+from moeft.tool_protocols import PROTOCOLS
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,18 @@ class Kind:
     """Rows that are asked where no file is given."""
     phrases: tuple[str, ...] = ()
     """Patterns of lists of phrases below a data folder."""
+    has_protocol: bool = False
+    """Whether the builder takes the protocol of calls of tools."""
     examples: tuple[str, ...] = ()
     """Patterns of the file below a data folder whose first rows are shown as examples; else the task's own are."""
     examples_hub: Hub | None = None
     """Where they are published."""
+
+
+def _bfcl(name: str, file: str, is_called: bool = True) -> Kind:
+    patterns = (f"bfcl/{file}.jsonl", f"bfcl/BFCL_v*_{file}.json")
+    build = tools.called(name) if is_called else tools.not_called(name)
+    return Kind(build, patterns, read=tools.bfcl_rows(name), has_protocol=True)
 
 
 TASKS = {
@@ -60,6 +69,10 @@ TASKS = {
     "perplexity": Kind(perplexity.perplexity),
     "ifeval": Kind(instructions.ifeval, ("ifeval/ifeval*.jsonl",), Hub("google/IFEval", "train")),
     "ifbench": Kind(instructions.ifbench, ("ifbench/ifbench*.jsonl",), Hub("allenai/IFBench_test", "train")),
+    "bfcl_simple": _bfcl("bfcl_simple", "simple_python"),
+    "bfcl_multiple": _bfcl("bfcl_multiple", "multiple"),
+    "bfcl_parallel": _bfcl("bfcl_parallel", "parallel"),
+    "bfcl_irrelevance": _bfcl("bfcl_irrelevance", "irrelevance", is_called=False),
     "style": Kind(style.style, phrases=("slop/antislop_phrases.jsonl", "slop/slopscore_words.txt")),
     "refusal": Kind(refusal.refusal),
     "language": Kind(language.language, built_in=language.built_in),
@@ -74,6 +87,7 @@ def build_task(
     limit: int | None = None,
     seed: int = 0,
     shots: int = 0,
+    tool_protocol: str | None = None,
 ) -> Task:
     """Make a task.
 
@@ -84,11 +98,15 @@ def build_task(
         limit: Most items, drawn by the seed; None takes all.
         seed: Of the drawing.
         shots: Answered questions shown before each question of multiple choice; see :func:`with_examples`.
+        tool_protocol: How calls of tools are written, of ``tool_protocols.PROTOCOLS``; ``python`` also writes the tools
+            into the prompt. None takes calls of any protocol.
 
     Raises:
-        DataError: If there is no such task, or its rows cannot be had or read.
+        DataError: If there is no such task or protocol, or its rows cannot be had or read.
     """
     kind = _kind(name)
+    if tool_protocol is not None and tool_protocol not in PROTOCOLS:
+        raise DataError(f"there is no tool protocol {tool_protocol!r}, expected one of {', '.join(PROTOCOLS)}")
     examples = _examples(name, kind, file, data) if shots else None
     file = file or (None if data is None else task_file(name, data))
     rows = _rows(name, kind, file)
@@ -97,7 +115,12 @@ def build_task(
     if data is not None:
         instructions.use_nltk_data(data / "nltk_data")
     lists = [path for pattern in kind.phrases if data is not None for path in sorted(data.glob(pattern))]
-    task = kind.build(rows, lists) if kind.phrases else kind.build(rows)
+    if kind.phrases:
+        task = kind.build(rows, lists)
+    elif kind.has_protocol:
+        task = kind.build(rows, tool_protocol)
+    else:
+        task = kind.build(rows)
     return _subset(with_examples(task, shots, examples), limit, seed)
 
 

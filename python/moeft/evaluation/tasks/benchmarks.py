@@ -39,7 +39,7 @@ def arc_challenge(rows: Sequence[Record]) -> Task:
 
 
 def mmlu(rows: Sequence[Record]) -> Task:
-    """Which letter; ``question``, four ``choices``, ``answer``. The line about the ``subject`` stands above examples."""
+    """Which letter; ``question``, four ``choices``, ``answer``. A line about the ``subject`` stands above examples."""
     return choice_task("mmlu", _items("mmlu", rows, _mmlu), normalised=False)
 
 

@@ -34,9 +34,7 @@ def with_examples(task: Task, shots: int, examples: Task | None = None) -> Task:
     taken = {item.key for of_heading in shown.values() for item in of_heading} if examples is None else set()
     asked = [item for item in task.items if item.key not in taken]
     if not asked:
-        raise DataError(
-            f"task {task.name}: all of its {len(task.items)} rows are examples; give more rows, or fewer shots"
-        )
+        raise DataError(f"task {task.name}: all of its {len(task.items)} rows are examples; ask for fewer")
     texts: dict[str, str] = {}
     for heading in {item.reference["heading"]: None for item in asked}:
         if len(shown[heading]) < shots:
