@@ -1,9 +1,11 @@
 """Items per second of ``moeft evaluate`` beside lm-eval's Hugging Face backend: same model in memory, same questions.
 
-    python benches/evaluate.py MODEL --data ../shared/data --items 64
+    python benches/evaluate.py MODEL --data ../shared/data --items 64 --shots 5
 
 Both score in float32, in turns; lm-eval at the batch size that is fastest of those given. A task whose answers differ
-has no row in the table. Needs ``pip install "moeft[eval]"``.
+has no row in the table. ``fewer operations`` is what sharing alone can give: multiplications of weights that each needs,
+without padding. With examples, questions of one subject follow each other, as in whole data sets.
+Needs ``pip install "moeft[eval]"``.
 """
 
 from __future__ import annotations
@@ -11,16 +13,22 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeft.evaluation.model_subject import ModelSubject
+from moeft.evaluation.continuations import encode_continuation
+from moeft.evaluation.model_subject import ModelSubject, model_length
+from moeft.evaluation.prefix_tree import trees
+from moeft.evaluation.scoring import CPU_ROW_TOKENS
 from moeft.evaluation.task import Task
 from moeft.evaluation.tasks import build_task
 from moeft.provenance.environment import describe_environment
@@ -33,6 +41,7 @@ def main() -> None:
     words.add_argument("model", type=Path)
     words.add_argument("--data", type=Path, required=True)
     words.add_argument("--items", type=int, default=64)
+    words.add_argument("--shots", type=int, default=0)
     words.add_argument("--rounds", type=int, default=3)
     words.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     words.add_argument("--tasks", nargs="+", default=list(TASKS))
@@ -42,14 +51,72 @@ def main() -> None:
     hardware = describe_environment()["hardware"]
     print(f"{given.model.name}, float32, {torch.get_num_threads()} threads of {hardware['cpu']}; ", end="")
     print(", ".join(f"{name} {metadata.version(name)}" for name in ("lm_eval", "torch", "transformers")))
-    print("| task | items | moeft, items/s | lm-eval, items/s | batch | faster | by CPU time |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| task | items | tokens, moeft | lm-eval | fewer operations | items/s, moeft | lm-eval | batch | faster | by CPU |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    cost = operations(model)
+    rows = []
     for name in given.tasks:
-        task = build_task(name, data=given.data, limit=given.items)
-        print(row(task, model, tokenizer, given.batch_sizes, given.rounds), flush=True)
+        task = build_task(name, data=given.data, limit=None if given.shots else given.items, shots=given.shots)
+        # The sort is stable, so items of one heading stay in their order.
+        items = sorted(task.items, key=lambda item: item.reference["heading"])[: given.items]
+        rows.append(
+            measured(replace(task, items=tuple(items)), model, tokenizer, given.batch_sizes, given.rounds, cost)
+        )
+        print(rows[-1], flush=True)
+    print(total([row for row in rows if row.is_equal]))
 
 
-def row(task: Task, model: Any, tokenizer: Any, batch_sizes: list[int], rounds: int) -> str:
+@dataclass(frozen=True)
+class Row:
+    """Of one task."""
+
+    task: str
+    items: int
+    tokens: tuple[int, int]
+    """Of moeft and of lm-eval."""
+    operations: tuple[float, float]
+    seconds: tuple[float, float]
+    cpu_seconds: tuple[float, float]
+    batch: int | None
+    is_equal: bool = True
+
+    def __str__(self) -> str:
+        if not self.is_equal:
+            return f"| {self.task} | answers differ |" + " |" * 8
+        ours, theirs = (self.items / seconds for seconds in self.seconds)
+        return (
+            f"| {self.task} | {self.items} | {self.tokens[0]} | {self.tokens[1]} | {_ratio(self.operations)} | "
+            f"{ours:.2f} | {theirs:.2f} | {self.batch or ''} | {_ratio(self.seconds)} | {_ratio(self.cpu_seconds)} |"
+        )
+
+
+def _ratio(pair: tuple[float, float]) -> str:
+    return f"{pair[1] / pair[0]:.1f}"
+
+
+def total(rows: list[Row]) -> Row:
+    """All tasks one after the other."""
+
+    def summed(of_row: Callable[[Row], tuple[float, float]]) -> tuple[float, float]:
+        return sum(of_row(row)[0] for row in rows), sum(of_row(row)[1] for row in rows)
+
+    tokens = summed(lambda row: row.tokens)
+    return Row(
+        "all",
+        sum(row.items for row in rows),
+        (int(tokens[0]), int(tokens[1])),
+        summed(lambda row: row.operations),
+        summed(lambda row: row.seconds),
+        summed(lambda row: row.cpu_seconds),
+        None,
+    )
+
+
+def measured(
+    task: Task, model: Any, tokenizer: Any, batch_sizes: list[int], rounds: int, cost: tuple[float, float]
+) -> Row:
     """Measure one task in turns, and check that both find the same answers."""
     subjects: dict[Any, Callable[[], list[list[float]]]] = {"moeft": lambda: ours(task, model, tokenizer)}
     for size in batch_sizes:
@@ -64,16 +131,46 @@ def row(task: Task, model: Any, tokenizer: Any, batch_sizes: list[int], rounds: 
             wall[name].append(time.perf_counter() - start)
             cpu[name].append(time.process_time() - busy)
     fastest = min(batch_sizes, key=lambda size: statistics.median(cpu[size]))
-    for size in batch_sizes:
-        for found, expected in zip(answers["moeft"], answers[size], strict=True):
-            if not np.allclose(found, expected, rtol=1e-4, atol=1e-3):
-                return f"| {task.name} | answers differ: {found} and {expected} | | | | | |"
-    speed = {name: len(task.items) / statistics.median(wall[name]) for name in ("moeft", fastest)}
-    cheaper = statistics.median(cpu[fastest]) / statistics.median(cpu["moeft"])
-    return (
-        f"| {task.name} | {len(task.items)} | {speed['moeft']:.2f} | {speed[fastest]:.2f} | {fastest} | "
-        f"{speed['moeft'] / speed[fastest]:.1f} | {cheaper:.1f} |"
+    is_equal = all(
+        np.allclose(found, expected, rtol=1e-4, atol=1e-3)
+        for size in batch_sizes
+        for found, expected in zip(answers["moeft"], answers[size], strict=True)
     )
+    tokens, scored = computed(task, tokenizer, model_length(model.config))
+    body, head = cost
+    return Row(
+        task.name,
+        len(task.items),
+        tokens,
+        (tokens[0] * body + scored * head, tokens[1] * (body + head)),
+        (statistics.median(wall["moeft"]), statistics.median(wall[fastest])),
+        (statistics.median(cpu["moeft"]), statistics.median(cpu[fastest])),
+        fastest,
+        is_equal,
+    )
+
+
+def computed(task: Task, tokenizer: Any, max_length: int) -> tuple[tuple[int, int], int]:
+    """Tokens that run through the layers in moeft and in lm-eval, padding apart, and those that moeft's head scores."""
+    sequences = [
+        encode_continuation(tokenizer, item.request.context, continuation, max_length)
+        for item in task.items
+        for continuation in item.request.continuations
+    ]
+    rows = list(trees(sequences, CPU_ROW_TOKENS))
+    # lm-eval runs a context once if all of its continuations are one token.
+    inputs: Counter[tuple[int, ...]] = Counter(sequence.tokens[:-1] for sequence in sequences)
+    once = {sequence.tokens[:-1] for sequence in sequences if len(sequence.tokens) - sequence.first == 1}
+    lm_eval = sum(len(tokens) * (1 if tokens in once else count) for tokens, count in inputs.items())
+    return (sum(len(row.tokens) for row in rows), lm_eval), sum(len(row.edges) for row in rows)
+
+
+def operations(model: Any) -> tuple[float, float]:
+    """Multiplications for a token in the layers, and in the head."""
+    head = model.get_output_embeddings().weight
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.model(input_ids=torch.ones(1, 1, dtype=torch.long), use_cache=False)
+    return counter.get_total_flops() / 2, float(head.numel())
 
 
 def ours(task: Task, model: Any, tokenizer: Any) -> list[list[float]]:

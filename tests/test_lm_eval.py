@@ -141,3 +141,36 @@ def test_columns_of_the_hub_become_the_questions_of_lm_eval():
     assert item.request.context == preprocess(text)
     assert list(item.request.continuations) == [f" {preprocess(ending)}" for ending in row["endings"]]
     assert item.reference["gold"] == 1
+
+
+def test_examples_make_the_prompts_of_lm_eval(tmp_path):
+    from lm_eval.api.task import ConfigurableTask
+
+    (tmp_path / "mmlu").mkdir()
+    for name, file in {"test": "mmlu_test_2000.jsonl", "dev": "mmlu_dev_285.jsonl"}.items():
+        rows = (SHARED / "mmlu" / file).read_text("utf-8").splitlines(keepends=True)
+        of_subject = [row for row in rows if '"high_school_biology"' in row][:5]
+        (tmp_path / "mmlu" / f"{name}.jsonl").write_text("".join(of_subject), "utf-8")
+    files = {name: str(tmp_path / "mmlu" / f"{name}.jsonl") for name in ("test", "dev")}
+    _, context, target, choices = TASKS["mmlu"]
+    theirs = ConfigurableTask(
+        config={
+            "task": "mmlu",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": files},
+            "test_split": "test",
+            "fewshot_split": "dev",
+            "fewshot_config": {"sampler": "first_n"},
+            "num_fewshot": 3,
+            "output_type": "multiple_choice",
+            "description": "The following are multiple choice questions (with answers) about high school biology.\n\n",
+            "doc_to_text": context,
+            "doc_to_target": target,
+            "doc_to_choice": choices,
+        }
+    )
+    theirs.build_all_requests(rank=0, world_size=1)
+    expected = [instance.args for instance in theirs.instances]
+    ours = build_task("mmlu", data=tmp_path, shots=3)
+    found = [(item.request.context, choice) for item in ours.items for choice in item.request.continuations]
+    assert found == expected

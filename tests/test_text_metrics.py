@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moeft.errors import DataError
+from moeft.evaluation.measure import TaskResult
+from moeft.evaluation.results import compare
 from moeft.evaluation.tasks import build_task
 from moeft.evaluation.tasks.language import PROMPTS
 from moeft.evaluation.tasks.refusal import is_refusal
@@ -145,3 +149,55 @@ def test_language_is_that_of_the_question():
 def test_row_that_cannot_be_asked_is_refused(file, task, row, message):
     with pytest.raises(DataError, match=message):
         build_task(task, file(row))
+
+
+def test_h_delta_is_the_mean_effect_over_the_shares_of_both_runs(file, tmp_path):
+    (tmp_path / "slop").mkdir()
+    (tmp_path / "slop" / "antislop_phrases.jsonl").write_text('{"phrase": "a deep breath", "count": 3}\n')
+    task = build_task("style", file(*({"prompt": f"Write {i}."} for i in range(3))), data=tmp_path)
+    replies = {
+        "baseline": [
+            "She took a deep breath. She took a deep breath.",
+            "It rains and it rains and it rains.",
+            "Hush now.",
+        ],
+        "model": ["A fox ran over the hill at dawn.", "It rains and it rains on the old roof.", "Quiet, said he."],
+    }
+    runs = {
+        name: TaskResult(
+            "style",
+            task.metrics,
+            {item.key: found for item, found in zip(task.items, figures(task, *texts), strict=True)},
+            {item.key: "same" for item in task.items},
+        )
+        for name, texts in replies.items()
+    }
+    (row,) = [row for row in compare([runs["baseline"]], [runs["model"]]) if row.metric.name == "h_delta"]
+    shares = {name: by_hand(texts, ("a", "deep", "breath")) for name, texts in replies.items()}
+    effects = [
+        sign * 2 * (math.asin(math.sqrt(q)) - math.asin(math.sqrt(p)))
+        for sign, p, q in zip((1, -1, -1, -1), shares["baseline"], shares["model"], strict=True)
+    ]
+    assert row.difference.second == pytest.approx(sum(effects) / 4)
+    assert row.difference.second > 0
+    (same,) = [row for row in compare([runs["model"]], [runs["model"]]) if row.metric.name == "h_delta"]
+    assert (same.difference.second, same.difference.p_value) == (0, 1)
+
+
+def by_hand(replies: list[str], phrase: tuple[str, ...]) -> list[float]:
+    """MATTR of short replies, repeated trigrams, trigrams of several replies and places of a phrase, as shares."""
+    texts = [re.findall(r"[a-z]+", reply.lower()) for reply in replies]
+    triples = [[tuple(text[i : i + 3]) for i in range(len(text) - 2)] for text in texts]
+    every = sum(map(len, triples))
+    shared = [
+        t
+        for i, of_text in enumerate(triples)
+        for t in set(of_text)
+        if any(t in o for o in triples[:i] + triples[i + 1 :])
+    ]
+    return [
+        sum(len(set(text)) / len(text) for text in texts) / len(texts),
+        sum(len(of_text) - len(set(of_text)) for of_text in triples) / every,
+        len(shared) / sum(len(set(of_text)) for of_text in triples),
+        sum(of_text.count(phrase) for of_text in triples) / sum(map(len, texts)),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
 from pathlib import Path
 
@@ -43,7 +44,10 @@ pieces = st.lists(
 def test_what_is_written_is_read_back(name, written):
     try:
         text = PROTOCOLS[name].format(written)
-    except ValueError as error:  # a text that holds a mark of the protocol
+    except ValueError as error:  # a text that holds a mark of the protocol, or a name that Python keeps for itself
+        if name == "python":
+            assert any(map(keyword.iskeyword, (call.name for call in written)))
+            return
         assert name in ("gemma", "glaive")
         assert any(mark in str(error) for mark in MARKS)  # noqa: PT017
         return
@@ -93,6 +97,15 @@ def test_a_broken_call_is_no_other_error(name, written, data):
         ("openai", '{"nam": "f"}', 0, "the name of a called tool"),
         ("openai", '[{"name": "f", "arguments": "{"}]', 0, "not valid JSON"),
         ("glaive", "ok <functioncall> {name}", 19, "a call cannot be read"),
+        ("hermes", 'So: <tool_call>\n{"name": "f"}', 29, "expected </tool_call>"),
+        ("hermes", "<tool_call>f</tool_call>", 11, "no valid JSON"),
+        ("python", "[f(a=1), 2]", 0, "calls of functions alone"),
+        ("python", "[f(1)]", 0, "an argument without a name"),
+        ("python", "f(a=1, a=2)", 0, "a"),
+        ("python", " f(a=1) is it", 1, "calls of functions alone"),
+        ("python", "f(a=1) was it", 0, "no calls in Python's words"),
+        ("python", "f(a=1, **{'a': 2})", 0, "an argument twice"),
+        ("python", "f(a=" + "(" * 300, 0, "no calls in Python's words"),
     ],
 )
 def test_errors_say_where_and_why(name, text, position, reason):
@@ -103,7 +116,7 @@ def test_errors_say_where_and_why(name, text, position, reason):
 
 def test_what_is_said_stands_apart_from_calls():
     call = ToolCall("f", {"a": [1, "b'c"]})
-    for name in ("bracket", "gemma", "glaive"):
+    for name in ("bracket", "gemma", "glaive", "hermes"):
         reply = PROTOCOLS[name].parse("Let me see. " + PROTOCOLS[name].format([call]))
         assert (reply.said.strip(), reply.calls) == ("Let me see.", (call,))
         assert PROTOCOLS[name].parse("It is sunny [today].").calls == ()
@@ -113,6 +126,24 @@ def test_what_is_said_stands_apart_from_calls():
     }
     assert PROTOCOLS["openai"].parse(json.dumps(message)).said == "Let me see."
     assert PROTOCOLS["openai"].parse("[today] it is sunny").calls == ()
+
+
+def test_python_values_are_those_of_json_or_the_text_that_stands_there():
+    (call,) = PROTOCOLS["python"].parse("[m.f(a=(1, -2.5), b={'k': None}, c=today, d=3 * x, e=1e999, f={1: 2})]").calls
+    expected = {"a": [1, -2.5], "b": {"k": None}, "c": "today", "d": "3 * x", "e": "1e309", "f": "{1: 2}"}
+    assert call == ToolCall("m.f", expected)
+    kept = [ToolCall("f", {"a": 1, "from": "here"})]
+    assert PROTOCOLS["python"].format(kept) == "[f(a=1, **{'from': 'here'})]"
+    assert PROTOCOLS["python"].parse("It is sunny (today).").calls == ()
+
+
+@few
+@given(written=calls)
+def test_hermes_reads_what_qwens_chat_template_writes(written):
+    functions = [{"type": "function", "function": {"name": c.name, "arguments": dict(c.arguments)}} for c in written]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": functions}]
+    text = TOKENIZER.apply_chat_template(turns, chat_template=shipped("qwen3"), tokenize=False)
+    assert PROTOCOLS["hermes"].parse(text).calls == tuple(written)
 
 
 def test_true_is_not_one_and_one_is_one_point_zero():

@@ -18,11 +18,15 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="Adapter to load on the model.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files; without, the hub is asked.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most items of a task, drawn by --seed.")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Answered questions before each one of multiple choice.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Replies generated, or requests sent, at once.")] = 16,
     max_length: Annotated[int | None, typer.Option(min=2, help="Positions to use; default all.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply; default the task's own.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of replies; 0 takes the most probable tokens.")] = 0.0,
     samples: Annotated[int, typer.Option(min=1, help="Replies to each prompt, of seeds from --seed on.")] = 1,
+    tool_protocol: Annotated[
+        str | None, typer.Option(help="How calls of tools are written; `python` writes the tools into the prompt.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights that are not in 4 bit.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     cache: Annotated[Path | None, typer.Option(help="File of answers that several runs share.")] = None,
@@ -48,10 +52,12 @@ def evaluate(
         adapter=adapter,
         data=data,
         limit=limit,
+        shots=shots,
         max_length=max_length,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         samples=samples,
+        tool_protocol=tool_protocol,
         dtype=dtype,
         seed=seed,
     )

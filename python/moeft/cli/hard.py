@@ -8,7 +8,7 @@ import typer
 app = typer.Typer(name="hard", no_args_is_help=True, help="Hard preference pairs for an assistant with tools.")
 
 Tools = Annotated[Path, typer.Option(help="Schemas of the tools, OpenAI's JSON.")]
-Protocol = Annotated[str, typer.Option(help="How calls are written: bracket, gemma, openai or glaive.")]
+Protocol = Annotated[str, typer.Option(help="How calls are written: bracket, gemma, openai, glaive, hermes or python.")]
 
 
 @app.command()

@@ -25,7 +25,7 @@ PairTooLong = Literal["reject", "truncate", "truncate_left"]
 """Leave a pair out that is too long, cut the ends of its answers, or the beginning of their prompt."""
 PairLayout = Literal["padded", "packed", "shared_prefix"]
 """A row for each answer, both in one row, or the prompt once with both answers behind it."""
-CallProtocol = Literal["bracket", "gemma", "openai", "glaive"]
+CallProtocol = Literal["bracket", "gemma", "openai", "glaive", "hermes", "python"]
 """How an assistant writes calls; :data:`moeft.tool_protocols.PROTOCOLS` has them."""
 MAX_REJECT_SHARE = 0.05
 """Default of ``data.max_reject_share``."""

@@ -49,7 +49,7 @@ class ToolSchemas:
             parameters = tool["function"].get("parameters") or {}
             if not isinstance(parameters, Mapping):
                 raise DataError(f"tools[{index}].parameters is no object; expected a JSON schema")
-            self._parameters[name] = _in_json_schema(dict(parameters))
+            self._parameters[name] = in_json_schema(dict(parameters))
         self._problem = argument_checker("checking calls of tools")
 
     @property
@@ -103,7 +103,7 @@ def argument_checker(user: str) -> Callable[[dict[str, Any], Any], str | None]:
         raise MissingExtraError(f"{user} needs jsonschema; pip install 'moeft[data]'") from error
 
     def problem(arguments: dict[str, Any], schema: Any) -> str | None:
-        validator = jsonschema.Draft202012Validator(_in_json_schema(schema))
+        validator = jsonschema.Draft202012Validator(in_json_schema(schema))
         try:
             error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
         except (jsonschema.exceptions.UnknownType, jsonschema.exceptions.SchemaError, TypeError) as broken:
@@ -130,13 +130,13 @@ def _typed(value: Any, schema: Any) -> Any:
     return spoken if (isinstance(spoken, bool) if kind == "boolean" else is_number) else value
 
 
-def _in_json_schema(schema: Any) -> Any:
+def in_json_schema(schema: Any) -> Any:
     """A schema with JSON Schema's names of types; ``any`` and a property's ``required: true`` are left out."""
     if isinstance(schema, list):
-        return [_in_json_schema(item) for item in schema]
+        return [in_json_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    read = {key: _in_json_schema(value) for key, value in schema.items()}
+    read = {key: in_json_schema(value) for key, value in schema.items()}
     if isinstance(read.get("type"), str):
         read["type"] = PYTHON_TYPES.get(read["type"], read["type"])
         if read["type"] == "any":

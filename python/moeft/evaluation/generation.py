@@ -67,7 +67,7 @@ def generate_replies(
         prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        tools=tools,
+        tools=[tools] * len(prompts),
         skip_special_tokens=skip_special_tokens,
     )
     replies = dict(found)
@@ -82,7 +82,7 @@ def iterate_replies(
     max_new_tokens: int = 128,
     batch_size: int = 32,
     sampling: Sampling | None = None,
-    tools: Sequence[Mapping[str, Any]] = (),
+    tools: Sequence[Sequence[Mapping[str, Any]]] | None = None,
     skip_special_tokens: bool = True,
 ) -> Iterator[tuple[int, str]]:
     """As :func:`generate_replies`, batch by batch: yield the index of a prompt and its reply.
@@ -94,7 +94,7 @@ def iterate_replies(
         max_new_tokens: As there.
         batch_size: As there.
         sampling: How tokens are chosen; None takes the most probable ones. torch's own random state is left alone.
-        tools: As there.
+        tools: Schemas of tools on offer for each prompt.
         skip_special_tokens: As there.
     """
     if max_new_tokens < 1 or batch_size < 1:
@@ -103,7 +103,8 @@ def iterate_replies(
         raise DataError("the tokenizer has no chat template; set tokenizer.chat_template, or use an instruct model's")
     if tokenizer.pad_token_id is None and tokenizer.eos_token is None:
         raise DataError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
-    texts = [_render(tokenizer, prompt, tools) for prompt in prompts]
+    offered = [()] * len(prompts) if tools is None else tools
+    texts = [render(tokenizer, prompt, shown) for prompt, shown in zip(prompts, offered, strict=True)]
     # Prompts of like length share a batch, so that little is spent on padding.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     for start in range(0, len(order), batch_size):
@@ -114,7 +115,8 @@ def iterate_replies(
         yield from zip(batch, replies, strict=True)
 
 
-def _render(tokenizer: Any, prompt: Prompt, tools: Sequence[Mapping[str, Any]]) -> str:
+def render(tokenizer: Any, prompt: Prompt, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    """A prompt in the words of the tokenizer's chat template, up to where the reply begins."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     shown = {"tools": list(tools)} if tools else {}
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **shown)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moeft.errors import DataError
 from moeft.evaluation.continuations import encode_continuation, encode_windows
-from moeft.evaluation.generation import Sampling, iterate_replies
+from moeft.evaluation.generation import Sampling, iterate_replies, render
 from moeft.evaluation.prefix_tree import Scored
 from moeft.evaluation.request import Answer, Chat, Choices, Request, Text
 from moeft.evaluation.scoring import Scorer
@@ -52,7 +53,7 @@ class ModelSubject:
         groups: dict[tuple[Any, ...], list[tuple[int, Chat]]] = {}
         for index, request in enumerate(requests):
             if isinstance(request, Chat):
-                key = (request.max_new_tokens, request.temperature, request.top_p, request.seed, repr(request.tools))
+                key = (request.max_new_tokens, request.temperature, request.top_p, request.seed, bool(request.tools))
                 groups.setdefault(key, []).append((index, request))
         for group in groups.values():
             yield from self._generate(group)
@@ -83,6 +84,8 @@ class ModelSubject:
 
     def _generate(self, requests: Sequence[tuple[int, Chat]]) -> Iterator[tuple[int, Answer]]:
         first = requests[0][1]
+        if first.tools:
+            self._check_shows_tools(first)
         replies = iterate_replies(
             self.model,
             self.tokenizer,
@@ -90,10 +93,20 @@ class ModelSubject:
             max_new_tokens=first.max_new_tokens,
             batch_size=self.batch_size,
             sampling=Sampling(first.temperature, first.top_p, first.seed),
-            tools=first.tools,
+            tools=[request.tools for _, request in requests],
+            skip_special_tokens=not first.tools,  # Calls of some protocols are made of them.
         )
         for place, reply in replies:
             yield requests[place][0], {"reply": reply}
+
+    def _check_shows_tools(self, request: Chat) -> None:
+        if self.tokenizer.chat_template and render(self.tokenizer, request.messages, request.tools) == render(
+            self.tokenizer, request.messages
+        ):
+            raise DataError(
+                "the chat template leaves tools out, so the model would not see them; write them into the prompt with "
+                "--tool-protocol python, or set a template that shows tools"
+            )
 
 
 def model_length(config: Any) -> int:

@@ -7,7 +7,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,34 +52,57 @@ def paired_difference(
     Raises:
         ValueError: If the shapes differ, or there is no item.
     """
-    if first_n2.shape != second_n2.shape:
-        raise ValueError(
-            f"the runs have shapes {first_n2.shape} and {second_n2.shape}, expected the same items in both"
-        )
-    both_n4 = np.concatenate([first_n2, second_n2], axis=1)
-    change = bootstrap(both_n4, lambda units: metric(units[:, 2:]) - metric(units[:, :2]), level=level, seed=seed)
-    p_value = _permutation_test(first_n2, second_n2, metric, abs(change.value), seed)
+    change, p_value = paired_change(
+        first_n2, second_n2, lambda a, b: metric.of_sums(b) - metric.of_sums(a), level=level, seed=seed
+    )
     return Difference(metric(first_n2), metric(second_n2), change, p_value)
 
 
-def _permutation_test(
-    first_n2: NDArray[np.float64], second_n2: NDArray[np.float64], metric: Metric, observed: float, seed: int
-) -> float:
+def paired_change(
+    first_nc: NDArray[np.float64],
+    second_nc: NDArray[np.float64],
+    change: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]],
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[Estimate, float]:
+    """A change between two runs with its bootstrap interval, and the p-value of the paired permutation test.
+
+    Args:
+        first_nc: ``[n, c]`` columns of each item in the first run.
+        second_nc: Those in the second run, in the same order.
+        change: Of the sums ``[..., c]`` of both runs, ``[...]``; exchanging the runs turns its sign.
+        level: Of the interval.
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: If the shapes differ, or there is no item.
+    """
+    if first_nc.shape != second_nc.shape:
+        raise ValueError(
+            f"the runs have shapes {first_nc.shape} and {second_nc.shape}, expected the same items in both"
+        )
+    columns = first_nc.shape[1]
+
+    def of_units(units: NDArray[np.float64]) -> float:
+        sums = units.sum(axis=0)
+        return float(change(sums[:columns], sums[columns:]))
+
+    estimate = bootstrap(np.concatenate([first_nc, second_nc], axis=1), of_units, level=level, seed=seed)
     # Items that both runs answered alike stay alike however they are swapped.
-    differ_n = (first_n2 != second_n2).any(axis=1)
-    delta_d2 = (second_n2 - first_n2)[differ_n]
-    if not len(delta_d2):
-        return 1.0
+    delta_dc = (second_nc - first_nc)[(first_nc != second_nc).any(axis=1)]
+    if not len(delta_dc):
+        return estimate, 1.0
     rng = np.random.default_rng(seed)
     as_large = 0
     for start in range(0, PERMUTATIONS, CHUNK):
-        swapped_pd = rng.random((min(CHUNK, PERMUTATIONS - start), len(delta_d2))) < 0.5
-        moved_p2 = swapped_pd @ delta_d2
-        differences_p = metric.of_sums(second_n2.sum(0) - moved_p2) - metric.of_sums(first_n2.sum(0) + moved_p2)
+        swapped_pd = rng.random((min(CHUNK, PERMUTATIONS - start), len(delta_dc))) < 0.5
+        moved_pc = swapped_pd @ delta_dc
+        changes_p = change(first_nc.sum(0) + moved_pc, second_nc.sum(0) - moved_pc)
         # Sums in another order must not make an equal difference look smaller.
-        as_large += int((np.abs(differences_p) >= observed * (1 - 1e-9)).sum())
+        as_large += int((np.abs(changes_p) >= abs(estimate.value) * (1 - 1e-9)).sum())
     # The arrangement that was observed is one of those that were possible.
-    return (as_large + 1) / (PERMUTATIONS + 1)
+    return estimate, (as_large + 1) / (PERMUTATIONS + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -65,8 +65,8 @@ def trees(sequences: Sequence[Scored], row_tokens: int, share: bool = True) -> I
 
     Args:
         sequences: At least two tokens each.
-        row_tokens: Tokens of a row, about: a sequence is not cut off from one that it shares more than half with
-            before the row is twice as long, and a longer sequence has a row of its own.
+        row_tokens: Tokens of a row that shares nothing. A row may be longer by three times what the next sequence
+            shares with it, and a longer sequence has a row of its own.
         share: Whether a row may hold several sequences; without, every sequence is a row.
     """
     order = sorted(range(len(sequences)), key=lambda number: sequences[number].tokens)
@@ -76,7 +76,9 @@ def trees(sequences: Sequence[Scored], row_tokens: int, share: bool = True) -> I
     for number in order:
         scored = sequences[number]
         shared = _common_length(before, scored.tokens[:-1])
-        room = 2 * row_tokens if 2 * shared > len(scored.tokens) else row_tokens
+        # Attention costs a row's length squared, another row all that is shared: (1 + S / a) * S / (S - shared) is
+        # least at S = shared + sqrt(shared * (shared + a)), which this line stays close to for a = 8 * row_tokens.
+        room = row_tokens + 3 * shared
         if tree.sequences and (not share or len(tree.tokens) + len(scored.tokens) - 1 - shared > room):
             yield tree
             tree, shared = Tree(), 0

@@ -12,6 +12,7 @@ import numpy as np
 from moeft.errors import DataError, RunFolderError
 from moeft.evaluation.measure import TaskResult
 from moeft.evaluation.paired import Difference, holm, paired_difference
+from moeft.evaluation.style_score import H_DELTA, h_delta
 from moeft.evaluation.task import Metric
 from moeft.provenance import files
 
@@ -99,6 +100,8 @@ def compare(
                 units = [np.array([run.figures[key][metric.name] for key in keys]) for run in (a, b)]
                 difference = paired_difference(units[0], units[1], metric, level=level, seed=seed)
                 found.append((a.name, metric, difference, only_one))
+        if shared and (moved := h_delta(a, b, shared, level, seed)) is not None:
+            found.append((a.name, H_DELTA, moved, only_one))
     if not found:
         raise DataError(
             f"the runs have no item in common: tasks {_names(first)} and {_names(second)}; evaluate both on the same "

@@ -37,10 +37,12 @@ class EvaluateSettings:
     adapter: Path | None = None
     data: Path | None = None
     limit: int | None = None
+    shots: int = 0
     max_length: int | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
     samples: int = 1
+    tool_protocol: str | None = None
     dtype: str = "bfloat16"
     seed: int = 0
 
@@ -138,7 +140,16 @@ def _tasks(settings: EvaluateSettings) -> list[list[Task]]:
     found = []
     for word in settings.tasks:
         name, _, file = word.partition("=")
-        task = build_task(name, Path(file) if file else None, settings.data, settings.limit, settings.seed)
+        path = Path(file) if file else None
+        task = build_task(
+            name,
+            path,
+            settings.data,
+            settings.limit,
+            settings.seed,
+            shots=settings.shots,
+            tool_protocol=settings.tool_protocol,
+        )
         found.append(draws(task, settings.samples, settings.temperature, settings.seed, settings.max_new_tokens))
     return found
 

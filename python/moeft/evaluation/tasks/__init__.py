@@ -23,7 +23,10 @@ from moeft.evaluation.tasks import (
     scenes,
     short_instructions,
     style,
+    tools,
 )
+from moeft.evaluation.tasks.examples import with_examples
+from moeft.tool_protocols import PROTOCOLS
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,24 @@ class Kind:
     files: tuple[str, ...] = ()
     """Patterns of its file below a data folder; the first that fits is taken."""
     hub: Hub | None = None
+    read: Callable[[Path], list[Record]] | None = None
+    """How its file is read, if it is no plain file of rows."""
     built_in: Callable[[], list[Record]] | None = None
     """Rows that are asked where no file is given."""
     phrases: tuple[str, ...] = ()
     """Patterns of lists of phrases below a data folder."""
+    has_protocol: bool = False
+    """Whether the builder takes the protocol of calls of tools."""
+    examples: tuple[str, ...] = ()
+    """Patterns of the file below a data folder whose first rows are shown as examples; else the task's own are."""
+    examples_hub: Hub | None = None
+    """Where they are published."""
+
+
+def _bfcl(name: str, file: str, is_called: bool = True) -> Kind:
+    patterns = (f"bfcl/{file}.jsonl", f"bfcl/BFCL_v*_{file}.json")
+    build = tools.called(name) if is_called else tools.not_called(name)
+    return Kind(build, patterns, read=tools.bfcl_rows(name), has_protocol=True)
 
 
 STYLE_LISTS = ("slop/antislop_phrases.jsonl", "slop/slopscore_words.txt")
@@ -50,11 +67,18 @@ TASKS = {
     "arc_challenge": Kind(
         benchmarks.arc_challenge, ("arc/arc_challenge*.jsonl",), Hub("allenai/ai2_arc", "test", "ARC-Challenge")
     ),
-    "mmlu": Kind(benchmarks.mmlu, ("mmlu/*test*.jsonl",), Hub("cais/mmlu", "test", "all")),
+    "mmlu": Kind(
+        benchmarks.mmlu,
+        ("mmlu/*test*.jsonl",),
+        Hub("cais/mmlu", "test", "all"),
+        examples=("mmlu/*dev*.jsonl",),
+        examples_hub=Hub("cais/mmlu", "dev", "all"),
+    ),
     "wikitext": Kind(
         perplexity.wikitext,
         ("wikitext*/test.txt",),
-        Hub("EleutherAI/wikitext_document_level", "test", "wikitext-2-raw-v1"),
+        perplexity.WIKITEXT,
+        read=perplexity.wikitext_rows,
     ),
     "perplexity": Kind(perplexity.perplexity),
     "ifeval": Kind(instructions.ifeval, ("ifeval/ifeval*.jsonl",), Hub("google/IFEval", "train")),
@@ -62,6 +86,10 @@ TASKS = {
     "ifeval_short": Kind(short_instructions.ifeval_short, built_in=suite.ifeval_short),
     "style": Kind(style.style, phrases=STYLE_LISTS),
     "scenes": Kind(scenes.scenes, phrases=STYLE_LISTS),
+    "bfcl_simple": _bfcl("bfcl_simple", "simple_python"),
+    "bfcl_multiple": _bfcl("bfcl_multiple", "multiple"),
+    "bfcl_parallel": _bfcl("bfcl_parallel", "parallel"),
+    "bfcl_irrelevance": _bfcl("bfcl_irrelevance", "irrelevance", is_called=False),
     "refusal": Kind(refusal.refusal),
     "language": Kind(language.language, built_in=language.built_in),
     "identity": Kind(identity.identity),
@@ -69,7 +97,13 @@ TASKS = {
 
 
 def build_task(
-    name: str, file: Path | None = None, data: Path | None = None, limit: int | None = None, seed: int = 0
+    name: str,
+    file: Path | None = None,
+    data: Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    shots: int = 0,
+    tool_protocol: str | None = None,
 ) -> Task:
     """Make a task.
 
@@ -79,11 +113,17 @@ def build_task(
         data: Folder of a data set each, such as ``hellaswag/rows.jsonl``.
         limit: Most items, drawn by the seed; None takes all.
         seed: Of the drawing.
+        shots: Answered questions shown before each question of multiple choice; see :func:`with_examples`.
+        tool_protocol: How calls of tools are written, of ``tool_protocols.PROTOCOLS``; ``python`` also writes the tools
+            into the prompt. None takes calls of any protocol.
 
     Raises:
-        DataError: If there is no such task, or its rows cannot be had or read.
+        DataError: If there is no such task or protocol, or its rows cannot be had or read.
     """
     kind = _kind(name)
+    if tool_protocol is not None and tool_protocol not in PROTOCOLS:
+        raise DataError(f"there is no tool protocol {tool_protocol!r}, expected one of {', '.join(PROTOCOLS)}")
+    examples = _examples(name, kind, file, data) if shots else None
     file = file or (None if data is None else task_file(name, data))
     rows = _rows(name, kind, file)
     if not rows:
@@ -91,7 +131,13 @@ def build_task(
     if data is not None:
         instructions.use_nltk_data(data / "nltk_data")
     lists = [path for pattern in kind.phrases if data is not None for path in sorted(data.glob(pattern))]
-    return _subset(kind.build(rows, lists) if kind.phrases else kind.build(rows), limit, seed)
+    if kind.phrases:
+        task = kind.build(rows, lists)
+    elif kind.has_protocol:
+        task = kind.build(rows, tool_protocol)
+    else:
+        task = kind.build(rows)
+    return _subset(with_examples(task, shots, examples), limit, seed)
 
 
 def task_file(name: str, data: Path) -> Path | None:
@@ -112,12 +158,21 @@ def task_file(name: str, data: Path) -> Path | None:
     )
 
 
+def _examples(name: str, kind: Kind, file: Path | None, data: Path | None) -> Task | None:
+    """Questions of their own file or split; None where the task's own rows have to do."""
+    if data is not None:
+        files = [path for pattern in kind.examples for path in sorted(data.glob(pattern))]
+        return kind.build(read_rows(name, files[0], None)) if files else None
+    if file is None and kind.examples_hub is not None:
+        return kind.build(read_rows(name, None, kind.examples_hub))
+    return None
+
+
 def _rows(name: str, kind: Kind, file: Path | None) -> list[Record]:
     if file is None and kind.built_in is not None:
         return kind.built_in()
-    # The text of WikiText is no file of rows.
-    if name == "wikitext" and file is not None and file.suffix in (".txt", ".tokens"):
-        return perplexity.wikitext_file(file)
+    if file is not None and kind.read is not None:
+        return kind.read(file)
     return read_rows(name, file, kind.hub)
 
 

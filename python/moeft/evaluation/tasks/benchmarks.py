@@ -14,8 +14,8 @@ from moeft.evaluation.sources import Record
 from moeft.evaluation.task import Item, Task
 from moeft.evaluation.tasks.choice import choice_item, choice_task
 
-Question = tuple[str, Sequence[str], int]
-"""Context, choices, index of the right one."""
+Question = tuple[str, Sequence[str], int] | tuple[str, Sequence[str], int, str]
+"""Context, choices, index of the right one, and perhaps the heading above examples."""
 
 
 def hellaswag(rows: Sequence[Record]) -> Task:
@@ -39,7 +39,7 @@ def arc_challenge(rows: Sequence[Record]) -> Task:
 
 
 def mmlu(rows: Sequence[Record]) -> Task:
-    """Which letter; ``question``, four ``choices``, ``answer``. No examples, and no line about the subject."""
+    """Which letter; ``question``, four ``choices``, ``answer``. A line about the ``subject`` stands above examples."""
     return choice_task("mmlu", _items("mmlu", rows, _mmlu), normalised=False)
 
 
@@ -90,4 +90,6 @@ def _arc(row: dict[str, Any]) -> Question:
 
 def _mmlu(row: dict[str, Any]) -> Question:
     lettered = [f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)]
-    return "\n".join([row["question"].strip(), *lettered, "Answer:"]), list("ABCD"), int(row["answer"])
+    subject = str(row.get("subject", "")).replace("_", " ")
+    heading = f"The following are multiple choice questions (with answers) about {subject}.\n\n" if subject else ""
+    return "\n".join([row["question"].strip(), *lettered, "Answer:"]), list("ABCD"), int(row["answer"]), heading

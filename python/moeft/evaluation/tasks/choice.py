@@ -15,8 +15,8 @@ ACC = Metric("acc")
 ACC_NORM = Metric("acc_norm")
 
 
-def choice_item(key: str, context: str, choices: Sequence[str], gold: int) -> Item:
-    """An item of a question and its choices.
+def choice_item(key: str, context: str, choices: Sequence[str], gold: int, heading: str = "") -> Item:
+    """An item of a question and its choices; ``heading`` is what stands above the examples of such questions.
 
     Raises:
         DataError: If there are fewer than two choices, or ``gold`` is none of them.
@@ -24,7 +24,7 @@ def choice_item(key: str, context: str, choices: Sequence[str], gold: int) -> It
     if len(choices) < 2 or not 0 <= gold < len(choices):
         raise DataError(f"item {key}: answer {gold} of {len(choices)} choices, expected at least two and one of them")
     request = Choices(context, tuple(f" {choice}" for choice in choices))
-    return Item(key, request, {"gold": gold, "lengths": [len(choice) for choice in choices]})
+    return Item(key, request, {"gold": gold, "lengths": [len(choice) for choice in choices], "heading": heading})
 
 
 def choice_task(name: str, items: Sequence[Item], normalised: bool = True) -> Task:

@@ -55,6 +55,9 @@ def _task(name: str, rows: Sequence[Record], check: Callable[[dict[str, Any], st
             raise DataError(f"task {name}: row {line} lacks {', '.join(missing)}; its columns are {', '.join(row)}")
         request = Chat(({"role": "user", "content": row["prompt"]},), MAX_NEW_TOKENS)
         items.append(Item(str(row.get("key", line)), request, row))
+    # What grading lacks is said now, and not behind hours of generation.
+    with _same_draws():
+        check(items[0].reference, "A reply.")
 
     def grade(answered: Sequence[tuple[Item, Answer]]) -> list[Mapping[str, tuple[float, float]]]:
         with _same_draws():

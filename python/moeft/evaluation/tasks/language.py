@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from moeft.errors import DataError, MissingExtraError
 from moeft.evaluation.sources import Record
@@ -49,6 +50,7 @@ PROMPTS = {
 
 def language(rows: Sequence[Record]) -> Task:
     """Rows with a ``prompt`` and the ``language`` of the reply, an ISO 639-1 code."""
+    _detector()  # What is missing is said now, and not behind all generation.
     items = []
     for line, row in rows:
         code = row.get("language")
@@ -68,11 +70,15 @@ def built_in() -> list[Record]:
 
 
 def _judge(item: Item, reply: str) -> Figures:
+    # Codes of three letters are those of its smaller languages, among them Wu Chinese, which it takes Chinese for.
+    found = next(code for code, _ in _detector().rank(reply) if len(code) == 2)
+    # Of an empty reply the detector says English.
+    return {"same_language": share(bool(reply.strip()) and found == item.reference)}
+
+
+def _detector() -> Any:
     try:
         import py3langid
     except ImportError as error:
         raise MissingExtraError("task language needs py3langid; install it with: pip install 'moeft[data]'") from error
-    # Codes of three letters are those of its smaller languages, among them Wu Chinese, which it takes Chinese for.
-    found = next(code for code, _ in py3langid.rank(reply) if len(code) == 2)
-    # Of an empty reply the detector says English.
-    return {"same_language": share(bool(reply.strip()) and found == item.reference)}
+    return py3langid

@@ -10,8 +10,10 @@ from typing import Any
 
 from moeft.errors import DataError
 from moeft.evaluation.request import Answer, Text
-from moeft.evaluation.sources import Record
+from moeft.evaluation.sources import Hub, Record, read_rows
 from moeft.evaluation.task import Item, Metric, Task
+
+WIKITEXT = Hub("EleutherAI/wikitext_document_level", "test", "wikitext-2-raw-v1")
 
 PER_WORD = Metric("word_perplexity", "lower", "perplexity")
 PER_BYTE = Metric("byte_perplexity", "lower", "perplexity")
@@ -40,6 +42,11 @@ _DETOKENISED = (
     (r" N ", " 1 "),
     (r" 's", "'s"),
 )
+
+
+def wikitext_rows(path: Path) -> list[Record]:
+    """Pages of WikiText's plain text, or of a file of rows."""
+    return wikitext_file(path) if path.suffix in (".txt", ".tokens") else read_rows("wikitext", path, WIKITEXT)
 
 
 def wikitext_file(path: Path) -> list[Record]:
