@@ -40,9 +40,10 @@ class ExpertBlock(torch.autograd.Function):
         keep = any(ctx.needs_input_grad[:6])
         factors = (a_up, b_up, a_down, b_down)
         routing = (permutation, inverse, offsets)
-        out_TH, *saved = operator.experts_forward(
-            x_TH, weight_Tk, *routing, *stacks(weights), *factors, *scalings, gate, keep
-        )
+        with weights.in_place() as here:
+            out_TH, *saved = operator.experts_forward(
+                x_TH, weight_Tk, *routing, *stacks(here), *factors, *scalings, gate, keep
+            )
         if keep:
             ctx.save_for_backward(x_TH, weight_Tk, *routing, *factors, *saved)
         ctx.weights, ctx.gate, ctx.scalings = weights, gate, scalings
@@ -53,19 +54,20 @@ class ExpertBlock(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x_TH, weight_Tk, permutation, inverse, offsets, *factors_and_saved = ctx.saved_tensors
         factors, saved = factors_and_saved[:4], factors_and_saved[4:]
-        gradients = operator.experts_backward(
-            grad_TH,
-            x_TH,
-            weight_Tk,
-            permutation,
-            inverse,
-            offsets,
-            *stacks(ctx.weights),
-            *factors,
-            *ctx.scalings,
-            ctx.gate,
-            *saved,
-        )
+        with ctx.weights.in_place() as here:
+            gradients = operator.experts_backward(
+                grad_TH,
+                x_TH,
+                weight_Tk,
+                permutation,
+                inverse,
+                offsets,
+                *stacks(here),
+                *factors,
+                *ctx.scalings,
+                ctx.gate,
+                *saved,
+            )
         needed = zip(ctx.needs_input_grad, gradients, strict=False)
         return *(gradient if wanted else None for wanted, gradient in needed), *([None] * 6)
 
