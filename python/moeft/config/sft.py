@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from moeft.config.evaluation import Evaluation
 from moeft.config.filters import Filters
 from moeft.config.gate import Gate
+from moeft.config.memory import Memory
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
@@ -254,6 +255,7 @@ class SftRecipe(TuningRecipe):
         description="The adapter to train; null trains none, which is the default beside `train`",
     )
     data: Data = Field(description="Chat rows to train on")
+    memory: Memory = Field(default_factory=Memory, description="Where packed experts wait: on the device or off it")
 
     @field_validator("train", mode="after")
     @classmethod

@@ -33,6 +33,7 @@ class ExpertStream:
         resident: Those whose experts stay on the device.
         ring: The slots.
         host_bytes: Host memory that streamed experts take; 0 from a file.
+        modules: The streamed ones.
     """
 
     layers: int
@@ -40,15 +41,12 @@ class ExpertStream:
     ring: Ring
     host_bytes: int
     modules: tuple[NF4Experts, ...]
-    memory: HostMemory | None
 
     def close(self) -> None:
         """Let go of the slots; streamed layers compute where their bytes lie, in host memory, from then on."""
         for module in self.modules:
             module.stream_from(None)
         self.ring.close()
-        if self.memory is not None:
-            self.memory.close()
 
 
 def stream_experts(
@@ -103,7 +101,23 @@ def stream_experts(
     for number, (module, image) in enumerate(zip(streamed, images, strict=True)):
         module.stream_from(RingLender(ring, number, image))
     host_bytes = 0 if memory is None else memory.bytes.numel()
-    return ExpertStream(len(modules), staying, ring, host_bytes, tuple(streamed), memory)
+    return ExpertStream(len(modules), staying, ring, host_bytes, tuple(streamed))
+
+
+def streamed_bytes(model: nn.Module) -> int:
+    """Bytes of the experts of a model that are streamed."""
+    return sum(
+        module.packed_weight(stack).nbytes
+        for module in model.modules()
+        if isinstance(module, NF4Experts) and module.lender is not None
+        for stack in STACKS
+    )
+
+
+def slot_bytes(model: nn.Module) -> int:
+    """Bytes of the slots on the device through which a model's experts are streamed."""
+    lenders = (module.lender for module in model.modules() if isinstance(module, NF4Experts))
+    return sum(ring.num_bytes for ring in {lender.ring for lender in lenders if isinstance(lender, RingLender)})
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:
@@ -184,4 +198,4 @@ def _copier(device: torch.device, memory: HostMemory | None) -> Copier:
         return HostCopier()
     from moeft.modules.streaming.cuda import CudaCopier
 
-    return CudaCopier(device, memory is not None and memory.is_pinned)
+    return CudaCopier(device, memory)

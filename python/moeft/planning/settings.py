@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from moeft.config.memory import Memory
 from moeft.config.protection import Protection
 from moeft.config.sft import Lora, Quantization, SftRecipe
 from moeft.errors import RecipeError
@@ -33,6 +34,7 @@ class Settings:
         offload: Whether activations wait for backward in host memory.
         checkpointing: "none", "full" or "keep_norm_inputs".
         optimizer: Name as in ``TrainingArguments.optim``.
+        memory: Where experts wait.
         protected_rank: Directions of the instruct subspace that ``protection`` holds for every matrix; None without it.
     """
 
@@ -47,6 +49,7 @@ class Settings:
     offload: bool = False
     checkpointing: str = "full"
     optimizer: str = TRANSFORMERS_OPTIMIZER
+    memory: Memory = field(default_factory=Memory)
     protected_rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -100,6 +103,7 @@ def read_settings(recipe: str | Path | SftRecipe | Settings | None) -> Settings:
         offload=bool(_asked(recipe, "activation_offload", False)),
         checkpointing=_checkpointing(recipe),
         optimizer=str(training.get("optim", _default_optimizer(recipe))),
+        memory=recipe.memory,
         protected_rank=_protected_rank(recipe.protection),
     )
 

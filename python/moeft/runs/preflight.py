@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-from moeft.config import TuningRecipe, validate_optimizer, validate_training_fields
+from moeft.config import SftRecipe, TuningRecipe, validate_optimizer, validate_training_fields
 from moeft.config.optimizer import OWN_OPTIMIZERS
 from moeft.config.trainer_values import validate_trainer_values
 from moeft.data import templates
 from moeft.errors import RecipeError
+from moeft.planning.sizes import parse_bytes
 from moeft.runs.launch import launched_sharded, num_processes
 
 
@@ -30,6 +31,8 @@ def check(recipe: TuningRecipe) -> None:
     _check_processes(recipe)
     _check_masters(recipe)
     _check_merge(recipe)
+    if isinstance(recipe, SftRecipe):
+        _check_memory(recipe)
 
 
 def _check_policy(recipe: TuningRecipe) -> None:
@@ -105,3 +108,25 @@ def _check_merge(recipe: TuningRecipe) -> None:
     continued = (recipe.output / "run.json").exists()
     if not continued and output.is_dir() and any(output.iterdir()):
         raise RecipeError(f"merge.output {output} is not empty; choose another folder, or remove it")
+
+
+def _check_memory(recipe: SftRecipe) -> None:
+    memory = recipe.memory
+    if memory.vram is not None:
+        try:
+            parse_bytes(memory.vram)
+        except ValueError as error:
+            raise RecipeError(f"memory.vram: {error}") from error
+    if memory.experts == "resident":
+        return
+    if num_processes() > 1:
+        raise RecipeError("memory.experts streams to one GPU; set it to resident, or start the run in one process")
+    if "experts" in recipe.trained_roles():
+        raise RecipeError("memory.experts streams frozen experts, and `train` names experts; set it to resident")
+    config = recipe.model / "config.json"
+    packed = config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8"))
+    if memory.backing == "disk" and not packed:
+        raise RecipeError(
+            f"memory.backing: disk reads experts from the files of a packed checkpoint, and {recipe.model} is none; "
+            "make one with `moeft quantize`, or take host"
+        )

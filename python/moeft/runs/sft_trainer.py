@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moeft.config import SftRecipe
-from moeft.errors import MoeftError
 from moeft.runs.adapter import adapted
 from moeft.runs.base_model import load_base, load_tokenizer_of
 from moeft.runs.context import RunContext
 from moeft.runs.sft_data import record_rows, show_example
+from moeft.runs.streaming import forecast, place_on_gpu, stream_if_asked
 from moeft.runs.training_plan import plan_training
 from moeft.runs.training_rows import heldout_rows, sft_arguments, training_rows
 
 if TYPE_CHECKING:
-    from moeft.planning import Plan
     from moeft.training.sft import SFTTrainer
 
 
@@ -42,6 +41,9 @@ def make_trainer(run: RunContext[SftRecipe]) -> SFTTrainer:
     if recipe.train:
         names = train_roles(tuned, recipe.train)
         run.show(f"trained in full: {len(names)} weights of {', '.join(recipe.train)}")
+    planned_memory = forecast(run)
+    stream_if_asked(run, tuned, args, planned_memory)
+    place_on_gpu(run, tuned, args)
     trainer = SFTTrainer(
         model=tuned,
         args=args,
@@ -51,21 +53,10 @@ def make_trainer(run: RunContext[SftRecipe]) -> SFTTrainer:
         events=run.folder,
         protection=recipe.protection,
     )
-    trainer.forecast = _forecast(run)
+    trainer.forecast = planned_memory
     record_rows(run, trainer)
     show_example(run, trainer)
     planned = plan_training(trainer, sum(row.parameters for row in found.rows), trainer.forecast)
     run.metrics["plan"] = planned.to_json()
     run.show(str(planned))
     return trainer
-
-
-def _forecast(run: RunContext[SftRecipe]) -> Plan | None:
-    """The plan of this run, for the report and for an error about memory."""
-    from moeft.planning import plan
-
-    try:
-        return plan(run.recipe.model, recipe=run.recipe)
-    except MoeftError as error:  # A model that loads and cannot be planned is no reason not to train it.
-        run.show(f"no memory plan: {error}")
-        return None

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from moeft.kernels.experts import gpu
 from moeft.kernels.nf4 import NestedStatistics, NF4Weight
+from moeft.kernels.out_of_memory import naming
 from moeft.kernels.routing import Buckets
+
+KNOB = "fewer tokens in a micro-batch (per_device_train_batch_size, data.max_length) make it smaller"
 
 
 def flatten(weight: NF4Weight | Tensor) -> tuple[list[Tensor], list[int], str]:
@@ -60,17 +63,18 @@ def experts_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, and what backward needs; see :func:`moeft.kernels.experts.gpu.forward`."""
-    out, saved = gpu.forward(
-        x,
-        weights,
-        _unflatten(gate_up, gate_up_sizes, codebook),
-        _unflatten(down, down_sizes, codebook),
-        _factors(a_up, b_up, scaling_up),
-        _factors(a_down, b_down, scaling_down),
-        Buckets(permutation, inverse, offsets),
-        gate,
-        keep,
-    )
+    with naming(f"the forward pass of an expert block on {weights.numel():,} rows", KNOB):
+        out, saved = gpu.forward(
+            x,
+            weights,
+            _unflatten(gate_up, gate_up_sizes, codebook),
+            _unflatten(down, down_sizes, codebook),
+            _factors(a_up, b_up, scaling_up),
+            _factors(a_down, b_down, scaling_down),
+            Buckets(permutation, inverse, offsets),
+            gate,
+            keep,
+        )
     return out, *saved
 
 
@@ -115,18 +119,19 @@ def experts_backward(
     low_down: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``weights`` and the factors; see :func:`moeft.kernels.experts.gpu.backward`."""
-    return gpu.backward(
-        grad,
-        x,
-        weights,
-        _unflatten(gate_up, gate_up_sizes, codebook),
-        _unflatten(down, down_sizes, codebook),
-        _factors(a_up, b_up, scaling_up),
-        _factors(a_down, b_down, scaling_down),
-        Buckets(permutation, inverse, offsets),
-        gate,
-        gpu.Saved(h, low_up, low_down),
-    )
+    with naming(f"the backward pass of an expert block on {weights.numel():,} rows", KNOB):
+        return gpu.backward(
+            grad,
+            x,
+            weights,
+            _unflatten(gate_up, gate_up_sizes, codebook),
+            _unflatten(down, down_sizes, codebook),
+            _factors(a_up, b_up, scaling_up),
+            _factors(a_down, b_down, scaling_down),
+            Buckets(permutation, inverse, offsets),
+            gate,
+            gpu.Saved(h, low_up, low_down),
+        )
 
 
 @experts_backward.register_fake

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moeft.modules.streaming.copier import Pieces
+from moeft.modules.streaming.host_memory import HostMemory
 
 Arrival = torch.cuda.Event | Future[torch.cuda.Event]
 
@@ -19,14 +20,17 @@ class CudaCopier:
 
     Args:
         device: The GPU.
-        is_pinned: Whether all host bytes are registered. If not, the driver stages them, which blocks whoever asks: a
-            thread of its own then, so that the host waits only where a layer is not yet on its way when it is needed.
+        memory: What all bytes lie in, kept until the last copy is made; None if they lie in files. If the GPU cannot
+            read it by itself the driver stages copies, which blocks whoever asks: a thread of its own then, so that the
+            host waits only where a layer is not yet on its way when it is needed.
     """
 
-    def __init__(self, device: torch.device, is_pinned: bool) -> None:
+    def __init__(self, device: torch.device, memory: HostMemory | None) -> None:
         self.device = device
+        self._memory = memory
         self._stream = torch.cuda.Stream(device)
-        self._thread = None if is_pinned else ThreadPoolExecutor(1, "moeft-experts")
+        pinned = memory is not None and memory.is_pinned
+        self._thread = None if pinned else ThreadPoolExecutor(1, "moeft-experts")
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Memory of a slot, uint8 ``[num_bytes]``."""
@@ -53,10 +57,12 @@ class CudaCopier:
         torch.cuda.current_stream(self.device).wait_event(event)
 
     def close(self) -> None:
-        """Wait until all copies are made."""
+        """Wait until all copies are made, and take the registration of host memory back."""
         if self._thread is not None:
             self._thread.shutdown()
         self._stream.synchronize()
+        if self._memory is not None:
+            self._memory.close()
 
     def _copy(
         self, pieces: Pieces, slot: Tensor, after: torch.cuda.Event | None, done: Callable[[], None]

@@ -6,6 +6,7 @@ torch's pinned allocator is not used: it rounds every request up to a power of t
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,6 +48,8 @@ class HostMemory:
         self._registered: list[int] = []
         if register is not None:
             self._register(register)
+        # Whoever forgets to close leaves no registration behind of memory that is used for something else.
+        weakref.finalize(self, _take_back, self._registered, unregister)
 
     @property
     def is_pinned(self) -> bool:
@@ -74,10 +77,7 @@ class HostMemory:
 
     def close(self) -> None:
         """Take back what was registered; the bytes stay readable."""
-        for address in self._registered:
-            if self._unregister is not None:
-                self._unregister(address)
-        self._registered.clear()
+        _take_back(self._registered, self._unregister)
 
     def _register(self, register: Register) -> None:
         start, total = self.bytes.data_ptr(), self.bytes.numel()
@@ -87,3 +87,10 @@ class HostMemory:
                 self.close()
                 return
             self._registered.append(start + offset)
+
+
+def _take_back(registered: list[int], unregister: Callable[[int], None] | None) -> None:
+    while registered:
+        address = registered.pop()
+        if unregister is not None:
+            unregister(address)
