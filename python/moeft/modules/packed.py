@@ -75,7 +75,7 @@ class PackedModule(nn.Module):
     def set_packed(self, name: str, weight: NF4Weight) -> None:
         """Let a packed weight lie elsewhere: tensors of the same shapes, which the module then shares."""
         members = members_of(name, weight)
-        getattr(self, name).data = members.pop(name)
+        setattr(self, name, nn.Parameter(members.pop(name), requires_grad=False))
         for member, tensor in members.items():
             setattr(self, member, tensor)
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from moeft.kernels.experts import gpu, operator
 from moeft.kernels.experts.spec import PLAIN, Weights
+from moeft.kernels.nf4.operands import flatten
 
 
 class ExpertBlock(torch.autograd.Function):
@@ -74,8 +75,8 @@ class ExpertBlock(torch.autograd.Function):
 
 def stacks(weights: Weights) -> tuple[list[Tensor], list[int], list[Tensor], list[int], str]:
     """Both stacks as the operators take them."""
-    gate_up, gate_up_sizes, codebook = operator.flatten(weights.gate_up)
-    down, down_sizes, _ = operator.flatten(weights.down)
+    gate_up, gate_up_sizes, codebook = flatten(weights.gate_up)
+    down, down_sizes, _ = flatten(weights.down)
     return gate_up, gate_up_sizes, down, down_sizes, codebook
 
 
