@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig
 import moeft
 from moeft import families
 from moeft.checkpoint import quantize
+from moeft.config.memory import Memory
 from moeft.config.sft import Lora, Quantization, SftRecipe
 from moeft.errors import CheckpointError, RecipeError, UnsupportedModelError
 from moeft.integration.cpu_linears import multiply_in_core
@@ -215,17 +216,16 @@ def test_advice_says_what_a_second_plan_would(checkpoints):
     assert knob.saves_bytes == forecast.device_bytes - changed.device_bytes > 0
 
 
-def test_streaming_is_offered_as_arithmetic_when_nothing_else_fits():
+def test_streaming_is_offered_when_nothing_else_fits_and_gives_what_it_says():
     config = {"model_type": "gemma4_text", **GEMMA_26B}
     lora = Lora(targets=("attention",))
     forecast = plan(config, vram="14GB", recipe=Settings(lora=lora))
     knob = forecast.advice[-1]
-    assert knob.name.startswith("stream experts, ")
-    assert not knob.exists
-    resident = int(knob.name.split()[2])
+    assert knob.name == "memory.experts: stream"
+    streamed = plan(config, vram="14GB", recipe=Settings(lora=lora, memory=Memory(experts="stream")))
     layer = 12_846_366_720 // 30
-    streamed = forecast.device_bytes - (30 - resident - 2) * layer
-    assert streamed == forecast.device_bytes - knob.saves_bytes <= 14e9 < streamed + layer
+    assert streamed.device_bytes == forecast.device_bytes - knob.saves_bytes <= 14e9 < streamed.device_bytes + layer
+    assert streamed.fits
 
 
 def test_a_host_optimizer_takes_nothing_from_the_card(checkpoints):

@@ -12,6 +12,7 @@ from moeft.config.evaluation import Evaluation
 from moeft.config.filters import Filters
 from moeft.config.gate import Gate
 from moeft.config.learning_rate import RangeTest
+from moeft.config.memory import Memory
 from moeft.config.protection import Protection
 from moeft.config.ranges import expand
 from moeft.config.recipe import Recipe, Section, one_or_many
@@ -258,6 +259,7 @@ class SftRecipe(TuningRecipe):
     range_test: RangeTest = Field(
         default_factory=RangeTest, description="How `training.learning_rate: auto` finds the rate"
     )
+    memory: Memory = Field(default_factory=Memory, description="Where packed experts wait: on the device or off it")
 
     @field_validator("train", mode="after")
     @classmethod

@@ -59,6 +59,7 @@ def forward(
     if self not in _read:
         _read[self] = experts_module.read("experts", self)
     gate_up, down = (stack.detach() for stack in stacks)
+    gate_up_bias, down_bias = (None if bias is None else bias.detach() for bias in biases.values())
     return experts(
         hidden_states,
         top_k_index,
@@ -67,7 +68,8 @@ def forward(
         down,
         _read[self].activation,
         lora,
-        **{name: None if bias is None else bias.detach() for name, bias in biases.items()},
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
         layout=_read[self].layout,
     )
 

@@ -12,6 +12,7 @@ from moeft import _core, families
 from moeft.errors import CheckpointError, UnsupportedModelError
 from moeft.integration import loading_check, model_family
 from moeft.integration.cpu_linears import multiply_in_core
+from moeft.integration.placing import place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +80,8 @@ def load_model(
     # transformers warns about a config that a packed checkpoint does not need.
     if config is not None and not _is_packed_alike(path, model_config, config):
         options["quantization_config"] = config
-    if device is not None:
+    is_packed = getattr(model_config, "quantization_config", None) is not None
+    if device is not None and not is_packed:  # packed bytes go from the files to the device without a stop
         options["device_map"] = {"": device}
     model_class = transformers.AutoModelForCausalLM
     text_config = getattr(model_config, "text_config", None)
@@ -104,6 +106,8 @@ def load_model(
         model_family.of_model(model)
     if renaming:
         _forget(model, renaming)
+    if device is not None and is_packed:
+        place(model, device, sorted(path.glob("*.safetensors")))
     multiply_in_core(model)
     return model
 

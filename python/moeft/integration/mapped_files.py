@@ -6,10 +6,11 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 MIN_STEP_BYTES = 128 * 1024**2
 STEPS = 64
@@ -45,11 +46,8 @@ class MappedFiles:
         self.unreleased_bytes = 0
         if sys.platform != "linux" or not self.names:
             return
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         for start, end in self._mappings():
-            if not _holds_changed_pages(start, end):
-                madvise(start, end - start, mmap.MADV_DONTNEED)
+            _release(start, end)
 
     def _mappings(self) -> Iterator[tuple[int, int]]:
         """First address and end of every mapping of the files."""
@@ -58,6 +56,27 @@ class MappedFiles:
             if len(fields) == 6 and fields[5] in self.names:
                 start, end = fields[0].split(b"-")
                 yield int(start, 16), int(end, 16)
+
+
+def give_back(tensors: Iterable[Tensor]) -> None:
+    """Take the pages of tensors that are views of files out of this process's memory; others are left alone.
+
+    Only whole pages of a tensor are released, and none of a tensor that was changed. Does nothing outside of Linux.
+    """
+    if sys.platform != "linux":
+        return
+    for tensor in tensors:
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < end:
+            _release(start, end)
+
+
+def _release(start: int, end: int) -> None:
+    if not _holds_changed_pages(start, end):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        madvise(start, end - start, mmap.MADV_DONTNEED)
 
 
 def _holds_changed_pages(start: int, end: int) -> bool:

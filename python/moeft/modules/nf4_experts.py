@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moeft.kernels import Activation, ExpertLayout, ExpertLora, experts
-from moeft.kernels.experts.spec import PLAIN
+from moeft.kernels.experts.spec import PLAIN, Lender
 from moeft.modules.packed import PackedModule
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -19,7 +19,13 @@ class NF4Experts(PackedModule):
     Stacks are ``gate_up_proj [E, 2I, H]`` (gate rows first) and ``down_proj [E, H, I]``, unless ``layout`` says
     otherwise; blocks run along a stack as it is stored. Biases keep their dtype. The call is the same:
     ``(hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k])``.
+
+    Attributes:
+        lender: Brings the stacks to the device of the tokens for as long as they are computed with; the module's own
+            tensors then stay in host memory, whatever the module is moved to. None for stacks that lie on the device.
     """
+
+    lender: Lender | None
 
     def __init__(
         self,
@@ -36,6 +42,7 @@ class NF4Experts(PackedModule):
         self.num_experts, self.intermediate_dim, self.hidden_dim = layout.sizes(down_shape)
         self.act_fn = activation
         self.layout = layout
+        self.stream_from(None)
         for name, bias in zip(BIASES, (gate_up_bias, down_bias), strict=True):
             self.register_parameter(name, bias)
         self.register_packed("gate_up_proj", gate_up_shape, block_size, double_quant)
@@ -45,6 +52,22 @@ class NF4Experts(PackedModule):
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, lora: ExpertLora | None = None
     ) -> Tensor:
         """Run the expert block, with the low-rank factors of an adapter if given."""
+        run = self._run if self.lender is None else self._run_eagerly
+        return run(hidden_states, top_k_index, top_k_weights, lora)
+
+    def stays_in_place(self) -> bool:
+        """Whether the stacks are streamed."""
+        return self.lender is not None
+
+    def stream_from(self, lender: Lender | None) -> None:
+        """Take the stacks from a lender from now on; None for the module's own."""
+        self.lender = lender
+        # A graph would be made of one slot's memory.
+        self._run_eagerly = self._run if lender is None else torch.compiler.disable(self._run)
+
+    def _run(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, lora: ExpertLora | None
+    ) -> Tensor:
         gate_up, down = (self.packed_weight(name) for name in STACKS)
         # Frozen whatever the flag of the parameter says: transformers sets it on every bias that it loads.
         gate_up_bias, down_bias = (None if b is None else b.detach() for b in (getattr(self, name) for name in BIASES))
@@ -59,6 +82,7 @@ class NF4Experts(PackedModule):
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
             layout=self.layout,
+            lender=self.lender,
         )
 
     def extra_repr(self) -> str:  # noqa: D102

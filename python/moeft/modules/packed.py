@@ -72,10 +72,25 @@ class PackedModule(nn.Module):
             for name in self.packed_shapes
         }
 
+    def set_packed(self, name: str, weight: NF4Weight) -> None:
+        """Let a packed weight lie elsewhere: tensors of the same shapes, which the module then shares."""
+        members = members_of(name, weight)
+        setattr(self, name, nn.Parameter(members.pop(name), requires_grad=False))
+        for member, tensor in members.items():
+            setattr(self, member, tensor)
+
+    def stays_in_place(self) -> bool:
+        """Whether the packed weights ignore moves of the module, because something else brings them to its device."""
+        return False
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow moves between devices, but never casts: ``model.to(bfloat16)`` must not round the statistics."""
+        members = [member for names in self.packed_members().values() for member in names]
+        staying = {id(getattr(self, member)) for member in members} if self.stays_in_place() else set()
 
         def move(tensor: Tensor) -> Tensor:
+            if id(tensor) in staying:
+                return tensor
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 

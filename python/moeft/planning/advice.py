@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from moeft.planning.adapters import HOST_OPTIMIZERS
 from moeft.planning.settings import Settings
 from moeft.planning.sizes import format_bytes
+from moeft.planning.streaming import PASSES, SLOTS, saved_bytes, solve
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,11 @@ def changes(settings: Settings, packed_on_disk: bool) -> Iterator[tuple[str, Set
 
 
 def streaming(expert_bytes_by_layer: list[int], device_bytes: int, vram_bytes: int) -> Knob | None:
-    """How many layers' experts could stay on the card if the others were streamed from host memory."""
-    if not expert_bytes_by_layer:
+    """Streaming as many layers' experts as it takes to fit a card; None if that is not enough."""
+    resident = solve(expert_bytes_by_layer, device_bytes, vram_bytes) if expert_bytes_by_layer else None
+    if resident is None:
         return None
-    layer, total = max(expert_bytes_by_layer), sum(expert_bytes_by_layer)
-    ring = 2 * layer  # one layer in use, the next on its way
-    resident = (vram_bytes - (device_bytes - total) - ring) // layer
-    count = len(expert_bytes_by_layer)
-    if resident < 0:
-        return None
-    resident = min(resident, count - 1)
-    saved = total - resident * layer - ring
-    cost = f"{format_bytes((count - resident) * layer)} over the bus twice per micro-batch"
-    return Knob(f"stream experts, {resident} of {count} layers resident", saved, False, cost) if saved > 0 else None
+    count, saved = len(expert_bytes_by_layer), saved_bytes(expert_bytes_by_layer, resident)
+    crossing = PASSES * (count - resident - SLOTS) * max(expert_bytes_by_layer)
+    cost = f"{resident} of {count} layers stay; {format_bytes(max(crossing, 0))} over the bus in a micro-batch"
+    return Knob("memory.experts: stream", saved, True, cost) if saved > 0 else None

@@ -17,12 +17,14 @@ class Device:
         memory_bytes: Memory.
         flops: Peak of dense bf16 matrix products, per second.
         bandwidth: Bytes per second to and from its memory.
+        bus: Bytes per second from registered host memory, assumed: three quarters of its PCIe link.
     """
 
     name: str
     memory_bytes: int
     flops: float
     bandwidth: float
+    bus: float = 24e9
 
 
 DEVICES = {
@@ -30,14 +32,14 @@ DEVICES = {
     for device in (
         Device("RTX 3060", 12 * GIB, 25.5e12, 360e9),
         Device("RTX 3090", 24 * GIB, 71e12, 936e9),
-        Device("RTX 4060 Ti 16GB", 16 * GIB, 44e12, 288e9),
+        Device("RTX 4060 Ti 16GB", 16 * GIB, 44e12, 288e9, 12e9),
         Device("RTX 4090", 24 * GIB, 165e12, 1008e9),
-        Device("RTX 5090", 32 * GIB, 209.5e12, 1792e9),
+        Device("RTX 5090", 32 * GIB, 209.5e12, 1792e9, 48e9),
         Device("L4", 24 * GIB, 121e12, 300e9),
         Device("L40S", 48 * GIB, 362e12, 864e9),
         Device("A100 80GB", 80 * GIB, 312e12, 2039e9),
-        Device("H100 SXM", 80 * GIB, 989e12, 3350e9),
-        Device("H200", 141 * GIB, 989e12, 4800e9),
+        Device("H100 SXM", 80 * GIB, 989e12, 3350e9, 48e9),
+        Device("H200", 141 * GIB, 989e12, 4800e9, 48e9),
     )
 }
 

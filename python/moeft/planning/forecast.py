@@ -10,7 +10,7 @@ from typing import Any
 from moeft.config.dpo import DpoRecipe
 from moeft.config.sft import SftRecipe
 from moeft.planning.advice import Knob, changes, streaming
-from moeft.planning.devices import find_device, nearest_names
+from moeft.planning.devices import Device, find_device, nearest_names
 from moeft.planning.model import read_model
 from moeft.planning.report import Plan
 from moeft.planning.resolve import resolve
@@ -18,6 +18,7 @@ from moeft.planning.rows import Forecast
 from moeft.planning.settings import Settings, read_settings
 from moeft.planning.sizes import parse_bytes
 from moeft.planning.spread import spread
+from moeft.planning.streaming import solve, stream
 
 
 def plan(
@@ -32,7 +33,7 @@ def plan(
 
     Args:
         model: Folder of a checkpoint, 16-bit or packed; a ``config.json``; its content; or a config of transformers.
-        vram: Memory of the card, such as ``"16GiB"``; by default that of ``device``.
+        vram: Memory of the card, such as ``"16GiB"``; by default what the recipe says, or that of ``device``.
         recipe: Recipe of ``moeft sft`` or ``moeft dpo``, or settings. Without one: NF4 experts, LoRA of rank 16 on
             attention and experts, one row of 2,048 tokens, full activation checkpointing.
         device: Name of a card for a prediction of speed, such as ``"RTX 3090"``.
@@ -44,14 +45,17 @@ def plan(
         CheckpointError: If config or headers are damaged, or the checkpoint is packed in another way than asked.
         UnsupportedModelError: If the family is unknown and there are no headers.
         RecipeError: If the recipe cannot be read, or is of another kind.
-        ValueError: If ``vram`` is no size, ``gpus`` not positive or ``strategy`` unknown.
+        ValueError: If ``vram`` is no size, ``gpus`` not positive or ``strategy`` unknown, or several GPUs are to stream
+            experts.
     """
     card = find_device(device) if device else None
-    vram_bytes = parse_bytes(vram) if vram is not None else None
-    if vram is None and card is not None:
-        vram_bytes = card.memory_bytes
+    asked = read_settings(recipe)
+    if gpus > 1 and asked.memory.experts != "resident":
+        raise ValueError(f"memory.experts is {asked.memory.experts!r}, expected 'resident' on {gpus} GPUs")
+    size = asked.memory.vram if vram is None else vram
+    vram_bytes = parse_bytes(size) if size is not None else None if card is None else card.memory_bytes
     found = read_model(model)
-    settings, notes = resolve(found, read_settings(recipe), given=recipe is not None)
+    settings, notes = resolve(found, asked, given=recipe is not None)
     forecast = Forecast(found, settings)
     if device and card is None:
         notes.append(
@@ -60,7 +64,31 @@ def plan(
         )
     result = forecast.plan(vram_bytes, forecast.speed(card) if card else None, notes)
     shared = spread(forecast, result, gpus, strategy)
-    return replace(result, advice=tuple(_advice(forecast, result)), spread=shared if gpus > 1 else None)
+    result = replace(result, advice=tuple(_advice(forecast, result)), spread=shared if gpus > 1 else None)
+    return _streamed(forecast, result, card)
+
+
+def _streamed(forecast: Forecast, result: Plan, card: Device | None) -> Plan:
+    """The plan with experts streamed, if they are to be."""
+    settings, expert_bytes = forecast.settings, forecast.expert_bytes()
+    wanted = settings.memory.experts
+    if wanted == "resident" or (wanted == "auto" and result.fits is not False):
+        return result
+    packed = settings.quantization is not None and settings.quantization.experts
+    if not expert_bytes or not packed:
+        note = f"memory.experts is {wanted!r}, which streams packed experts, and this model has none"
+        return replace(result, notes=(*result.notes, note))
+    resident = solve(expert_bytes, result.device_bytes, result.vram_bytes)
+    return stream(
+        result,
+        expert_bytes,
+        resident or 0,
+        on_disk=settings.memory.backing == "disk",
+        rows=settings.batch_size,
+        length=settings.max_length,
+        card=card,
+        speed=result.speed,
+    )
 
 
 def _advice(forecast: Forecast, result: Plan) -> Iterator[Knob]:
@@ -74,7 +102,9 @@ def _advice(forecast: Forecast, result: Plan) -> Iterator[Knob]:
         if saved > 0:
             knobs.append(Knob(name, saved, True, cost))
     yield from sorted(knobs, key=lambda knob: -knob.saves_bytes)
-    if result.fits is False and result.vram_bytes is not None:
+    settings = forecast.settings
+    packed = settings.quantization is not None and settings.quantization.experts
+    if packed and settings.memory.experts == "resident" and result.fits is False and result.vram_bytes is not None:
         knob = streaming(forecast.expert_bytes(), result.device_bytes, result.vram_bytes)
         if knob is not None:
             yield knob

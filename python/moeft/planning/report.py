@@ -9,6 +9,7 @@ from moeft.planning.advice import Knob
 from moeft.planning.host import HostForecast
 from moeft.planning.sizes import format_bytes
 from moeft.planning.speed import Speed
+from moeft.planning.streaming import Streaming
 
 ALWAYS = "always"
 LOSS_HEAD = "loss head"
@@ -54,6 +55,7 @@ class Plan:
         advice: What would make it smaller, largest saving first.
         speed: Predicted speed; None without a device.
         host: Training on the CPU instead; None for a model whose layers are not understood.
+        streaming: What experts off the card cost; None if all are on it.
         spread: What each of several GPUs holds and receives; None for one.
         notes: Assumptions, and what is left out.
     """
@@ -66,6 +68,7 @@ class Plan:
     advice: tuple[Knob, ...] = ()
     speed: Speed | None = None
     host: HostForecast | None = None
+    streaming: Streaming | None = None
     spread: Any = None
     notes: tuple[str, ...] = field(default=())
 
@@ -113,6 +116,7 @@ class Plan:
         derived = ("parameters", "peak_phase", "peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "fits")
         result = {**asdict(self), **{name: getattr(self, name) for name in derived}}
         result["spread"] = None if self.spread is None else self.spread.to_json()
+        result["streaming"] = None if self.streaming is None else self.streaming.to_json()
         if self.host is not None:
             result["host"]["peak_bytes"] = self.host.peak_bytes
         return result
@@ -131,6 +135,8 @@ class Plan:
         if self.vram_bytes is not None:
             verdict = "fits" if self.fits else f"does not fit, {format_bytes(self.device_bytes - self.vram_bytes)} over"
             lines.append(self._total("card", self.vram_bytes, verdict))
+        if self.streaming is not None:
+            lines += ["", str(self.streaming)]
         if self.speed is not None:
             lines += ["", str(self.speed)]
         if self.host is not None:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from moeft.config import document
 from moeft.config.dpo import DpoRecipe
+from moeft.config.memory import Memory
 from moeft.config.optimizer import default_optimizer
 from moeft.config.protection import Protection
 from moeft.config.sft import Lora, Quantization, SftRecipe
@@ -39,6 +40,7 @@ class Settings:
         offload: Whether activations wait for backward in host memory.
         checkpointing: "none", "full" or "keep_norm_inputs".
         optimizer: Name as in ``TrainingArguments.optim``.
+        memory: Where experts wait.
         protected_rank: Directions of the instruct subspace that ``protection`` holds for every matrix; None without it.
     """
 
@@ -55,6 +57,7 @@ class Settings:
     offload: bool = False
     checkpointing: str = "full"
     optimizer: str = TRANSFORMERS_OPTIMIZER
+    memory: Memory = field(default_factory=Memory)
     protected_rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -122,6 +125,7 @@ def read_settings(recipe: str | Path | SftRecipe | DpoRecipe | Settings | None) 
         offload=bool(_asked(recipe, "activation_offload", False)),
         checkpointing=_checkpointing(recipe),
         optimizer=str(training.get("optim") or default or TRANSFORMERS_OPTIMIZER),
+        memory=recipe.memory if isinstance(recipe, SftRecipe) else Memory(),
         protected_rank=_protected_rank(recipe.protection),
     )
 

@@ -11,6 +11,7 @@ from moeft.config.optimizer import OWN_OPTIMIZERS
 from moeft.config.trainer_values import validate_trainer_values
 from moeft.data import templates
 from moeft.errors import RecipeError
+from moeft.planning.sizes import parse_bytes
 from moeft.runs.launch import deepspeed_is_bypassed, launched_on_deepspeed, launched_sharded, num_processes
 
 
@@ -32,6 +33,8 @@ def check(recipe: TuningRecipe) -> None:
     _check_processes(recipe)
     _check_masters(recipe)
     _check_merge(recipe)
+    if isinstance(recipe, SftRecipe):
+        _check_memory(recipe)
 
 
 def _check_rate(recipe: TuningRecipe) -> None:
@@ -141,3 +144,23 @@ def _check_merge(recipe: TuningRecipe) -> None:
 def _is_quantised(checkpoint: Path) -> bool:
     config = checkpoint / "config.json"
     return config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8"))
+
+
+def _check_memory(recipe: SftRecipe) -> None:
+    memory = recipe.memory
+    if memory.vram is not None:
+        try:
+            parse_bytes(memory.vram)
+        except ValueError as error:
+            raise RecipeError(f"memory.vram: {error}") from error
+    if memory.experts == "resident":
+        return
+    if num_processes() > 1:
+        raise RecipeError("memory.experts streams to one GPU; set it to resident, or start the run in one process")
+    if "experts" in recipe.trained_roles():
+        raise RecipeError("memory.experts streams frozen experts, and `train` names experts; set it to resident")
+    if memory.backing == "disk" and not _is_quantised(recipe.model):
+        raise RecipeError(
+            f"memory.backing: disk reads experts from the files of a packed checkpoint, and {recipe.model} is none; "
+            "make one with `moeft quantize`, or take host"
+        )

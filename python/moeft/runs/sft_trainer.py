@@ -9,7 +9,8 @@ from moeft.runs.adapter import adapted
 from moeft.runs.base_model import load_base, load_tokenizer_of
 from moeft.runs.context import RunContext
 from moeft.runs.sft_data import record_rows, show_example
-from moeft.runs.training_plan import memory_forecast, plan_training
+from moeft.runs.streaming import forecast, place_on_gpu, stream_if_asked
+from moeft.runs.training_plan import plan_training
 from moeft.runs.training_rows import heldout_rows, sft_arguments, training_rows
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ def make_trainer(run: RunContext[SftRecipe]) -> SFTTrainer:
     if recipe.train:
         names = train_roles(tuned, recipe.train)
         run.show(f"trained in full: {len(names)} weights of {', '.join(recipe.train)}")
+    planned_memory = forecast(run)
+    stream_if_asked(run, tuned, args, planned_memory)
+    place_on_gpu(run, tuned, args)
     trainer = SFTTrainer(
         model=tuned,
         args=args,
@@ -49,7 +53,7 @@ def make_trainer(run: RunContext[SftRecipe]) -> SFTTrainer:
         events=run.folder,
         protection=recipe.protection,
     )
-    trainer.forecast = memory_forecast(run)
+    trainer.forecast = planned_memory
     record_rows(run, trainer)
     show_example(run, trainer)
     planned = plan_training(trainer, sum(row.parameters for row in found.rows), trainer.forecast)

@@ -111,12 +111,12 @@ def _steps_per_epoch(trainer: MoeTrainer) -> int:
     return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
 
 
-def memory_forecast(run: RunContext[Any]) -> Plan | None:
+def memory_forecast(run: RunContext[Any], vram: str | int | None = None) -> Plan | None:
     """The plan of a run, for its report and for an error about memory; None, said, for a model that has none."""
     from moeft.planning import plan
 
     try:
-        return plan(run.recipe.model, recipe=run.recipe)
+        return plan(run.recipe.model, recipe=run.recipe, vram=vram)
     except MoeftError as error:  # A model that loads and cannot be planned is no reason not to train it.
         run.show(f"no memory plan: {error}")
         return None

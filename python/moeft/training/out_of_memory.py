@@ -9,15 +9,19 @@ from torch import nn
 
 from moeft.errors import MoeftError, TrainingError
 from moeft.integration.audit import audit
+from moeft.integration.streaming import slot_bytes, streamed_bytes
+from moeft.kernels.out_of_memory import notes_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 GIB = 2**30
 CPU_MESSAGES = ("can't allocate memory", "not enough memory")
+PACKED_EXPERTS = "packed experts"
 # Largest part of the memory -> what makes it smaller.
 KNOBS = {
     "experts": "pack them: NF4Config(experts=True), and double_quant=True for another 8 %",
+    PACKED_EXPERTS: "stream them from host memory: memory.experts: stream, or from files with memory.backing: disk too",
     "attention": "pack it: NF4Config(attention=True)",
     "mlp": "pack it: NF4Config(mlp=True)",
     "adapter": "choose a smaller lora.rank, or fewer lora.targets",
@@ -61,6 +65,9 @@ def explain(
     ranked = sorted(parts, key=lambda name: -parts[name])
     listed = ", ".join(f"{name} {parts[name] / GIB:.2f} GiB" for name in ranked if parts[name])
     packed = packed_components(model)
+    if "experts" in packed and not streamed_bytes(model):
+        ranked = [PACKED_EXPERTS if name == "experts" else name for name in ranked]
+        parts[PACKED_EXPERTS] = parts.pop("experts")
     turnable = [name for name in ranked if name in KNOBS and name not in packed and parts[name]]
     # What a step allocates is the last straw, whatever else is larger.
     names = dict.fromkeys([*turnable[:1], "activations and temporaries"])
@@ -68,8 +75,9 @@ def explain(
     planned = [str(knob).strip() for knob in (forecast.advice if forecast else ()) if knob.exists]
     if planned:
         advice.append(f"the plan says what saves most: {planned[0]}")
+    where = "".join(f"\n{note}" for note in notes_of(error))
     return TrainingError(
-        f"out of memory in step {step}: {str(error).splitlines()[0]}\nheld: {listed}\n" + "\n".join(advice)
+        f"out of memory in step {step}: {str(error).splitlines()[0]}{where}\nheld: {listed}\n" + "\n".join(advice)
     )
 
 
@@ -89,6 +97,10 @@ def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
         parts = dict(audit(model).bytes_by_component())
     except MoeftError:
         parts = {"model": sum(parameter.nbytes for parameter in model.parameters())}
+    streamed = streamed_bytes(model)
+    if streamed:  # only their slots lie on the device
+        parts["experts"] -= streamed
+        parts["expert slots"] = slot_bytes(model)
     parts["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     states = getattr(optimizer, "state", {}).values()
     parts["optimizer state"] = sum(

@@ -11,7 +11,7 @@ from torch import Tensor
 from moeft.kernels.dispatch import choice, in_core, in_triton
 from moeft.kernels.experts import cpu, function, fused, reference
 from moeft.kernels.experts.lora import ExpertLora, LoraFactors
-from moeft.kernels.experts.spec import PLAIN, Activation, ClampedSwiglu, ExpertLayout, Weights
+from moeft.kernels.experts.spec import PLAIN, Activation, ClampedSwiglu, ExpertLayout, Lender, Weights
 from moeft.kernels.nf4 import NF4Weight
 from moeft.kernels.routing import bucket
 
@@ -30,6 +30,7 @@ def experts(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     layout: ExpertLayout = PLAIN,
+    lender: Lender | None = None,
 ) -> Tensor:
     """Send every token through its experts and add up the results.
 
@@ -51,6 +52,8 @@ def experts(
         gate_up_bias: ``[E, 2I]``, added to gate and up; frozen.
         down_bias: ``[E, H]``, added to the output of an expert; frozen.
         layout: How the stacks are stored.
+        lender: Brings the stacks to the device of ``x`` when forward and backward compute with them; ``gate_up`` and
+            ``down`` then say only how they look, and may lie anywhere.
 
     Returns:
         ``[T, H]`` in the dtype of ``x``; summed over the choices in fixed order, so deterministic.
@@ -61,25 +64,25 @@ def experts(
     """
     _check_weights(gate_up, down, gate_up_bias, down_bias, layout)
     _check_tokens(x, top_k_index, top_k_weights, layout.sizes(down.shape)[2])
-    dtype = x.dtype
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
     lora = lora or ExpertLora()
     _check_devices(
         x,
         top_k_index=top_k_index,
         top_k_weights=top_k_weights,
-        gate_up=gate_up,
-        down=down,
+        **({"gate_up": gate_up, "down": down} if lender is None else {"the stream of experts": lender}),
         **{f"a factor of {name}": a for name, (a, _, _) in zip(lora._fields, lora, strict=True)},
     )
-    weights = Weights(gate_up, down, gate_up_bias, down_bias, layout)
+    dtype = x.dtype
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    weights = Weights(gate_up, down, gate_up_bias, down_bias, layout, lender)
     if choice() == "reference":
         biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-        return reference.experts(
-            x, top_k_index, top_k_weights, gate_up, down, activation, lora, **biases, layout=layout
-        ).to(dtype)
+        with weights.in_place() as (gate_up, down, *_):
+            return reference.experts(
+                x, top_k_index, top_k_weights, gate_up, down, activation, lora, **biases, layout=layout
+            ).to(dtype)
     buckets = bucket(top_k_index, gate_up.shape[0])
     leaves = (x, top_k_weights, *lora.gate_up.tensors, *lora.down.tensors)
     gate = cpu.gate_of(activation)
@@ -116,7 +119,7 @@ def _check_weights(
             raise ValueError(f"{name} requires a gradient, but this operation trains only LoRA; freeze the weight")
 
 
-def _check_devices(x: Tensor, **others: NF4Weight | Tensor | None) -> None:
+def _check_devices(x: Tensor, **others: NF4Weight | Tensor | Lender | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}; move the layer to one device")

@@ -97,14 +97,15 @@ class ExpertBlock(torch.autograd.Function):
     ) -> Tensor:
         x_TH = x_TH.contiguous()
         ctx.weights, ctx.gate, ctx.scalings = weights, gate, scalings
-        block = _block(ctx, x_TH, weight_Tk, (a_up, b_up), (a_down, b_down), buckets)
         out_TH = torch.empty_like(x_TH)
         needs_grad = any(ctx.needs_input_grad[:6])
         rows, inner = weight_Tk.numel(), weights.layout.sizes(weights.down.shape)[1]
         h_R2I = x_TH.new_empty(rows if needs_grad else 0, 2 * inner)
-        _core.experts_forward(
-            block, buffer(x_TH), buffer(h_R2I) if needs_grad else None, buffer(out_TH), torch.get_num_threads()
-        )
+        with weights.in_place() as here:
+            block = _block(ctx, here, x_TH, weight_Tk, (a_up, b_up), (a_down, b_down), buckets)
+            _core.experts_forward(
+                block, buffer(x_TH), buffer(h_R2I) if needs_grad else None, buffer(out_TH), torch.get_num_threads()
+            )
         if needs_grad:
             ctx.save_for_backward(x_TH, weight_Tk, a_up, b_up, a_down, b_down, *buckets, h_R2I)
         return out_TH
@@ -113,22 +114,22 @@ class ExpertBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x_TH, weight_Tk, a_up, b_up, a_down, b_down, *routing, h_R2I = ctx.saved_tensors
-        block = _block(ctx, x_TH, weight_Tk, (a_up, b_up), (a_down, b_down), Buckets(*routing))
         grad_x_TH = torch.empty_like(x_TH) if ctx.needs_input_grad[0] else None
         grad_weight_Tk = torch.empty(weight_Tk.shape, dtype=torch.float32)
         grad_up = _gradients(a_up, b_up, any(ctx.needs_input_grad[2:4]))
         grad_down = _gradients(a_down, b_down, any(ctx.needs_input_grad[4:6]))
-        _core.experts_backward(
-            block,
-            buffer(x_TH),
-            buffer(h_R2I),
-            buffer(grad_TH.contiguous()),
-            None if grad_x_TH is None else buffer(grad_x_TH),
-            buffer(grad_weight_Tk),
-            grad_up and (buffer(grad_up[0]), buffer(grad_up[1])),
-            grad_down and (buffer(grad_down[0]), buffer(grad_down[1])),
-            torch.get_num_threads(),
-        )
+        with ctx.weights.in_place() as here:
+            _core.experts_backward(
+                _block(ctx, here, x_TH, weight_Tk, (a_up, b_up), (a_down, b_down), Buckets(*routing)),
+                buffer(x_TH),
+                buffer(h_R2I),
+                buffer(grad_TH.contiguous()),
+                None if grad_x_TH is None else buffer(grad_x_TH),
+                buffer(grad_weight_Tk),
+                grad_up and (buffer(grad_up[0]), buffer(grad_up[1])),
+                grad_down and (buffer(grad_down[0]), buffer(grad_down[1])),
+                torch.get_num_threads(),
+            )
         factors = zip(
             (*(grad_up or (None, None)), *(grad_down or (None, None))), (a_up, b_up, a_down, b_down), strict=True
         )
@@ -138,13 +139,14 @@ class ExpertBlock(torch.autograd.Function):
 
 def _block(
     ctx: Any,
+    weights: Weights,
     x_TH: Tensor,
     weight_Tk: Tensor,
     up_factors: tuple[Tensor | None, Tensor | None],
     down_factors: tuple[Tensor | None, Tensor | None],
     buckets: Buckets,
 ) -> Block:
-    gate_up, down, gate_up_bias, down_bias, layout = ctx.weights
+    gate_up, down, gate_up_bias, down_bias, layout, _ = weights
     return Block(
         gate_up=Stack.of(gate_up, layout.transposed, gate_up_bias),
         down=Stack.of(down, layout.transposed, down_bias),

@@ -40,21 +40,21 @@ class ExpertBlock(torch.autograd.Function):
         activation: Activation,
         scalings: tuple[float, float],
     ) -> Tensor:
-        gate_up, down, gate_up_bias, down_bias, layout = weights
-        tokens, top_k = weight_Tk.shape
-        up_lora = _Lora.of(a_up, b_up, scalings[0], gate_up.shape[0], x_TH.dtype)
-        down_lora = _Lora.of(a_down, b_down, scalings[1], gate_up.shape[0], x_TH.dtype)
+        with weights.in_place() as (gate_up, down, gate_up_bias, down_bias, layout, _):
+            tokens, top_k = weight_Tk.shape
+            up_lora = _Lora.of(a_up, b_up, scalings[0], gate_up.shape[0], x_TH.dtype)
+            down_lora = _Lora.of(a_down, b_down, scalings[1], gate_up.shape[0], x_TH.dtype)
 
-        x_RH = x_TH.index_select(0, buckets.permutation // top_k)
-        h_R2I, x_Rr = _linear(x_RH, gate_up, up_lora, buckets.offsets, layout.transposed)
-        if gate_up_bias is not None:
-            h_R2I += _bias_rows(gate_up_bias, buckets, h_R2I.dtype)
-        act_RI = activate(activation, *layout.split(h_R2I))
-        y_RH, act_Rr = _linear(act_RI, down, down_lora, buckets.offsets, layout.transposed)
-        if down_bias is not None:
-            y_RH += _bias_rows(down_bias, buckets, y_RH.dtype)
-        y_TkH = y_RH.index_select(0, buckets.inverse).view(tokens, top_k, y_RH.shape[-1])
-        out_TH = (y_TkH * weight_Tk[..., None]).sum(1).to(x_TH.dtype)
+            x_RH = x_TH.index_select(0, buckets.permutation // top_k)
+            h_R2I, x_Rr = _linear(x_RH, gate_up, up_lora, buckets.offsets, layout.transposed)
+            if gate_up_bias is not None:
+                h_R2I += _bias_rows(gate_up_bias, buckets, h_R2I.dtype)
+            act_RI = activate(activation, *layout.split(h_R2I))
+            y_RH, act_Rr = _linear(act_RI, down, down_lora, buckets.offsets, layout.transposed)
+            if down_bias is not None:
+                y_RH += _bias_rows(down_bias, buckets, y_RH.dtype)
+            y_TkH = y_RH.index_select(0, buckets.inverse).view(tokens, top_k, y_RH.shape[-1])
+            out_TH = (y_TkH * weight_Tk[..., None]).sum(1).to(x_TH.dtype)
 
         ctx.save_for_backward(x_TH, weight_Tk, a_up, b_up, a_down, b_down, *buckets, h_R2I, x_Rr, act_Rr)
         ctx.weights = weights
@@ -67,30 +67,30 @@ class ExpertBlock(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x_TH, weight_Tk, a_up, b_up, a_down, b_down, *routing, h_R2I, x_Rr, act_Rr = ctx.saved_tensors
         buckets = Buckets(*routing)
-        gate_up, down, _, down_bias, layout = ctx.weights
-        tokens, top_k = weight_Tk.shape
-        up_lora = _Lora.of(a_up, b_up, ctx.scalings[0], gate_up.shape[0], x_TH.dtype)
-        down_lora = _Lora.of(a_down, b_down, ctx.scalings[1], gate_up.shape[0], x_TH.dtype)
-        token_R = buckets.permutation // top_k
+        with ctx.weights.in_place() as (gate_up, down, _, down_bias, layout, _):
+            tokens, top_k = weight_Tk.shape
+            up_lora = _Lora.of(a_up, b_up, ctx.scalings[0], gate_up.shape[0], x_TH.dtype)
+            down_lora = _Lora.of(a_down, b_down, ctx.scalings[1], gate_up.shape[0], x_TH.dtype)
+            token_R = buckets.permutation // top_k
 
-        act_RI, act_backward = _activate(h_R2I, ctx.activation, layout)
-        # The gradient of row y is weight * g: carry g alone and scale what depends on it.
-        weight_R1 = weight_Tk.reshape(-1)[buckets.permutation, None].to(grad_TH.dtype)
-        g_RH = grad_TH.index_select(0, token_R)
-        grad_act_RI, g_Rr = _linear_backward(g_RH, down, down_lora, buckets.offsets, layout.transposed)
-        grad_weight_R = torch.linalg.vecdot(grad_act_RI.to(weight_Tk.dtype), act_RI.to(weight_Tk.dtype))
-        if down_bias is not None:
-            bias_RH = _bias_rows(down_bias, buckets, weight_Tk.dtype)
-            grad_weight_R += torch.linalg.vecdot(g_RH.to(weight_Tk.dtype), bias_RH)
-        grad_weight_Tk = grad_weight_R[buckets.inverse].view(tokens, top_k)
-        grad_a_down, grad_b_down = _lora_backward(
-            g_RH * weight_R1, act_RI, None if g_Rr is None else g_Rr * weight_R1, act_Rr, down_lora, buckets.offsets
-        )
-        grad_h_R2I = act_backward(grad_act_RI * weight_R1)
-        grad_x_RH, grad_h_Rr = _linear_backward(grad_h_R2I, gate_up, up_lora, buckets.offsets, layout.transposed)
-        grad_x_TH = grad_x_RH.index_select(0, buckets.inverse).view(tokens, top_k, x_TH.shape[-1]).sum(1)
-        x_RH = x_TH.index_select(0, token_R)
-        grad_a_up, grad_b_up = _lora_backward(grad_h_R2I, x_RH, grad_h_Rr, x_Rr, up_lora, buckets.offsets)
+            act_RI, act_backward = _activate(h_R2I, ctx.activation, layout)
+            # The gradient of row y is weight * g: carry g alone and scale what depends on it.
+            weight_R1 = weight_Tk.reshape(-1)[buckets.permutation, None].to(grad_TH.dtype)
+            g_RH = grad_TH.index_select(0, token_R)
+            grad_act_RI, g_Rr = _linear_backward(g_RH, down, down_lora, buckets.offsets, layout.transposed)
+            grad_weight_R = torch.linalg.vecdot(grad_act_RI.to(weight_Tk.dtype), act_RI.to(weight_Tk.dtype))
+            if down_bias is not None:
+                bias_RH = _bias_rows(down_bias, buckets, weight_Tk.dtype)
+                grad_weight_R += torch.linalg.vecdot(g_RH.to(weight_Tk.dtype), bias_RH)
+            grad_weight_Tk = grad_weight_R[buckets.inverse].view(tokens, top_k)
+            grad_a_down, grad_b_down = _lora_backward(
+                g_RH * weight_R1, act_RI, None if g_Rr is None else g_Rr * weight_R1, act_Rr, down_lora, buckets.offsets
+            )
+            grad_h_R2I = act_backward(grad_act_RI * weight_R1)
+            grad_x_RH, grad_h_Rr = _linear_backward(grad_h_R2I, gate_up, up_lora, buckets.offsets, layout.transposed)
+            grad_x_TH = grad_x_RH.index_select(0, buckets.inverse).view(tokens, top_k, x_TH.shape[-1]).sum(1)
+            x_RH = x_TH.index_select(0, token_R)
+            grad_a_up, grad_b_up = _lora_backward(grad_h_R2I, x_RH, grad_h_Rr, x_Rr, up_lora, buckets.offsets)
         lora_gradients = (
             _like(grad_a_up, a_up),
             _like(grad_b_up, b_up),

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from moeft.kernels.experts import gpu, operator
 from moeft.kernels.experts.spec import PLAIN, Weights
+from moeft.kernels.nf4.operands import flatten
 
 
 class ExpertBlock(torch.autograd.Function):
@@ -40,9 +41,10 @@ class ExpertBlock(torch.autograd.Function):
         keep = any(ctx.needs_input_grad[:6])
         factors = (a_up, b_up, a_down, b_down)
         routing = (permutation, inverse, offsets)
-        out_TH, *saved = operator.experts_forward(
-            x_TH, weight_Tk, *routing, *stacks(weights), *factors, *scalings, gate, keep
-        )
+        with weights.in_place() as here:
+            out_TH, *saved = operator.experts_forward(
+                x_TH, weight_Tk, *routing, *stacks(here), *factors, *scalings, gate, keep
+            )
         if keep:
             ctx.save_for_backward(x_TH, weight_Tk, *routing, *factors, *saved)
         ctx.weights, ctx.gate, ctx.scalings = weights, gate, scalings
@@ -53,32 +55,33 @@ class ExpertBlock(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x_TH, weight_Tk, permutation, inverse, offsets, *factors_and_saved = ctx.saved_tensors
         factors, saved = factors_and_saved[:4], factors_and_saved[4:]
-        gradients = operator.experts_backward(
-            grad_TH,
-            x_TH,
-            weight_Tk,
-            permutation,
-            inverse,
-            offsets,
-            *stacks(ctx.weights),
-            *factors,
-            *ctx.scalings,
-            ctx.gate,
-            *saved,
-        )
+        with ctx.weights.in_place() as here:
+            gradients = operator.experts_backward(
+                grad_TH,
+                x_TH,
+                weight_Tk,
+                permutation,
+                inverse,
+                offsets,
+                *stacks(here),
+                *factors,
+                *ctx.scalings,
+                ctx.gate,
+                *saved,
+            )
         needed = zip(ctx.needs_input_grad, gradients, strict=False)
         return *(gradient if wanted else None for wanted, gradient in needed), *([None] * 6)
 
 
 def stacks(weights: Weights) -> tuple[list[Tensor], list[int], list[Tensor], list[int], str]:
     """Both stacks as the operators take them."""
-    gate_up, gate_up_sizes, codebook = operator.flatten(weights.gate_up)
-    down, down_sizes, _ = operator.flatten(weights.down)  # of the same codebook, or not known here
+    gate_up, gate_up_sizes, codebook = flatten(weights.gate_up)
+    down, down_sizes, _ = flatten(weights.down)  # of the same codebook, or not known here
     return gate_up, gate_up_sizes, down, down_sizes, codebook
 
 
 def knows(weights: Weights, gate: str) -> bool:
     """Whether the kernels know a gate, and how the weights are stored."""
     biased = weights.gate_up_bias is not None or weights.down_bias is not None
-    one_codebook = operator.flatten(weights.gate_up)[2] == operator.flatten(weights.down)[2]
+    one_codebook = flatten(weights.gate_up)[2] == flatten(weights.down)[2]
     return gate in gpu.GATES and weights.layout == PLAIN and not biased and one_codebook

@@ -1,7 +1,6 @@
 """The expert block on a GPU as two operators of PyTorch, opaque to ``torch.compile`` and to CUDA graphs' checks.
 
-A stack is passed as its tensors (a dense one; codes and absmax; or with nested absmax and offset), its sizes (shape and
-block size) and its codebook, because operators take no objects.
+A stack is passed as :func:`moeft.kernels.nf4.operands.flatten` gives it, because operators take no objects.
 """
 
 from __future__ import annotations
@@ -13,25 +12,11 @@ import torch
 from torch import Tensor
 
 from moeft.kernels.experts import gpu
-from moeft.kernels.nf4 import NestedStatistics, NF4Weight
+from moeft.kernels.nf4.operands import unflatten
+from moeft.kernels.out_of_memory import naming
 from moeft.kernels.routing import Buckets
 
-
-def flatten(weight: NF4Weight | Tensor) -> tuple[list[Tensor], list[int], str]:
-    """Tensors, sizes and codebook of a stack."""
-    if isinstance(weight, Tensor):
-        return [weight], [*weight.shape, 0], "nf4"
-    nested = [] if weight.nested is None else [weight.nested.absmax, weight.nested.offset]
-    return [weight.packed, weight.absmax, *nested], [*weight.shape, weight.block_size], weight.codebook
-
-
-def _unflatten(tensors: Sequence[Tensor], sizes: Sequence[int], codebook: str) -> NF4Weight | Tensor:
-    if len(tensors) == 1:
-        return tensors[0]
-    packed, absmax, *nested = tensors
-    *shape, block_size = sizes
-    statistics = NestedStatistics(*nested) if nested else None
-    return NF4Weight(packed, absmax, torch.Size(shape), block_size, statistics, "nf4" if codebook == "nf4" else "fp4")
+KNOB = "fewer tokens in a micro-batch (per_device_train_batch_size, data.max_length) make it smaller"
 
 
 def _factors(a: Tensor | None, b: Tensor | None, scaling: float) -> gpu.Factors | None:
@@ -60,17 +45,18 @@ def experts_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, and what backward needs; see :func:`moeft.kernels.experts.gpu.forward`."""
-    out, saved = gpu.forward(
-        x,
-        weights,
-        _unflatten(gate_up, gate_up_sizes, codebook),
-        _unflatten(down, down_sizes, codebook),
-        _factors(a_up, b_up, scaling_up),
-        _factors(a_down, b_down, scaling_down),
-        Buckets(permutation, inverse, offsets),
-        gate,
-        keep,
-    )
+    with naming(f"the forward pass of an expert block on {weights.numel():,} rows", KNOB):
+        out, saved = gpu.forward(
+            x,
+            weights,
+            unflatten(gate_up, gate_up_sizes, codebook),
+            unflatten(down, down_sizes, codebook),
+            _factors(a_up, b_up, scaling_up),
+            _factors(a_down, b_down, scaling_down),
+            Buckets(permutation, inverse, offsets),
+            gate,
+            keep,
+        )
     return out, *saved
 
 
@@ -115,18 +101,19 @@ def experts_backward(
     low_down: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``weights`` and the factors; see :func:`moeft.kernels.experts.gpu.backward`."""
-    return gpu.backward(
-        grad,
-        x,
-        weights,
-        _unflatten(gate_up, gate_up_sizes, codebook),
-        _unflatten(down, down_sizes, codebook),
-        _factors(a_up, b_up, scaling_up),
-        _factors(a_down, b_down, scaling_down),
-        Buckets(permutation, inverse, offsets),
-        gate,
-        gpu.Saved(h, low_up, low_down),
-    )
+    with naming(f"the backward pass of an expert block on {weights.numel():,} rows", KNOB):
+        return gpu.backward(
+            grad,
+            x,
+            weights,
+            unflatten(gate_up, gate_up_sizes, codebook),
+            unflatten(down, down_sizes, codebook),
+            _factors(a_up, b_up, scaling_up),
+            _factors(a_down, b_down, scaling_down),
+            Buckets(permutation, inverse, offsets),
+            gate,
+            gpu.Saved(h, low_up, low_down),
+        )
 
 
 @experts_backward.register_fake

@@ -5,8 +5,9 @@ Shapes: E experts, H hidden, I expert hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,14 +51,38 @@ class ExpertLayout(NamedTuple):
 PLAIN = ExpertLayout()
 
 
+class Lender(Protocol):
+    """Holds the stacks of a block elsewhere, and brings them to a device for as long as they are computed with."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where borrowed stacks lie."""
+
+    def lend(self) -> AbstractContextManager[tuple[NF4Weight, NF4Weight]]:
+        """Gate/up and down, valid inside the context for what is launched there."""
+
+
 class Weights(NamedTuple):
-    """Frozen weights of an expert block; see :func:`moeft.kernels.experts`."""
+    """Frozen weights of an expert block; see :func:`moeft.kernels.experts`.
+
+    With a ``lender``, the stacks here say only how the borrowed ones look.
+    """
 
     gate_up: NF4Weight | Tensor
     down: NF4Weight | Tensor
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     layout: ExpertLayout = PLAIN
+    lender: Lender | None = None
+
+    @contextmanager
+    def in_place(self) -> Iterator[Weights]:
+        """The weights, on the device while the context lasts; forward and backward each ask for them."""
+        if self.lender is None:
+            yield self
+            return
+        with self.lender.lend() as (gate_up, down):
+            yield self._replace(gate_up=gate_up, down=down, lender=None)
 
 
 class ClampedSwiglu(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moeft.kernels.linear_cross_entropy.reference import IGNORE_INDEX
+from moeft.kernels.out_of_memory import naming
 
 CHUNK_ELEMENTS = 1 << 27  # logits of a chunk: 256 MiB in bfloat16, 512 rows of a vocabulary of 256 Ki
 MOST_CHUNK_ROWS = 4096
@@ -73,7 +74,8 @@ def _chunks(hidden_NH: Tensor, head_VH: Tensor, chunk_rows: int | None) -> Itera
     """Rows and their logits, in one buffer for all chunks."""
     rows, vocabulary = hidden_NH.shape[0], head_VH.shape[0]
     chunk_rows = chunk_rows or max(1, min(MOST_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary))
-    buffer = hidden_NH.new_empty(min(chunk_rows, rows), vocabulary)
+    with naming("the loss head", f"chunk_rows below {min(chunk_rows, rows)} makes a chunk of its logits smaller"):
+        buffer = hidden_NH.new_empty(min(chunk_rows, rows), vocabulary)
     for start in range(0, rows, chunk_rows):
         part = slice(start, start + chunk_rows)
         hidden_CH = hidden_NH[part]
