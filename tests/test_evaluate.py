@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import moeft.demo
 from moeft.errors import DataError, MoeftError, RunFolderError
 from moeft.evaluation.answers import AnswerCache
 from moeft.evaluation.measure import TaskResult, measure
 from moeft.evaluation.model_subject import ModelSubject
-from moeft.evaluation.paired import holm, paired_difference
+from moeft.evaluation.paired import holm, paired_change, paired_difference
 from moeft.evaluation.request import Answer, Chat, Choices, Request, Text
 from moeft.evaluation.results import compare, read_results, write_results
 from moeft.evaluation.task import Item, Metric, Task, sampled, share
@@ -205,6 +206,30 @@ def test_model_answers_requests_of_all_kinds_at_once():
     assert answers[2]["tokens"] == 7
 
 
+def test_what_cannot_be_scored_is_an_error_of_its_item_alone():
+    subject = ModelSubject(tiny_model("qwen3_moe"), tiny_tokenizer(), max_length=16)
+    fits, too_long = Choices("2 + 2 is", (" 4", " 5")), Choices("2 + 2 is", (" 4", " 5" * 40))
+    answers = dict(subject.answer([too_long, fits]))
+    assert "expected 1 to 16" in answers[0]["error"]
+    assert len(answers[1]["log_probs"]) == 2
+    subject.model.get_input_embeddings().weight.data[:] = torch.nan
+    assert "not a finite number" in dict(subject.answer([fits]))[0]["error"]
+
+
+def test_a_change_that_is_no_number_is_no_difference():
+    nothing, something = np.zeros((6, 2)), np.array([[1.0, 4.0]] * 6)
+    with np.errstate(invalid="ignore"):
+        change, p_value = paired_change(nothing, something, lambda a, b: b[..., 0] / b[..., 1] - a[..., 0] / a[..., 1])
+    assert np.isnan(change.value)
+    assert p_value == 1.0
+
+
+@pytest.mark.parametrize("model", ["http://localhost:1", "tuned.gguf"])
+def test_an_adapter_for_what_is_served_is_refused(tmp_path, model):
+    with pytest.raises(MoeftError, match="merge the adapter first"):
+        run(EvaluateSettings(model, ("identity",), adapter=tmp_path), tmp_path / "out")
+
+
 def test_sampling_depends_on_the_seed_alone():
     subject = ModelSubject(tiny_model("olmoe"), tiny_tokenizer())
 
@@ -243,6 +268,9 @@ def test_command_measures_compares_and_refuses_to_begin_again(tmp_path, rows):
     compared = command("--compare", tmp_path / "a", tmp_path / "a")
     assert compared.returncode == 0, compared.stderr
     assert compared.stdout.count("not told apart") == 2
+    ignored = command("--compare", tmp_path / "a", tmp_path / "a", "--limit", "3")
+    assert ignored.returncode == 2
+    assert "--limit" in ignored.stderr
     assert command(BASE, "--tasks", "piqa").returncode == 2
 
 

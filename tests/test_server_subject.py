@@ -32,16 +32,18 @@ def server():
                 return self._send(400, b'{"error": "context size exceeded"}')
             if text == "hangs":
                 time.sleep(1.5)
-            if text == "half":
+            if text == "empty":
                 return self._send(200, b'{"choices": []}')
+            if text == "half":
+                return self._send(200, b'{"choices": [{"mess', missing=40)
             message = {"content": f"reply to {text}"}
             if text == "calls":
                 message = {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
             return self._send(200, json.dumps({"choices": [{"message": message}]}).encode())
 
-        def _send(self, status, content):
+        def _send(self, status, content, missing=0):
             self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(len(content) + missing))
             self.end_headers()
             self.wfile.write(content)
 
@@ -76,11 +78,12 @@ def test_replies_come_back_in_their_places(server):
 
 def test_error_of_the_server_is_tried_again_and_then_marked(server):
     url, sent, _ = server
-    stumbles, broken, half = ask(url, "stumbles", "broken", "half")
+    stumbles, broken, empty, half = ask(url, "stumbles", "broken", "empty", "half")
     assert stumbles == {"reply": "reply to stumbles"}
     assert broken == {"error": f'the server answered 500: {{"error": "out of slots"}} ({TRIES} tries)'}
-    assert "an answer without a message" in half["error"]
-    assert sent == {"stumbles": 3, "broken": TRIES, "half": TRIES}
+    assert "an answer without a message" in empty["error"]
+    assert "no answer from" in half["error"]
+    assert sent == {"stumbles": 3, "broken": TRIES, "empty": TRIES, "half": TRIES}
 
 
 def test_refusal_is_not_tried_again(server):

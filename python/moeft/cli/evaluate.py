@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from click.core import ParameterSource
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(help="Folder of a checkpoint, a GGUF file, or the http(s) URL of a server.", show_default=False),
@@ -27,8 +29,8 @@ def evaluate(
     tool_protocol: Annotated[
         str | None, typer.Option(help="How calls of tools are written; `python` writes the tools into the prompt.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights that are not in 4 bit.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of a folder's weights that are not in 4 bit.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="Where to compute with a folder's weights.")] = "cpu",
     cache: Annotated[Path | None, typer.Option(help="File of answers that several runs share.")] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of items, of sampling and of resampling.")] = 0,
     compare: Annotated[
@@ -40,8 +42,14 @@ def evaluate(
     from moeft.runs.evaluate import compare as compare_runs
 
     if compare is not None:
-        if model is not None or tasks is not None or out is not None:
-            raise typer.BadParameter("--compare takes two folders and no MODEL, --tasks or --out")
+        given = [
+            name
+            for name, value in context.params.items()
+            if name not in ("compare", "seed") and context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        ]
+        if given:
+            options = ", ".join("MODEL" if name == "model" else "--" + name.replace("_", "-") for name in given)
+            raise typer.BadParameter(f"--compare takes two folders and --seed alone, not {options}")
         print(compare_runs(*compare, seed=seed))
         return
     if model is None or tasks is None or out is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,7 +64,13 @@ class ModelSubject:
             return
         if self._scorer is None:
             self._scorer = Scorer(self.model)
-        parts = [self._encode(request) for _, request in requests]
+        parts = []
+        for index, request in requests:
+            try:
+                parts.append(self._encode(request))
+            except DataError as error:
+                parts.append([])
+                yield index, {"error": str(error)}
         owners = [(owner, place) for owner, of_one in enumerate(parts) for place in range(len(of_one))]
         scores: list[dict[int, float]] = [{} for _ in requests]
         for number, score in self._scorer.score([part for of_one in parts for part in of_one]):
@@ -117,6 +124,8 @@ def model_length(config: Any) -> int:
 
 
 def _answer(request: Choices | Text, parts: Sequence[Scored], scores: Sequence[float]) -> Answer:
+    if not all(map(math.isfinite, scores)):
+        return {"error": "a log-probability is not a finite number; look for weights that are none, or for an overflow"}
     if isinstance(request, Choices):
         return {"log_probs": list(scores)}
     return {"log_prob": sum(scores), "tokens": sum(len(part.tokens) - part.first for part in parts)}

@@ -91,7 +91,8 @@ def paired_change(
     estimate = bootstrap(np.concatenate([first_nc, second_nc], axis=1), of_units, level=level, seed=seed)
     # Items that both runs answered alike stay alike however they are swapped.
     delta_dc = (second_nc - first_nc)[(first_nc != second_nc).any(axis=1)]
-    if not len(delta_dc):
+    # A change that is no number, such as that of a rate of nothing, says nothing.
+    if not len(delta_dc) or not np.isfinite(estimate.value):
         return estimate, 1.0
     rng = np.random.default_rng(seed)
     as_large = 0

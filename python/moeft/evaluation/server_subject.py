@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -87,7 +88,7 @@ class ServerSubject:
                 reason = f"the server answered {error.code}: {_detail(error)}"
                 if error.code != BUSY and error.code < 500:
                     return {"error": reason}
-            except (OSError, ValueError) as error:  # No connection, a timeout, or half an answer.
+            except (OSError, ValueError, http.client.HTTPException) as error:  # No connection, or half an answer.
                 reason = f"no answer from {self._url}: {error}"
         return {"error": f"{reason} ({TRIES} tries)"}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeft.errors import RecipeError
 from moeft.progress_bar import step_bar
 from moeft.provenance import RunFolder
 from moeft.runs.measured import load
@@ -78,6 +79,7 @@ def run(
     Raises:
         MoeftError: If the model, a task or its rows cannot be used; see the classes.
     """
+    _check_served(settings)
     tasks = _tasks(settings)  # Before the folder is made and the model is loaded: a typo answers at once.
     inputs = _inputs(settings)
     with (
@@ -130,6 +132,16 @@ def _row(compared: Compared, level: float) -> dict[str, Any]:
         "only_one": compared.only_one,
         "verdict": compared.verdict(level),
     }
+
+
+def _check_served(settings: EvaluateSettings) -> None:
+    if settings.adapter is not None and (settings.is_server or settings.is_gguf):
+        raise RecipeError(
+            f"an adapter is loaded on a checkpoint's folder, and {settings.model} is served as it is; merge the "
+            "adapter first (`moeft merge`, `moeft export gguf --adapter`)"
+        )
+    if settings.max_length is not None and settings.is_server:
+        raise RecipeError("the server decides how many positions it has; leave max_length out")
 
 
 def _tasks(settings: EvaluateSettings) -> list[list[Task]]:
