@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click.core import ParameterSource
 
 
 def evaluate(
@@ -42,11 +41,7 @@ def evaluate(
     from moeft.runs.evaluate import compare as compare_runs
 
     if compare is not None:
-        given = [
-            name
-            for name, value in context.params.items()
-            if name not in ("compare", "seed") and context.get_parameter_source(name) is not ParameterSource.DEFAULT
-        ]
+        given = [name for name in context.params if name not in ("compare", "seed") and _is_given(context, name)]
         if given:
             options = ", ".join("MODEL" if name == "model" else "--" + name.replace("_", "-") for name in given)
             raise typer.BadParameter(f"--compare takes two folders and --seed alone, not {options}")
@@ -70,3 +65,8 @@ def evaluate(
         seed=seed,
     )
     print(f"Run folder: {run(settings, out, batch_size, device, cache).path}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
