@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from moeft.cli import main
 from moeft.config import document
 from moeft.config.pipeline import PipelineRecipe, steps
 from moeft.errors import RecipeError, RunFolderError
@@ -50,6 +51,9 @@ def test_stages_run_in_order_and_read_what_earlier_ones_made(folder):
     report = (folder / "out" / "report.md").read_text()
     figures = done.read_json("metrics.json")["comparisons"]["scores"][0]["models"]
     assert f"| base | {figures['base']['sums, nats per token']:.4g} (" in report
+    with pytest.raises(SystemExit, match="0"):
+        main(["report", str(folder / "out")])
+    assert (folder / "out" / "report.md").read_text() == report
     with pytest.raises(RunFolderError, match="nothing is left to do"):
         run(recipe)
 

@@ -103,6 +103,8 @@ def test_a_damaged_file_is_an_error_that_says_what_llama_cpp_said(tmp_path: Path
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:60_000])
     with pytest.raises(ServingError, match=r"did not load .*cut\.gguf[^$]*it said"), Server(tmp_path / "cut.gguf"):
         pass
+    with pytest.raises(ServingError, match="within 0 seconds"), Server(tmp_path / "whole.gguf", start_seconds=0.01):
+        pass
     with pytest.raises(FileNotFoundError, match="moeft export gguf"):
         Server(tmp_path / "absent.gguf")
     with pytest.raises(ServingError, match="does not answer"):

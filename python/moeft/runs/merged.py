@@ -35,7 +35,8 @@ def check_mergeable(run: RunContext[Any], trainer: MoeTrainer, wanted: Merge) ->
 
     if trainer.trains_base:
         check_places(trainer, _base(run, wanted))
-    with TemporaryDirectory(dir=run.folder.path, prefix="mergeable-") as folder:
+    place = run.folder.path if trainer.is_world_process_zero() else None  # the others do not write to the run
+    with TemporaryDirectory(dir=place, prefix="mergeable-") as folder:
         if adapters := run.recipe.trained_adapters():
             trainer.model.save_pretrained(folder, selected_adapters=adapters)
         plan(_recipe(run, wanted, Path(folder)))

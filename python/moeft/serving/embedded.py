@@ -1,12 +1,14 @@
 """The server that the xllamacpp package carries, as a program: ``python -m moeft.serving.embedded FILE OPTIONS``.
 
 A process of its own, since llama.cpp ends the process that it runs in when a file makes it stumble. It prints its
-address on one line and serves until its standard input is closed, so it never outlives the process that started it.
+address on one line of its standard output, and nothing else there, and serves until its standard input is closed, so it
+never outlives the process that started it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -39,8 +41,11 @@ def main(file: str, options: str) -> None:
     """Serve until standard input ends."""
     import xllamacpp
 
-    server = xllamacpp.Server(settings(file, ServeOptions(**json.loads(options))))
-    print(server.listening_address, flush=True)
+    # Nobody reads the pipe after the address, so what llama.cpp says goes where errors go.
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)
+        server = xllamacpp.Server(settings(file, ServeOptions(**json.loads(options))))
+        print(server.listening_address, file=answer)
     sys.stdin.read()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import selectors
 import shutil
 import signal
 import socket
@@ -65,8 +66,9 @@ class Server:
     def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # closed by __exit__
         try:
+            answer = subprocess.PIPE if self._is_embedded else self._log
             self._process = subprocess.Popen(
-                self._command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+                self._command(), stdin=subprocess.PIPE, stdout=answer, stderr=self._log, text=True
             )
             self._await_health()
         except BaseException:
@@ -81,7 +83,6 @@ class Server:
             self._client = None
         if process is not None:
             assert process.stdin is not None
-            assert process.stdout is not None
             process.stdin.close()
             if not self._is_embedded:
                 process.terminate()
@@ -90,7 +91,8 @@ class Server:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            process.stdout.close()
+            if process.stdout is not None:
+                process.stdout.close()
         self._log.close()
 
     @property
@@ -127,17 +129,23 @@ class Server:
     def _await_health(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + self._start_seconds
-        if self._is_embedded:
-            assert self._process.stdout is not None
+        if self._process.stdout is not None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._process.stdout, selectors.EVENT_READ)
+                if not selector.select(self._start_seconds):
+                    raise self._too_late()
             self._address = self._process.stdout.readline().strip() or self._address
         while self._process.poll() is None:
             with Client(self._address) as client:
                 if client.is_healthy():
                     return
             if time.monotonic() > deadline:
-                raise ServingError(f"llama.cpp did not load {self.file} within {self._start_seconds:.0f} seconds")
+                raise self._too_late()
             time.sleep(0.05)
         raise self._failure("did not load")
+
+    def _too_late(self) -> ServingError:
+        return ServingError(f"llama.cpp did not load {self.file} within {self._start_seconds:.0f} seconds")
 
     def _failure(self, what: str) -> ServingError:
         assert self._process is not None
