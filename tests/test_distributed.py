@@ -227,7 +227,8 @@ def test_run_that_loses_a_process_ends_at_once_and_continues(base, alone, tmp_pa
     folder = finish(path)
     assert folder.status == "finished"
     assert folder.read_json("metrics.json")["training"]["resumed_from"] is not None
-    assert losses(folder)[:2] == pytest.approx(losses(alone["full"])[:2], rel=0.2)
+    # Schedules differ from the second step on.
+    assert losses(folder)[:2] == pytest.approx(losses(alone["full"])[:2], rel=LOSS_BOUND)
 
 
 def drop_together(rank, store):
