@@ -217,6 +217,7 @@ def test_slerp_is_symmetric_and_reports_its_branch(models, tmp_path):
         torch.testing.assert_close(value, right[name], rtol=0, atol=2e-7)
     report = merge(recipe(models, "slerp", "b", base="a", parameters={"t": 0.5}), tmp_path / "r", progress=False)
     assert {found["branch"].split()[0] for found in report.merged.values()} <= {"slerp", "lerp"}
+    assert report.base_check == "no_adapter"
     manifest = json.loads((tmp_path / "r" / "moeft_merge.json").read_text())
     assert manifest["tensors"] == report.merged
     assert [entry["name"] for entry in manifest["inputs"]] == ["a", "b"]

@@ -430,8 +430,8 @@ def merge_checkpoint(
     Returns:
         JSON report: ``out``, ``method``, ``tensors_merged``, ``tensors_copied``, ``bytes``, ``shards_resumed``,
         ``bytes_resumed``, ``seconds``, ``merged`` (by tensor: ``branch`` where the values decide it, ``max_delta``,
-        ``max_weight``, ``norm_ratio``, ``cosine``), ``base_fingerprint``, ``base_check`` (``verified`` or
-        ``unverified``).
+        ``max_weight``, ``norm_ratio``, ``cosine``), ``base_fingerprint``, ``base_check`` (``verified``,
+        ``unverified`` or ``no_adapter``).
 
     Raises:
         RecipeError: If the recipe has an unknown key or a value that cannot be used.

@@ -29,7 +29,7 @@ class MergeReport:
         merged: Name of each computed tensor -> its largest absolute change (``max_delta``) and weight (``max_weight``),
             norm over that of the base (``norm_ratio``), ``cosine`` with the base, and ``branch`` where values decide.
         base_fingerprint: Fingerprint of the base.
-        base_check: "verified" if every adapter bears this fingerprint, else "unverified".
+        base_check: "verified" if every adapter bears this fingerprint, "no_adapter" if there is none, else "unverified".
     """
 
     out: str
@@ -45,9 +45,10 @@ class MergeReport:
     base_check: str
 
     def __str__(self) -> str:
+        base = "" if self.base_check == "no_adapter" else f" base {self.base_check};"
         return (
             f"{self.tensors_merged} tensors merged, {self.tensors_copied} copied, {self.bytes:,} bytes "
-            f"in {self.seconds:.1f} s; base {self.base_check}; written to {self.out}"
+            f"in {self.seconds:.1f} s;{base} written to {self.out}"
         )
 
 

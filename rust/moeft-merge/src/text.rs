@@ -33,6 +33,7 @@ pub fn report(report: &MergeReport) -> String {
     let check = match report.base_check {
         BaseCheck::Verified => "verified: every adapter was trained on this base",
         BaseCheck::Unverified => "unverified: an adapter carries no fingerprint; names and shapes fit",
+        BaseCheck::NoAdapter => "no adapter to check it for",
     };
     lines.push(format!("base: {check} ({})", report.base_fingerprint));
     lines.join("\n")

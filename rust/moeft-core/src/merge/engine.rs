@@ -107,7 +107,7 @@ fn inputs(plan: &Plan) -> impl Iterator<Item = &Checkpoint> {
 /// # Errors
 /// [`AdapterError::WrongBase`].
 pub(super) fn check_base(adapters: &[Adapter], actual: &str) -> Result<BaseCheck> {
-    let mut check = BaseCheck::Verified;
+    let mut check = if adapters.is_empty() { BaseCheck::NoAdapter } else { BaseCheck::Verified };
     for adapter in adapters {
         match &adapter.base_fingerprint {
             Some(expected) if expected == actual => {}

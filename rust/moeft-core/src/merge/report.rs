@@ -15,6 +15,8 @@ pub enum BaseCheck {
     Verified,
     /// At least one adapter carries no fingerprint; shapes and names fit.
     Unverified,
+    /// No adapter, so nothing to check.
+    NoAdapter,
 }
 
 /// What became of one tensor that was computed, against the base, before the result was rounded.
