@@ -107,6 +107,10 @@ def test_stages_that_depend_on_the_seed_run_once_for_each(folder):
         ({"a": {"sft": {"model": "one", "data": {"trian": "rows.jsonl"}}}}, "did you mean data.train"),
         ({"a": {"fisher": {"model": "one", "prompts": "rows.jsonl", "rows": 0}}}, "greater than or equal to 1"),
         ({"a": {"compare": {"models": {"one": "one"}}}}, "rows, tasks or tool_calls"),
+        (
+            {"a": {"compare": {"models": {"one": "one"}, "rows": {"piqa": "rows.jsonl"}, "tasks": [{"task": "piqa"}]}}},
+            "no rows of its name",
+        ),
         ({}, "at least 1"),
     ],
 )
