@@ -158,7 +158,7 @@ def test_tuning_with_and_without_a_gate_is_compared_in_one_report(folder):
     for name in ("naive", "gated"):
         recipe = content["stages"][name]["sft"]
         recipe["train"] = [role for role in recipe["train"] if role != "mlp"]  # the tiny model has none
-        recipe["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}
+        recipe["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True}
     content["stages"]["gated"]["sft"]["gate"] = {"divergence": {"path": "rows/target.jsonl", "limit": 1e-9}}
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     done = run(PipelineRecipe.load(folder / "pipeline.yaml"))
