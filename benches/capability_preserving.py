@@ -87,16 +87,23 @@ def write(path: Path, rows: list[Any]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_dense(folder: Path, steps: int, rate: float) -> None:
-    """Fit the copied recipe to a dense model of some hundred million parameters on a CPU."""
+def fit(folder: Path, steps: int | None, is_dense: bool, rate: float) -> None:
+    """Fit the copied recipe to a length, and to a dense model of some hundred million parameters on a CPU."""
     content = document.read(folder / RECIPE.name)
-    for name in ("naive", "gated"):
-        recipe = content["stages"][name]["sft"]
-        recipe["train"] = [role for role in recipe["train"] if role not in ("experts", "router")]
-        recipe["training"] |= {"max_steps": steps, "per_device_train_batch_size": 4, "learning_rate": rate}
-        recipe["data"]["max_length"] = 128
-    # So short a run cannot pay for a gate; what it costs is said in the report.
-    content["stages"]["gated"]["sft"]["gate"] |= {"every_steps": steps // 2, "budget": None}
+    naive, gated = (content["stages"][name]["sft"] for name in ("naive", "gated"))
+    for recipe in (naive, gated):
+        if steps is not None:
+            recipe["training"]["max_steps"] = steps
+        if is_dense:
+            recipe["train"] = [role for role in recipe["train"] if role not in ("experts", "router")]
+            recipe["training"] |= {"per_device_train_batch_size": 4, "warmup_steps": 4}
+            recipe["data"]["max_length"] = 128
+    if steps is not None:
+        gated["gate"]["every_steps"] = max(steps // 6, 1)
+    if is_dense:
+        naive["training"]["learning_rate"] = rate
+        gated["range_test"] = {"lowest": rate / 10, "highest": rate, "steps": 4}
+        gated["gate"] |= {"every_steps": steps, "budget": None}
     (folder / RECIPE.name).write_text(yaml.safe_dump(content, sort_keys=False))
 
 
@@ -107,14 +114,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the project's test data")
     parser.add_argument("--model", type=Path, default=BASE, help="an instruct model; the demo's base by default")
     parser.add_argument("--questions", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=40, help="with --model")
-    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of both runs, with --model")
+    parser.add_argument("--steps", type=int, help="150 by default, and 40 with --model")
+    parser.add_argument("--rate", type=float, default=1e-4, help="with --model: of the run that trains every weight")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     prepare(arguments.folder, arguments.model, arguments.data, arguments.questions)
-    if arguments.model != BASE:
-        make_dense(arguments.folder, arguments.steps, arguments.rate)
+    is_dense = arguments.model != BASE
+    fit(arguments.folder, arguments.steps or (40 if is_dense else None), is_dense, arguments.rate)
     run(PipelineRecipe.load(arguments.folder / RECIPE.name))
 
 

@@ -111,6 +111,10 @@ def test_stages_that_depend_on_the_seed_run_once_for_each(folder):
         ({"a": {"sft": {"model": "one", "data": {"trian": "rows.jsonl"}}}}, "did you mean data.train"),
         ({"a": {"fisher": {"model": "one", "prompts": "rows.jsonl", "rows": 0}}}, "greater than or equal to 1"),
         ({"a": {"compare": {"models": {"one": "one"}}}}, "rows, tasks or tool_calls"),
+        (
+            {"a": {"compare": {"models": {"one": "one"}, "rows": {"piqa": "rows.jsonl"}, "tasks": [{"task": "piqa"}]}}},
+            "no rows of its name",
+        ),
         ({}, "at least 1"),
     ],
 )
@@ -158,7 +162,7 @@ def test_tuning_with_and_without_a_gate_is_compared_in_one_report(folder):
     for name in ("naive", "gated"):
         recipe = content["stages"][name]["sft"]
         recipe["train"] = [role for role in recipe["train"] if role != "mlp"]  # the tiny model has none
-        recipe["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}
+        recipe["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True}
     content["stages"]["gated"]["sft"]["gate"] = {"divergence": {"path": "rows/target.jsonl", "limit": 1e-9}}
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     done = run(PipelineRecipe.load(folder / "pipeline.yaml"))

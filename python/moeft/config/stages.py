@@ -95,6 +95,9 @@ class CompareRecipe(Recipe):
     def _measures_something(self) -> Self:
         if not self.rows and self.tool_calls is None and not self.tasks:
             raise ValueError("rows, tasks or tool_calls to compare the models on")
+        names = [*self.rows, *(task.task for task in self.tasks)]
+        if len(set(names)) < len(names):
+            raise ValueError("each task once, and no rows of its name: results go by these names")
         return self
 
 

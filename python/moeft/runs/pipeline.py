@@ -44,7 +44,7 @@ def run(recipe: PipelineRecipe, show: Callable[[str], None] = print) -> RunFolde
             folder.event("stage", name=step.title, status="finished", seconds=seconds)
         done = [step for step, _ in planned]
         metrics = {
-            "trainings": _trainings(done),
+            "trainings": _trainings(done, recipe.output),
             "comparisons": _comparisons(done),
             "evaluations": _evaluations(done),
             "notes": _notes(done),
@@ -112,12 +112,12 @@ def _comparisons(done: Sequence[Step]) -> dict[str, list[dict[str, Any]]]:
     for step in done:
         if step.kind == "compare":
             metrics = RunFolder.open(step.folder).read_json("metrics.json")
-            kept = {"models": metrics["comparison"], **{key: metrics[key] for key in ("intervals", "against_first")}}
-            found.setdefault(step.name, []).append({"seed": step.seed, **kept})
+            rest = {key: metrics[key] for key in ("intervals", "against_first") if key in metrics}
+            found.setdefault(step.name, []).append({"seed": step.seed, "models": metrics["comparison"], **rest})
     return found
 
 
-def _trainings(done: Sequence[Step]) -> list[dict[str, Any]]:
+def _trainings(done: Sequence[Step], output: Path) -> list[dict[str, Any]]:
     """Of each run that trained: what its gate and its routers did."""
     found = []
     for step in done:
@@ -127,7 +127,7 @@ def _trainings(done: Sequence[Step]) -> list[dict[str, Any]]:
             found.append(
                 {
                     "stage": step.title,
-                    "report": str((step.folder / "report.md").relative_to(step.folder.parent)),
+                    "report": str((step.folder / "report.md").relative_to(output)),
                     "steps": training["steps"],
                     "seconds": training["seconds"],
                     "tokens": training["tokens"],
