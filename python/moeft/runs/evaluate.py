@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeft.errors import DataError
 from moeft.progress_bar import step_bar
 from moeft.provenance import RunFolder
 from moeft.runs.measured import load
@@ -115,12 +116,15 @@ def _row(compared: Compared, level: float) -> dict[str, Any]:
 
 
 def _tasks(settings: EvaluateSettings) -> list[Task]:
+    from moeft.evaluation.server_subject import only_chats
     from moeft.evaluation.task import sampled
     from moeft.evaluation.tasks import build_task
 
-    found = []
+    found: list[Task] = []
     for word in settings.tasks:
         name, _, file = word.partition("=")
+        if name in [task.name for task in found]:
+            raise DataError(f"task {name} is given twice; put its rows into one file, or evaluate twice")
         path = Path(file) if file else None
         task = build_task(
             name,
@@ -132,6 +136,8 @@ def _tasks(settings: EvaluateSettings) -> list[Task]:
             tool_protocol=settings.tool_protocol,
         )
         found.append(sampled(task, settings.temperature, settings.seed, settings.max_new_tokens))
+        if settings.is_server:
+            only_chats([item.request for item in task.items])
     return found
 
 
@@ -177,4 +183,6 @@ def _measure(
     for result in results:
         for key, reason in result.failed.items():
             show(f"{result.name} item {key} failed: {reason}")
+    if any(result.failed for result in results):
+        show(f"Failed items are in no score. To ask them again: another --out, with --cache {cache}")
     return {result.name: result for result in results}
