@@ -3,9 +3,9 @@
     python benches/evaluate.py MODEL --data ../shared/data --items 64 --shots 5
 
 Both score in float32, in turns; lm-eval at the batch size that is fastest of those given. A task whose answers differ
-has no row in the table. ``fewer operations`` is what sharing alone can give: multiplications of weights that each needs,
-without padding. With examples, questions of one subject follow each other, as in whole data sets.
-Needs ``pip install "moeft[eval]"``.
+has no row in the table. ``fewer operations`` is what sharing alone can give: multiplications of weights that lm-eval
+needs, padding apart, by those that moeft needs. With examples, questions of one subject follow each other, as in whole
+data sets. Needs ``pip install "moeft[eval]"``.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ def main() -> None:
     hardware = describe_environment()["hardware"]
     print(f"{given.model.name}, float32, {torch.get_num_threads()} threads of {hardware['cpu']}; ", end="")
     print(", ".join(f"{name} {metadata.version(name)}" for name in ("lm_eval", "torch", "transformers")))
-    print(
-        "| task | items | tokens, moeft | lm-eval | fewer operations | items/s, moeft | lm-eval | batch | faster | by CPU |"
-    )
+    columns = ("task", "items", "tokens, moeft", "lm-eval", "fewer operations", "items/s, moeft", "lm-eval", "batch")
+    print(f"| {' | '.join(columns)} | faster | by CPU time |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     cost = operations(model)
     rows = []

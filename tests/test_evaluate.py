@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -274,6 +276,33 @@ def test_command_measures_compares_and_refuses_to_begin_again(tmp_path, rows):
     assert command(BASE, "--tasks", "piqa").returncode == 2
 
 
+def test_killed_command_goes_on_where_it_was(tmp_path):
+    count = 1500
+    rows = tmp_path / "piqa.jsonl"
+    lines = [
+        {"query": f"{i} {i * 7} stones?", "choices": [f"{i} in a row", "none of them"], "gold": 0} for i in range(count)
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    words = [sys.executable, "-m", "moeft.cli", "evaluate", BASE, "--tasks", f"piqa={rows}", "--dtype", "float32"]
+    words = [*map(str, words), "--out", str(tmp_path / "out")]
+    answers = tmp_path / "out" / "answers.jsonl"
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and not (answers.is_file() and answers.stat().st_size):
+        time.sleep(0.01)
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    kept = [line for line in answers.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    assert 0 < len(kept) < count
+    again = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    found = answers.read_text("utf-8").splitlines(keepends=True)
+    assert found[: len(kept)] == kept
+    assert len({json.loads(line)["item"] for line in found}) == len(found) == count
+    (result,) = read_results(tmp_path / "out")
+    assert len(result.figures) == count
+
+
 def test_base_and_adapter_do_not_share_answers(tmp_path, rows):
     import moeft
     from moeft.integration.loading import load
@@ -304,6 +333,14 @@ def test_base_and_adapter_do_not_share_answers(tmp_path, rows):
 def test_task_that_cannot_be_had_is_refused_before_anything_is_loaded(tmp_path, word, message):
     with pytest.raises(MoeftError, match=message):
         run(EvaluateSettings(str(tmp_path / "no-model"), (word,)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_asked_is_refused_before_the_folder_is_made(tmp_path, rows):
+    with pytest.raises(DataError, match="a server gives no log-probabilities"):
+        run(EvaluateSettings("http://127.0.0.1:9", (f"piqa={rows}",)), tmp_path / "out")
+    with pytest.raises(DataError, match="task piqa is given twice"):
+        run(EvaluateSettings(str(BASE), (f"piqa={rows}", f"piqa={rows}")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

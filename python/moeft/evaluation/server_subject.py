@@ -63,12 +63,7 @@ class ServerSubject:
         Raises:
             DataError: If a request asks for log-probabilities.
         """
-        chats = [request for request in requests if isinstance(request, Chat)]
-        if len(chats) < len(requests):
-            raise DataError(
-                "a server gives no log-probabilities of given texts; evaluate tasks of choices and perplexity on the "
-                "checkpoint's folder"
-            )
+        chats = only_chats(requests)
         with ThreadPoolExecutor(self._parallel) as pool:
             futures = {pool.submit(self._reply, chat): index for index, chat in enumerate(chats)}
             try:
@@ -109,6 +104,21 @@ class ServerSubject:
         request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=self._timeout) as response:
             return json.load(response)
+
+
+def only_chats(requests: Sequence[Request]) -> list[Chat]:
+    """Requests that a server can answer.
+
+    Raises:
+        DataError: If one asks for log-probabilities.
+    """
+    chats = [request for request in requests if isinstance(request, Chat)]
+    if len(chats) < len(requests):
+        raise DataError(
+            "a server gives no log-probabilities of given texts; evaluate tasks of choices and perplexity on the "
+            "checkpoint's folder"
+        )
+    return chats
 
 
 def _read_reply(answered: Any) -> Answer:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeft.errors import RecipeError
+from moeft.errors import DataError, RecipeError
 from moeft.progress_bar import step_bar
 from moeft.provenance import RunFolder
 from moeft.runs.measured import load
@@ -147,11 +147,14 @@ def _check_served(settings: EvaluateSettings) -> None:
 def _tasks(settings: EvaluateSettings) -> list[list[Task]]:
     """Each task, once for every sample."""
     from moeft.evaluation.samples import draws
+    from moeft.evaluation.server_subject import only_chats
     from moeft.evaluation.tasks import build_task
 
-    found = []
+    found: list[list[Task]] = []
     for word in settings.tasks:
         name, _, file = word.partition("=")
+        if name in [of_task[0].name for of_task in found]:
+            raise DataError(f"task {name} is given twice; put its rows into one file, or evaluate twice")
         path = Path(file) if file else None
         task = build_task(
             name,
@@ -163,6 +166,8 @@ def _tasks(settings: EvaluateSettings) -> list[list[Task]]:
             tool_protocol=settings.tool_protocol,
         )
         found.append(draws(task, settings.samples, settings.temperature, settings.seed, settings.max_new_tokens))
+        if settings.is_server or settings.is_gguf:
+            only_chats([item.request for item in task.items])
     return found
 
 
@@ -231,4 +236,6 @@ def _measure(
     for result in results:
         for key, reason in result.failed.items():
             show(f"{result.name} item {key} failed: {reason}")
+    if any(result.failed for result in results):
+        show(f"Failed items are in no score. To ask them again: another --out, with --cache {cache}")
     return {result.name: result for result in results}
