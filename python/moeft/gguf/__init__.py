@@ -199,8 +199,8 @@ def _check_sizes(specs: list[Spec], vocab_size: int, experts: int, folder: Path)
         if spec.shape[0] != expected:
             what = "rows" if spec.name == "token_embd.weight" else "experts"
             raise CheckpointError(
-                f"{folder}: {spec.name} has {spec.shape[0]} {what}, expected {expected} as in its config.json; take weights "
-                "and configuration from the same checkpoint"
+                f"{folder}: {spec.name} has {spec.shape[0]} {what}, expected {expected} as in its config.json; take "
+                "weights and configuration from the same checkpoint"
             )
 
 

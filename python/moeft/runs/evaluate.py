@@ -75,7 +75,12 @@ def run(
 
     Raises:
         MoeftError: If the model, a task or its rows cannot be used; see the classes.
+        ValueError: If settings exclude each other.
     """
+    if settings.adapter is not None and (settings.is_server or settings.is_gguf):
+        raise ValueError(
+            f"an adapter acts on a checkpoint, not on {settings.model}; merge it, or export with --adapter"
+        )
     tasks = _tasks(settings)  # Before the folder is made and the model is loaded: a typo answers at once.
     inputs = _inputs(settings)
     with (
