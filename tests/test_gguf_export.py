@@ -155,8 +155,17 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match="expected 0 to 2"):
         gguf.plan(model)
-    (model / "tokenizer.json").unlink()
+    for key, problem in (("num_experts", "experts, expected"), ("vocab_size", "rows, expected")):
+        (model / "config.json").write_text(json.dumps({**config, key: config[key] + 1}))
+        with pytest.raises(CheckpointError, match=problem):
+            gguf.plan(model)
     (model / "config.json").write_text(json.dumps(config))
+    document = json.loads((model / "tokenizer.json").read_text())
+    for key, value, problem in (("vocab", {"t": -1}, "has the id -1"), ("merges", [1], "no pairs of texts")):
+        (model / "tokenizer.json").write_text(json.dumps({**document, "model": {**document["model"], key: value}}))
+        with pytest.raises(CheckpointError, match=problem):
+            gguf.plan(model)
+    (model / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         gguf.plan(model)
 

@@ -136,3 +136,40 @@ def test_the_command_asks_and_prints(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit, match="1"):
         main(words)
     assert 'weather({"city":"Paris"})' in capsys.readouterr().out
+
+
+LLAMA_SERVER = """#!{python}
+# Takes the flags of llama.cpp's own program, and no others, and serves with the llama.cpp of xllamacpp.
+import argparse, signal, sys, threading, xllamacpp
+words = argparse.ArgumentParser(allow_abbrev=False)
+for name in ("model", "host", "port", "ctx-size", "parallel", "n-gpu-layers", "reasoning-format", "threads"):
+    words.add_argument("--" + name, required=True)
+words.add_argument("--threads-batch")
+words.add_argument("--alias")
+for name in ("jinja", "no-warmup"):
+    words.add_argument("--" + name, action="store_true", required=True)
+given = words.parse_args()
+found = xllamacpp.CommonParams()
+found.model.path, found.hostnames, found.port = given.model, [given.host], int(given.port)
+found.n_ctx, found.n_parallel, found.warmup, found.use_jinja = int(given.ctx_size), int(given.parallel), False, True
+server, ended = xllamacpp.Server(found), threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: ended.set())
+ended.wait()
+"""
+
+
+def test_a_llama_server_is_started_with_its_flags_and_ends_with_the_context(tmp_path: Path) -> None:
+    serve(tmp_path, *SPEECH)
+    program = tmp_path / "llama-server"
+    program.write_text(LLAMA_SERVER.format(python=sys.executable))
+    program.chmod(0o755)
+    options = ServeOptions(context=256, threads=1, parallel=2)
+    with Server(tmp_path / "model.gguf", options, program=program) as server:
+        address = server.address
+        reply = server.client.chat(QUESTION, max_tokens=20, temperature=0)
+        assert reply["message"]["content"] == "".join(SPEECH)
+    with Client(address) as client:
+        assert not client.is_healthy()
+    program.write_text(f"#!{sys.executable}\nimport sys; sys.exit('no such flag')\n")
+    with pytest.raises(ServingError, match=r"(?s)did not load .*exit status 1.*no such flag"):
+        Server(tmp_path / "model.gguf", options, program=program).__enter__()

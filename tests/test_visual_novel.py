@@ -114,6 +114,8 @@ def test_a_gguf_file_is_served_while_it_is_evaluated(tmp_path):
     assert (valid["value"], valid["num"]) == (1, 2)
     assert task["figures"]["1"]["words"] == [6, 3]
     assert len((out / "answers.jsonl").read_text().splitlines()) == 6
+    with pytest.raises(SystemExit, match="1"):
+        main([*words, "--adapter", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -170,15 +170,16 @@ def _model(folder: Path) -> str:
     specs = TensorNames(architecture, family, shapes, config.head_dim, tied).specs()
     layers = int(config.get("num_hidden_layers"))
     _check_layers(specs, layers, folder)
+    experts = config.get("num_experts", "num_local_experts", default=0) if architecture.experts else 0
+    _check_sizes(specs, int(config.get("vocab_size")), int(experts or 0), folder)
     factors = rope_factors(architecture.name, config)
     if factors:
         specs.insert(0, Spec("rope_freqs.weight", [len(factors)], values=factors))
-    experts = config.get("num_experts", "num_local_experts", default=0) if architecture.experts else 0
     document = {
         "metadata": keys,
         "tensors": [spec.as_json() for spec in specs],
         "num_layers": layers,
-        "num_experts": int(experts),
+        "num_experts": int(experts or 0),
     }
     return json.dumps(document)
 
@@ -187,6 +188,20 @@ def _check_layers(specs: list[Spec], layers: int, folder: Path) -> None:
     found = {int(spec.name.split(".")[1]) for spec in specs if spec.name.startswith("blk.")}
     if found != set(range(layers)):
         raise CheckpointError(f"{folder} has layers {sorted(found)}, expected 0 to {layers - 1} as in its config.json")
+
+
+def _check_sizes(specs: list[Spec], vocab_size: int, experts: int, folder: Path) -> None:
+    """llama.cpp says of such a file only that a tensor has the wrong shape."""
+    for spec in specs:
+        expected = (
+            vocab_size if spec.name == "token_embd.weight" else experts if "_exps." in spec.name else spec.shape[0]
+        )
+        if spec.shape[0] != expected:
+            what = "rows" if spec.name == "token_embd.weight" else "experts"
+            raise CheckpointError(
+                f"{folder}: {spec.name} has {spec.shape[0]} {what}, expected {expected} as in its config.json; take "
+                "weights and configuration from the same checkpoint"
+            )
 
 
 def _options(

@@ -54,8 +54,7 @@ def tokenizer_metadata(folder: Path, settings: Mapping[str, Any], config: TextCo
         keys.append(("scores", array("float32", scores)))
     keys.append(("token_type", array("int32", [kind for _, kind in tokens])))
     if name != "llama":
-        merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ()))
-        keys.append(("merges", array("string", list(merges))))
+        keys.append(("merges", array("string", _merges(folder, model.get("merges")))))
     keys += _special_ids(folder, {text: index for index, (text, _) in enumerate(tokens)}, config)
     own = _settings(folder).get("add_bos_token")
     keys.append(("add_bos_token", flag(settings["add_bos"] if own is None else own)))
@@ -66,13 +65,25 @@ def tokenizer_metadata(folder: Path, settings: Mapping[str, Any], config: TextCo
     return [*whole, ("tokenizer.chat_template", string(template))] if template else whole
 
 
+def _merges(folder: Path, found: Any) -> list[str]:
+    """Pairs that are merged, in order, each as a text with a space."""
+    try:
+        return [pair if isinstance(pair, str) else " ".join(pair) for pair in found or ()]
+    except TypeError as error:
+        raise CheckpointError(f"{folder / 'tokenizer.json'} has merges that are no pairs of texts ({error})") from error
+
+
 def _tokens(folder: Path, model: Mapping[str, Any], added: list[Any], vocab_size: int) -> list[tuple[str, int]]:
     """Text and type of every token."""
     tokens = [(f"[PAD{index}]", UNUSED) for index in range(vocab_size)]
     try:
         for text, index in model["vocab"].items():
+            if index < 0:
+                raise IndexError(f"token {text!r} has the id {index}")
             tokens[index] = (text, BYTE if BYTE_TOKEN.fullmatch(text) else NORMAL)
         for token in added:
+            if token["id"] < 0:
+                raise IndexError(f"token {token['content']!r} has the id {token['id']}")
             tokens[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
     except (KeyError, TypeError, IndexError) as error:
         raise CheckpointError(

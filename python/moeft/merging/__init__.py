@@ -29,7 +29,7 @@ class MergeReport:
         merged: Name of each computed tensor -> its largest absolute change (``max_delta``) and weight (``max_weight``),
             norm over that of the base (``norm_ratio``), ``cosine`` with the base, and ``branch`` where values decide.
         base_fingerprint: Fingerprint of the base.
-        base_check: "verified" if every adapter bears this fingerprint, "no_adapter" if there is none, else "unverified".
+        base_check: "verified" if every adapter bears this fingerprint, else "unverified"; "no_adapter" without one.
     """
 
     out: str
