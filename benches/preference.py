@@ -1,8 +1,8 @@
 """Pairwise accuracy on held-out hard pairs before and after ``moeft dpo``, on the embedded MoE after ``moeft sft``.
 
 For each seed: supervised training on conversations with calls, hard pairs from the same conversations, held-out pairs
-from others, and a second adapter tuned on the pairs. ``log_probs/accuracy`` is the share of held-out pairs whose right answer
-the policy finds more likely, as a mean over tokens.
+from others, and a second adapter tuned on the pairs. ``log_probs/accuracy`` is the share of held-out pairs whose right
+answer the policy finds more likely, as a mean over tokens.
 
     python benches/preference.py --rows glaive_300.jsonl [--seeds 3] [--sft-steps 60] [--dpo-steps 45] [--out FOLDER]
 
