@@ -214,12 +214,12 @@ def _is_checkpoint(out: Path) -> bool:
 
 KINDS = {
     "sft": Kind(_as_run(SftRecipe), _run_sft, _is_finished_run, _check_tuning, _dry_run_sft),
+    "hard-pairs": Kind(_as(HardPairsRecipe), _run_hard_pairs, lambda out: (out / PAIRS).is_file()),
+    "dpo": Kind(_as_run(DpoRecipe), _run_dpo, _is_finished_run, _check_tuning, _dry_run_dpo),
+    "hard-rounds": Kind(_as_run(IterateRecipe), _run_iterate, _is_finished_run, _check_rounds),
     "fisher": Kind(_read_fisher, _run_fisher, _is_finished_run),
     "subspace": Kind(_as(SubspaceRecipe), _run_subspace, lambda out: (out / SUBSPACE).is_file()),
     "quantize": Kind(_as(QuantizeRecipe), _run_quantize, _is_checkpoint),
     "merge": Kind(_read_merge, _run_merge, _is_checkpoint),
-    "hard-pairs": Kind(_as(HardPairsRecipe), _run_hard_pairs, lambda out: (out / PAIRS).is_file()),
-    "dpo": Kind(_as_run(DpoRecipe), _run_dpo, _is_finished_run, _check_tuning, _dry_run_dpo),
-    "hard-rounds": Kind(_as_run(IterateRecipe), _run_iterate, _is_finished_run, _check_rounds),
     "compare": Kind(_as(CompareRecipe), _run_compare, _is_finished_run),
 }
