@@ -4,7 +4,7 @@ For each seed: supervised training on conversations with calls, hard pairs from 
 from others, and a second adapter tuned on the pairs. ``log_probs/accuracy`` is the share of held-out pairs whose right
 answer the policy finds more likely, as a mean over tokens.
 
-    python benches/preference.py --rows glaive_300.jsonl [--seeds 3] [--sft-steps 60] [--dpo-steps 45] [--out FOLDER]
+    python benches/preference.py --rows glaive_300.jsonl [--seeds 3] [--sft-steps 50] [--dpo-steps 40] [--out FOLDER]
 
 Without ``--rows``, the demo's ops-agent rows; held-out requests have combinations that never occur in training.
 """
@@ -46,9 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, help="conversations with calls and their tools, such as Glaive's")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sft-steps", type=int, default=60)
-    parser.add_argument("--dpo-steps", type=int, default=45)
-    parser.add_argument("--pairs", type=int, default=208, help="to train on; half as many are held out")
+    parser.add_argument("--sft-steps", type=int, default=50)
+    parser.add_argument("--dpo-steps", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=156, help="to train on; half as many are held out")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--max-length", type=int, default=384)
     parser.add_argument("--out", type=Path)
