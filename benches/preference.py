@@ -1,10 +1,10 @@
 """Pairwise accuracy on held-out hard pairs before and after ``moeft dpo``, on the embedded MoE after ``moeft sft``.
 
 For each seed: supervised training on conversations with calls, hard pairs from the same conversations, held-out pairs
-from others, and a second adapter tuned on the pairs. ``log_probs/accuracy`` is the share of held-out pairs whose right answer
-the policy finds more likely, as a mean over tokens.
+from others, and a second adapter tuned on the pairs. ``log_probs/accuracy`` is the share of held-out pairs whose right
+answer the policy finds more likely, as a mean over tokens.
 
-    python benches/preference.py --rows glaive_300.jsonl [--seeds 3] [--sft-steps 60] [--dpo-steps 45] [--out FOLDER]
+    python benches/preference.py --rows glaive_300.jsonl [--seeds 3] [--sft-steps 50] [--dpo-steps 40] [--out FOLDER]
 
 Without ``--rows``, the demo's ops-agent rows; held-out requests have combinations that never occur in training.
 """
@@ -27,13 +27,14 @@ from harness import machine
 from moeft import checkpoint
 from moeft.config import SftRecipe
 from moeft.config.dpo import DpoRecipe
-from moeft.data.rows import read_rows
+from moeft.data.rows import Message, read_rows
 from moeft.demo import ops_agent
 from moeft.demo.ops_schema import ops_tools
 from moeft.demo.run import BASE, THREADS
 from moeft.hard.requests import Request
 from moeft.runs import dpo, sft
 from moeft.runs.hard import BuildSettings, Toolbox, build_pairs
+from moeft.tool_protocols import ToolCall
 
 HELD_OUT = 0.3
 """Share of the conversations of a file that are held out."""
@@ -45,9 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, help="conversations with calls and their tools, such as Glaive's")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sft-steps", type=int, default=60)
-    parser.add_argument("--dpo-steps", type=int, default=45)
-    parser.add_argument("--pairs", type=int, default=208, help="to train on; half as many are held out")
+    parser.add_argument("--sft-steps", type=int, default=50)
+    parser.add_argument("--dpo-steps", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=156, help="to train on; half as many are held out")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--max-length", type=int, default=384)
     parser.add_argument("--out", type=Path)
@@ -55,10 +56,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     out = options.out or Path(tempfile.mkdtemp(prefix="preference-"))
-    options_shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    lines = [
-        machine() | {"options": {name: options_shown[name] for name in options_shown if name not in ("out", "record")}}
-    ]
+    asked = {name: value for name, value in vars(options).items() if name not in ("out", "record")}
+    lines = [machine() | {"options": asked | {"rows": options.rows and options.rows.name}}]
     for seed in range(options.seeds):
         lines.append(measure(out / f"seed-{seed}", seed, options))
         print(json.dumps(lines[-1]), flush=True)
@@ -114,10 +113,23 @@ def write_rows(folder: Path, seed: int, rows: Path | None) -> Toolbox:
 
 
 def as_texts(requests: Sequence[Request], tools: Toolbox) -> list[Any]:
-    """Conversations that end with the right calls, written as the protocol does."""
+    """Conversations that end with the right calls, written as the protocol does: the base's template knows no tools."""
+
+    def turn(message: Message) -> Message:
+        if message["role"] == "tool":
+            return {"role": "user", "content": f"{message.get('name', 'tool')}: {message['content']}"}
+        functions = [call["function"] for call in message.get("tool_calls", ())]
+        calls = tuple(ToolCall(function["name"], function["arguments"]) for function in functions)
+        return {"role": message["role"], "content": tools.protocol.reply(message["content"], calls)}
+
     return [
-        {"messages": [*r.prompt, {"role": "assistant", "content": tools.protocol.reply(r.said, r.calls)}]}
-        for r in requests
+        {
+            "messages": [
+                *map(turn, request.prompt),
+                {"role": "assistant", "content": tools.protocol.reply(request.said, request.calls)},
+            ]
+        }
+        for request in requests
     ]
 
 

@@ -127,6 +127,14 @@ def test_a_pair_that_is_cut_to_nothing_is_refused(on_too_long, reason):
         encoded([row], max_length=20, on_too_long=on_too_long)
 
 
+def test_a_pair_that_is_longer_than_the_context_is_named(tmp_path):
+    model = policy()
+    model.config.max_position_embeddings = 60
+    rows = [*pairs(3), {"prompt": "x" * 40, "chosen": "a", "rejected": "b"}]
+    with pytest.raises(DataError, match=r"line 4: .* tokens, and the model has 60 positions; set max_length"):
+        dpo_trainer(model, tmp_path, rows)
+
+
 def test_a_pair_whose_difference_is_cut_off_is_refused():
     row = {"prompt": "hi", "chosen": "same words, then this", "rejected": "same words, then that"}
     with pytest.raises(DataError, match="the same tokens"):

@@ -122,6 +122,24 @@ def test_every_nth_pair_keeps_right_reasoning_and_corrupts_the_call_alone(built)
         assert pair.rejected.startswith(said.strip())
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"categories": 3}, "categories holds something else"),
+        ({"categories": {"tool_confusion": "much"}}, "categories holds something else"),
+        ({"categories": {"nonsense": 1.0}}, "no category has a weight above 0"),
+        ({"tools": {"drain_node": -1}}, "tools holds something else"),
+        ({"confusion": {"drain_node": 5}}, r"confusion\.drain_node holds something else"),
+        ({"more": {}}, "holds no targets"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(tmp_path, changes, reason):
+    path = tmp_path / "targets.json"
+    path.write_text(json.dumps({"categories": {}, "tools": {}, "confusion": {}} | changes))
+    with pytest.raises(DataError, match=reason):
+        Targets.read(path)
+
+
 def test_right_reasoning_names_the_values_of_the_right_call(material):
     train, _ = material
     found = build(SCHEMAS, train, BRACKET, 60, targets=Targets({"edge_case": 1.0}), reasoned_every=1, seed=5).pairs

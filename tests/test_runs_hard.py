@@ -194,7 +194,7 @@ def test_supervised_training_before_the_rounds_may_not_see_held_out_requests_or_
         run(IterateRecipe.load(path), show=lambda text: None)
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft | {"model": str(files)}))
     with pytest.raises(RecipeError, match="is to leave an adapter on"):
-        run(IterateRecipe.load(path, ["output=other"]), show=lambda text: None)
+        run(IterateRecipe.load(path, [f"output={tmp_path / 'other'}"]), show=lambda text: None)
 
 
 def test_a_typo_in_the_training_of_rounds_is_found_before_they_start(files, tmp_path):

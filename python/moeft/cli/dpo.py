@@ -22,6 +22,8 @@ def dpo(
     """Train LoRA adapters on preference pairs, as a recipe says."""
     from moeft.config.dpo import DpoRecipe
 
+    if dry_run and precompute_only:
+        raise typer.BadParameter("give --dry-run or --precompute-only, and not both")
     loaded = DpoRecipe.load(recipe, overrides or ())  # Before the slow import: a typo answers at once.
     from moeft.runs import dpo as runs
 

@@ -46,7 +46,22 @@ class Targets:
         Raises:
             DataError: If it is something else.
         """
+        from moeft.hard.categories import CATEGORIES
+
         value: Any = files.read_json(path)
         if not isinstance(value, dict) or value.keys() != {"categories", "tools", "confusion"}:
             raise DataError(f"{path} holds no targets; expected the targets.json that `moeft hard analyze` writes")
+        for name, weights in (*value.items(), *_rows(value["confusion"])):
+            if not isinstance(weights, dict) or (name != "confusion" and not all(map(_is_weight, weights.values()))):
+                raise DataError(f"{path}: {name} holds something else than weights from 0 on by name")
+        if value["categories"] and not any(value["categories"].get(name) for name in CATEGORIES):
+            raise DataError(f"{path}: no category has a weight above 0; known ones are {', '.join(CATEGORIES)}")
         return cls(**value)
+
+
+def _rows(confusion: Any) -> list[tuple[str, Any]]:
+    return [(f"confusion.{name}", row) for name, row in confusion.items()] if isinstance(confusion, dict) else []
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")

@@ -96,6 +96,8 @@ def build_pairs(
         DataError: If nothing can be made of a file.
         FileExistsError: If ``out`` is there already.
     """
+    if not 0 < settings.share <= 1:
+        raise ValueError(f"share is {settings.share}, expected above 0 and at most 1")
     if out.exists():
         raise FileExistsError(17, "is there already; choose another name, or remove it", str(out))
     held_out = None
@@ -166,7 +168,11 @@ def read_replies(path: Path) -> list[str]:
 
 
 def _easy(path: Path, held_out: HeldOutTexts | None, show: Show) -> list[dict[str, Any]]:
-    """Rows of easy pairs that hold no held-out request."""
+    """Rows of easy pairs that hold no held-out request.
+
+    Raises:
+        DataError: If there is none.
+    """
     from moeft.data.preferences import read_preferences
 
     read = read_preferences(path)
@@ -179,4 +185,6 @@ def _easy(path: Path, held_out: HeldOutTexts | None, show: Show) -> list[dict[st
         tools = {} if row.tools is None else {"tools": row.tools}
         rows.append({"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected, **tools})
     show(f"{path}: {len(rows)} easy pairs, {len(read.rejects)} rejected, {leaks} hold held-out requests")
+    if not rows:
+        raise DataError(f"{path}: no easy pair is left to mix in; leave it out, or give rows of other requests")
     return rows

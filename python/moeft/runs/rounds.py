@@ -17,9 +17,9 @@ def reason_to_stop(recipe: IterateRecipe, rounds: Entries) -> str | None:
     last = rounds[-1]
     if (stopped := last.get("stopped")) is not None:
         return f"the capability gate stopped round {len(rounds) - 1}: {stopped['reason']}"
-    if not _loss_holds(recipe, rounds, last):
+    if recipe.gate is not None and not _loss_holds(recipe, rounds, last):
         rise = _loss(last) - _loss(rounds[0])
-        return f"the loss of the gate rose by {rise:.3g}, more than {recipe.gate.max_rise:g}"  # type: ignore[union-attr]
+        return f"the loss of the gate rose by {rise:.3g}, more than {recipe.gate.max_rise:g}"
     if len(rounds) > 1:
         gain = last["accuracy"]["value"] - rounds[-2]["accuracy"]["value"]
         if gain <= recipe.min_gain:

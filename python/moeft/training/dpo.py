@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,8 +15,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from moeft.data import templates
 from moeft.data.pair_batches import PairCollator
 from moeft.data.pairs import EncodedPairs, Pair
-from moeft.data.rejects import Reject
-from moeft.errors import DataError
 from moeft.integration.log_probs import linear_head
 from moeft.progress_bar import step_bar
 from moeft.training.dpo_arguments import DPOConfig
@@ -27,10 +23,10 @@ from moeft.training.preference.divergence import token_divergences
 from moeft.training.preference.figures import KEYS, PairFigures
 from moeft.training.preference.layout import usable_layout
 from moeft.training.preference.losses import PairLosses, pair_losses
-from moeft.training.preference.reference import Reference, ReferenceReport, tolerance
+from moeft.training.preference.reference import Reference, ReferenceReport, tolerance, with_reference
 from moeft.training.preference.reference_cache import ReferenceCache
 from moeft.training.preference.reference_context import reference_context
-from moeft.training.preference.scores import PairScores, score_pairs, source_states
+from moeft.training.preference.scores import PairScores, chosen_rows, score_pairs, score_states, source_states
 from moeft.training.preference.starting_policy import StartingPolicy
 from moeft.training.preference.stop_rules import StopOnCollapse
 from moeft.training.sft import padding_id
@@ -179,7 +175,8 @@ class DPOTrainer(MoeTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Sum of the losses of a micro-batch's pairs over the pairs of the step, or of the micro-batch."""
-        losses, scores = self._losses(inputs)
+        scores = score_pairs(self.model, inputs)
+        losses = self._losses(scores, inputs)
         if self.model.training and torch.is_grad_enabled():
             self._figures.add(losses, scores, inputs["reference"])
         loss = losses.loss.sum() / (num_items_in_batch or len(losses.loss))
@@ -209,48 +206,35 @@ class DPOTrainer(MoeTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in dataloader:
                 inputs = self._prepare_inputs(batch)
-                losses, scores = self._losses(inputs)
-                figures.add(losses, scores, inputs["reference"])
+                states = source_states(self.model, inputs)
+                scores = score_states(self.model, states, inputs)
+                figures.add(self._losses(scores, inputs), scores, inputs["reference"])
                 if num_pairs < DIVERGENCE_PAIRS:
-                    kept.append((inputs, self._chosen_states(inputs)))
+                    kept.append((inputs, chosen_rows(states, inputs).cpu()))
                 num_pairs += len(inputs["rows"])
             divergences = self._divergences(kept)
         read = figures.read(self.preference_loss.is_mean) | {"kl": float(divergences.double().mean())}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in read.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_pairs)
 
-    def _losses(self, inputs: Any) -> tuple[PairLosses, PairScores]:
-        scores = score_pairs(self.model, inputs)
+    def _losses(self, scores: PairScores, inputs: Any) -> PairLosses:
         reference = inputs["reference"] if self.preference_loss.needs_reference else None
-        return pair_losses(self.preference_loss, scores.sums, scores.counts, reference), scores
-
-    def _chosen_states(self, inputs: Any) -> Tensor:
-        """``[M, H]``, states before every token of the chosen answers of a batch."""
-        return source_states(self.model, inputs)[:, 0][inputs["targets"][:, 0] >= 0]
+        return pair_losses(self.preference_loss, scores.sums, scores.counts, reference)
 
     def _divergences(self, kept: list[tuple[Any, Tensor]]) -> Tensor:
         """``KL(policy || reference)`` before every token, of batches with their states under the policy."""
         head = linear_head(self.model)
+        found = []
         with self.start.restored(self.model):
-            found = [token_divergences(states, self._chosen_states(inputs), head) for inputs, states in kept]
+            for inputs, states in kept:
+                reference = chosen_rows(source_states(self.model, inputs), inputs)
+                found.append(token_divergences(states.to(reference.device), reference, head))
         return torch.cat(found)
 
     def _referenced(self, encoded: EncodedPairs, reference: Reference) -> tuple[EncodedPairs, ReferenceReport]:
         self.model.eval()
         with step_bar("reference", not self.args.disable_tqdm) as advance, self._routing_paused():
-            sums, report = reference.log_probs(encoded.pairs, advance)
-        pairs = encoded.pairs.with_reference(sums)
-        if not report.not_finite:
-            return replace(encoded, pairs=pairs), report
-        rejects = [
-            Reject(int(pairs.lines[row]), f"its log-probability under the reference is {sums[row].tolist()}", "pairs")
-            for row in report.not_finite
-        ]
-        kept = np.setdiff1d(np.arange(len(pairs)), report.not_finite)
-        if not len(kept):
-            raise DataError(f"no pair has a finite log-probability under the reference; first: {rejects[0].reason}")
-        logger.warning("%d pairs are left out: their log-probability under the reference is not finite", len(rejects))
-        return replace(encoded, pairs=pairs.take(kept), rejects=[*encoded.rejects, *rejects]), report
+            return with_reference(encoded, reference, advance)
 
     def _score_as_reference(self, pairs: Sequence[Pair]) -> PairScores:
         batch = self._prepare_inputs(self.data_collator(pairs))

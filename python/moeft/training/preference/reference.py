@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from moeft.data.example import IGNORE_INDEX
-from moeft.data.pairs import Pair, Pairs
+from moeft.data.pairs import EncodedPairs, Pair, Pairs
+from moeft.data.rejects import Reject
+from moeft.errors import DataError
 from moeft.progress_bar import Callback
 from moeft.training.preference.reference_cache import ReferenceCache, sequence_key
 from moeft.training.preference.scores import PairScores
 
+logger = logging.getLogger(__name__)
 Score = Callable[[Sequence[Pair]], PairScores]
 
 
@@ -125,6 +129,29 @@ class Reference:
         with torch.no_grad():
             sums_B2: Any = self.score([pairs[int(row)] for row in rows]).sums
         return sums_B2.double().cpu().numpy()
+
+
+def with_reference(
+    encoded: EncodedPairs, reference: Reference, advance: Callback | None = None
+) -> tuple[EncodedPairs, ReferenceReport]:
+    """Pairs with their log-probabilities; those with one that is not finite are left out and join the rejects.
+
+    Raises:
+        DataError: If none is left.
+    """
+    sums, report = reference.log_probs(encoded.pairs, advance)
+    pairs = encoded.pairs.with_reference(sums)
+    if not report.not_finite:
+        return replace(encoded, pairs=pairs), report
+    rejects = [
+        Reject(int(pairs.lines[row]), f"its log-probability under the reference is {sums[row].tolist()}", "pairs")
+        for row in report.not_finite
+    ]
+    kept = np.setdiff1d(np.arange(len(pairs)), report.not_finite)
+    if not len(kept):
+        raise DataError(f"no pair has a finite log-probability under the reference; first: {rejects[0].reason}")
+    logger.warning("%d pairs are left out: their log-probability under the reference is not finite", len(rejects))
+    return replace(encoded, pairs=pairs.take(kept), rejects=[*encoded.rejects, *rejects]), report
 
 
 def _key(pair: Pair, side: int) -> tuple[bytes, int]:

@@ -39,9 +39,13 @@ def score_pairs(model: Any, batch: Batch) -> PairScores:
     Raises:
         UnsupportedModelError: If the head is no linear layer.
     """
+    return score_states(model, source_states(model, batch), batch)
+
+
+def score_states(model: Any, states_B2MH: Tensor, batch: Batch) -> PairScores:
+    """As :func:`score_pairs`, from the states that :func:`source_states` found."""
     head = linear_head(model)
-    targets_B2M = batch["targets"]
-    log_probs_B2M = linear_log_probs(source_states(model, batch), head.weight, targets_B2M, head.softcap)
+    log_probs_B2M = linear_log_probs(states_B2MH, head.weight, batch["targets"], head.softcap)
     return PairScores(log_probs_B2M.sum(-1), count_targets(batch))
 
 
@@ -60,6 +64,11 @@ def source_states(model: Any, batch: Batch) -> Tensor:
     # Not gather: its index is as wide as the states, and backward keeps it, at 8 bytes an element.
     index = (sources_B2M + starts_B[:, None, None]).flatten()
     return states_TH.index_select(0, index).view(*sources_B2M.shape, -1)
+
+
+def chosen_rows(states_B2MH: Tensor, batch: Batch) -> Tensor:
+    """``[N, H]``, states before every compared token of the chosen answers of a batch."""
+    return states_B2MH[:, 0][batch["targets"][:, 0] != IGNORE_INDEX]
 
 
 def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
