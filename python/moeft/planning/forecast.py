@@ -78,6 +78,12 @@ def _streamed(forecast: Forecast, result: Plan, card: Device | None) -> Plan:
         note = f"memory.experts is {wanted!r}, which streams packed experts, and this model has none"
         return replace(result, notes=(*result.notes, note))
     resident = solve(expert_bytes, result.device_bytes, result.vram_bytes)
+
+    def seconds_of(rows: int) -> float | None:
+        changed = replace(settings, batch_size=rows)
+        speed = None if card is None else Forecast(forecast.model, changed).speed(card)
+        return None if speed is None else changed.tokens / speed.ceiling_tokens_per_second
+
     return stream(
         result,
         expert_bytes,
@@ -85,8 +91,8 @@ def _streamed(forecast: Forecast, result: Plan, card: Device | None) -> Plan:
         on_disk=settings.memory.backing == "disk",
         rows=settings.batch_size,
         length=settings.max_length,
-        card=card,
-        speed=result.speed,
+        bus=None if card is None else card.bus,
+        seconds_of=seconds_of,
     )
 
 
