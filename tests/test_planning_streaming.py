@@ -89,6 +89,15 @@ def test_solver_gives_the_most_layers_that_fit(resident):
     assert solve(expert_bytes, 1000, 0) is None
 
 
+def test_biases_of_experts_stay_on_the_card(checkpoints):
+    settings = {"dtype": "float32"}
+    whole = plan(checkpoints["gpt_oss"], recipe=Settings(**settings))
+    found = plan(checkpoints["gpt_oss"], recipe=Settings(**settings, memory=Memory(experts="stream")))
+    assert found.bytes_of("experts") == 0
+    assert found.bytes_of("other") == whole.bytes_of("other") > 0
+    assert found.streaming.host_bytes == whole.bytes_of("experts")
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("resident", [0, 2])
 def test_a_stream_takes_the_bytes_that_were_planned(checkpoints, double_quant, resident):

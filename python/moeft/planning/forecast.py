@@ -69,12 +69,11 @@ def plan(
 
 def _streamed(forecast: Forecast, result: Plan, card: Device | None) -> Plan:
     """The plan with experts streamed, if they are to be."""
-    settings, expert_bytes = forecast.settings, forecast.expert_bytes()
+    settings, expert_bytes = forecast.settings, forecast.expert_bytes(packed_only=True)
     wanted = settings.memory.experts
     if wanted == "resident" or (wanted == "auto" and result.fits is not False):
         return result
-    packed = settings.quantization is not None and settings.quantization.experts
-    if not expert_bytes or not packed:
+    if not expert_bytes:
         note = f"memory.experts is {wanted!r}, which streams packed experts, and this model has none"
         return replace(result, notes=(*result.notes, note))
     resident = solve(expert_bytes, result.device_bytes, result.vram_bytes)
@@ -107,9 +106,8 @@ def _advice(forecast: Forecast, result: Plan) -> Iterator[Knob]:
         if saved > 0:
             knobs.append(Knob(name, saved, True, cost))
     yield from sorted(knobs, key=lambda knob: -knob.saves_bytes)
-    settings = forecast.settings
-    packed = settings.quantization is not None and settings.quantization.experts
-    if packed and settings.memory.experts == "resident" and result.fits is False and result.vram_bytes is not None:
-        knob = streaming(forecast.expert_bytes(), result.device_bytes, result.vram_bytes)
+    is_resident = forecast.settings.memory.experts == "resident"
+    if is_resident and result.fits is False and result.vram_bytes is not None:
+        knob = streaming(forecast.expert_bytes(packed_only=True), result.device_bytes, result.vram_bytes)
         if knob is not None:
             yield knob

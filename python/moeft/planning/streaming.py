@@ -95,7 +95,7 @@ def solve(expert_bytes: Sequence[int], device_bytes: int, vram_bytes: int | None
 
 
 def saved_bytes(expert_bytes: Sequence[int], resident: int) -> int:
-    """What a card holds less, if the experts of all but ``resident`` layers are streamed through slots."""
+    """What a card holds less, if experts of all but the ``resident`` largest layers pass through slots."""
     largest_first = sorted(expert_bytes, reverse=True)
     streamed = len(expert_bytes) - resident
     return sum(largest_first[resident:]) - min(SLOTS, streamed) * largest_first[0]
@@ -144,7 +144,7 @@ def stream(
     found = replace(found, rows_that_hide=_fewest_rows(found.transfer_seconds, seconds_of))
     changed: list[PlanRow] = []
     for row in plan.rows:
-        if row.component != "experts":
+        if row.component != "experts" or not row.dtype.startswith("nf4"):  # biases stay
             changed.append(row)
             continue
         source = f"{resident} of {count} layers resident, the others streamed"
