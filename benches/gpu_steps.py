@@ -86,21 +86,22 @@ def _measure(bench: Bench, setting: Setting) -> None:
             if bench.is_late:
                 return
             record = {"setting": setting.name, "policy": policy, "sequences": sequences, "length": length}
-            _attempt(bench, record, lambda s=sequences, n=length: _steps(bench, model, trained, s, n))
+            attempt(bench, record, lambda s=sequences, n=length: steps(bench, model, trained, s, n))
     apply_checkpointing(base, "full")
     sequences, length = setting.sequences[-1]
     for cap in setting.caps_gib:
         record = {"setting": setting.name, "cap_gib": cap, "sequences": sequences, "length": length}
-        with _MemoryCap(bench, cap):
-            _attempt(bench, record, lambda: _steps(bench, model, trained, sequences, length, rounds=1))
+        with MemoryCap(bench, cap):
+            attempt(bench, record, lambda: steps(bench, model, trained, sequences, length, rounds=1))
     _profile(bench, setting, model, trained, *setting.sequences[-1])
 
 
-def _attempt(bench: Bench, record: dict[str, Any], steps: Callable[[], dict[str, Any]]) -> None:
+def attempt(bench: Bench, record: dict[str, Any], run: Callable[[], dict[str, Any]], section: str = "step") -> None:
+    """Write what a measurement gives, or that the memory was not enough; give memory back behind it."""
     try:
-        bench.write("step", **record, **steps())
+        bench.write(section, **record, **run())
     except torch.OutOfMemoryError as error:
-        bench.write("step", **record, out_of_memory=str(error)[:200])
+        bench.write(section, **record, out_of_memory=" ".join([str(error)[:200], *getattr(error, "__notes__", [])]))
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -118,9 +119,10 @@ def _inputs(bench: Bench, sequences: int, length: int) -> tuple[torch.Tensor, to
     return tokens, torch.arange(length, device=bench.device).repeat(sequences)[None]
 
 
-def _steps(
+def steps(
     bench: Bench, model: nn.Module, trained: list[nn.Parameter], sequences: int, length: int, rounds: int = 3
 ) -> dict[str, Any]:
+    """Seconds, tokens per second, peaks and the last loss of training steps on so many packed sequences."""
     inputs = _inputs(bench, sequences, length)
     losses = []
 
@@ -184,7 +186,7 @@ def _allocated(bench: Bench) -> int:
     return torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
 
 
-class _MemoryCap:
+class MemoryCap:
     """Let the process take only so much of the device's memory."""
 
     def __init__(self, bench: Bench, gib: int) -> None:

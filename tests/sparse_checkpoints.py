@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+import transformers.quantizers  # registers ours, which must not be imported first
 
 import moeft
 from moeft.integration import model_family

@@ -31,7 +31,7 @@ PRELUDE = """
         return kept
 
     folder = Path(sys.argv[1])
-    moeft.load(folder.parent / "small")  # imports, thread pools
+    moeft.load(folder.parent / "small", moeft.NF4Config())  # so that imports and thread pools do not count
 """
 
 

@@ -70,15 +70,20 @@ def plan(
 
 def _streamed(forecast: Forecast, result: Plan, card: Device | None) -> Plan:
     """The plan with experts streamed, if they are to be."""
-    settings, expert_bytes = forecast.settings, forecast.expert_bytes()
+    settings, expert_bytes = forecast.settings, forecast.expert_bytes(packed_only=True)
     wanted = settings.memory.experts
     if wanted == "resident" or (wanted == "auto" and result.fits is not False):
         return result
-    packed = settings.quantization is not None and settings.quantization.experts
-    if not expert_bytes or not packed:
+    if not expert_bytes:
         note = f"memory.experts is {wanted!r}, which streams packed experts, and this model has none"
         return replace(result, notes=(*result.notes, note))
     resident = solve(expert_bytes, result.device_bytes, result.vram_bytes)
+
+    def seconds_of(rows: int) -> float | None:
+        changed = replace(settings, batch_size=rows)
+        speed = None if card is None else Forecast(forecast.model, changed).speed(card)
+        return None if speed is None else changed.tokens / speed.ceiling_tokens_per_second
+
     return stream(
         result,
         expert_bytes,
@@ -86,8 +91,8 @@ def _streamed(forecast: Forecast, result: Plan, card: Device | None) -> Plan:
         on_disk=settings.memory.backing == "disk",
         rows=settings.batch_size,
         length=settings.max_length,
-        card=card,
-        speed=result.speed,
+        bus=None if card is None else card.bus,
+        seconds_of=seconds_of,
     )
 
 
@@ -102,9 +107,8 @@ def _advice(forecast: Forecast, result: Plan) -> Iterator[Knob]:
         if saved > 0:
             knobs.append(Knob(name, saved, True, cost))
     yield from sorted(knobs, key=lambda knob: -knob.saves_bytes)
-    settings = forecast.settings
-    packed = settings.quantization is not None and settings.quantization.experts
-    if packed and settings.memory.experts == "resident" and result.fits is False and result.vram_bytes is not None:
-        knob = streaming(forecast.expert_bytes(), result.device_bytes, result.vram_bytes)
+    is_resident = forecast.settings.memory.experts == "resident"
+    if is_resident and result.fits is False and result.vram_bytes is not None:
+        knob = streaming(forecast.expert_bytes(packed_only=True), result.device_bytes, result.vram_bytes)
         if knob is not None:
             yield knob

@@ -182,13 +182,13 @@ class Forecast:
         beyond = max(0, size - of_training)
         yield PlanRow("reference and held-out", settings.dtype, beyond, source, FORWARD_PASS, exact=False)
 
-    def expert_bytes(self) -> list[int]:
-        """Bytes of the experts of each layer that has some."""
+    def expert_bytes(self, packed_only: bool = False) -> list[int]:
+        """Bytes of the experts of each layer that has some; with ``packed_only``, of their packed stacks alone."""
         family, settings = self.model.family, self.settings
         totals: dict[str, int] = defaultdict(int)
         for weight in self.weights:
             below = family.below_layer(weight.name) if family else None
-            if below is not None and weight.component == "experts":
+            if below is not None and weight.component == "experts" and (weight.packed or not packed_only):
                 totals[weight.name.removesuffix(below)] += weight.bytes(settings.dtype, settings.quantization)
         return list(totals.values())
 

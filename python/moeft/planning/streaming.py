@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moeft.planning.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from moeft.planning.devices import Device
     from moeft.planning.report import Plan, PlanRow
-    from moeft.planning.speed import Speed
 
 SLOTS = 2  # of modules.streaming: one layer in use, the next on its way
 PASSES = 2  # forward; and backward, in which a layer that runs again shares the transfer
 ASSUMED_BUS = 24e9  # bytes per second of registered host memory over PCIe 4.0 x16
+MOST_ROWS = 1 << 16
 EXPERT_SLOTS = "expert slots"
 
 
@@ -32,7 +30,8 @@ class Streaming:
         host_bytes: Host memory that streamed experts take; 0 where they stay in files.
         micro_batch_bytes: What crosses the bus in a micro-batch.
         bus: Assumed bytes per second.
-        compute_seconds: Predicted computation of a micro-batch; None without a known card.
+        compute_seconds: Shortest computation of a micro-batch, at the card's peak; None without a known card.
+        rows_that_hide: Rows of a micro-batch from which on that is longer than the transfers; None if not known.
         rows: Rows of a micro-batch.
         length: Tokens of a row.
     """
@@ -45,6 +44,7 @@ class Streaming:
     micro_batch_bytes: int
     bus: float
     compute_seconds: float | None
+    rows_that_hide: int | None
     rows: int
     length: int
 
@@ -53,16 +53,9 @@ class Streaming:
         """Of a micro-batch, at the assumed speed."""
         return self.micro_batch_bytes / self.bus
 
-    @property
-    def rows_that_hide(self) -> int | None:
-        """Rows of a micro-batch from which on its computation takes longer than the transfers; None if not known."""
-        if self.compute_seconds is None:
-            return None
-        return max(1, math.ceil(self.rows * self.transfer_seconds / self.compute_seconds))
-
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, derived figures included."""
-        return {**vars(self), "transfer_seconds": self.transfer_seconds, "rows_that_hide": self.rows_that_hide}
+        return {**vars(self), "transfer_seconds": self.transfer_seconds}
 
     def __str__(self) -> str:
         host = f"{format_bytes(self.host_bytes)} of host memory" if self.host_bytes else "read from the checkpoint"
@@ -72,12 +65,12 @@ class Streaming:
             f"  {format_bytes(self.micro_batch_bytes)} over the bus in a micro-batch: {self.transfer_seconds:.2f} s at "
             f"{self.bus / 1e9:.0f} GB/s, assumed",
         ]
-        rows = self.rows_that_hide
-        if rows is not None and self.compute_seconds is not None:
-            verdict = "hidden behind" if rows <= self.rows else "not hidden behind"
+        if self.compute_seconds is not None:
+            hidden = self.compute_seconds >= self.transfer_seconds
+            from_on = "" if self.rows_that_hide is None else f", from {self.rows_that_hide} x {self.length:,} tokens on"
             lines.append(
-                f"  {verdict} {self.compute_seconds:.2f} s of computation, predicted; hidden from {rows} x "
-                f"{self.length:,} tokens in a micro-batch on"
+                f"  {'' if hidden else 'not '}hidden behind {self.compute_seconds:.2f} s of computation at the card's "
+                f"peak{from_on}"
             )
         return "\n".join(lines)
 
@@ -102,7 +95,7 @@ def solve(expert_bytes: Sequence[int], device_bytes: int, vram_bytes: int | None
 
 
 def saved_bytes(expert_bytes: Sequence[int], resident: int) -> int:
-    """What a card holds less, if the experts of all but ``resident`` layers are streamed through slots."""
+    """What a card holds less, if experts of all but the ``resident`` largest layers pass through slots."""
     largest_first = sorted(expert_bytes, reverse=True)
     streamed = len(expert_bytes) - resident
     return sum(largest_first[resident:]) - min(SLOTS, streamed) * largest_first[0]
@@ -116,8 +109,8 @@ def stream(
     on_disk: bool,
     rows: int,
     length: int,
-    card: Device | None,
-    speed: Speed | None,
+    bus: float | None,
+    seconds_of: Callable[[int], float | None],
 ) -> Plan:
     """The same plan with all but ``resident`` layers' experts streamed.
 
@@ -128,8 +121,8 @@ def stream(
         on_disk: Whether the others stay in the files of the checkpoint.
         rows: Rows of a micro-batch.
         length: Tokens of a row.
-        card: For the speed of its bus; None assumes one.
-        speed: Predicted speed of computation.
+        bus: Bytes per second from host memory; None assumes them.
+        seconds_of: Shortest computation of a micro-batch of so many rows; None without a known card.
     """
     layer_bytes, count = max(expert_bytes), len(expert_bytes)
     streamed = count - resident
@@ -142,14 +135,16 @@ def stream(
         slot_bytes=slots * layer_bytes,
         host_bytes=0 if on_disk else waiting,
         micro_batch_bytes=PASSES * (streamed - slots) * layer_bytes,
-        bus=ASSUMED_BUS if card is None else card.bus,
-        compute_seconds=None if speed is None else rows * length / speed.tokens_per_second,
+        bus=bus or ASSUMED_BUS,
+        compute_seconds=seconds_of(rows),
+        rows_that_hide=None,
         rows=rows,
         length=length,
     )
+    found = replace(found, rows_that_hide=_fewest_rows(found.transfer_seconds, seconds_of))
     changed: list[PlanRow] = []
     for row in plan.rows:
-        if row.component != "experts":
+        if row.component != "experts" or not row.dtype.startswith("nf4"):  # biases stay
             changed.append(row)
             continue
         source = f"{resident} of {count} layers resident, the others streamed"
@@ -157,3 +152,16 @@ def stream(
         slot = replace(row, component=EXPERT_SLOTS, bytes=found.slot_bytes, parameters=0)
         changed.append(replace(slot, source=f"{slots} layers at a time"))
     return replace(plan, rows=tuple(changed), streaming=found)
+
+
+def _fewest_rows(seconds: float, seconds_of: Callable[[int], float | None]) -> int | None:
+    """Fewest rows whose computation takes so long; None if not known, or if it takes absurdly many."""
+    low, high = 0, 1
+    while (least := seconds_of(high)) is None or least < seconds:
+        if least is None or high >= MOST_ROWS:
+            return None
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if (seconds_of(middle) or 0) >= seconds else (middle, high)
+    return high
