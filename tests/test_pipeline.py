@@ -78,6 +78,18 @@ def test_an_interrupted_pipeline_goes_on_with_the_stage_that_was_interrupted(fol
         run(recipe)
 
 
+def test_a_changed_recipe_file_of_a_stage_is_a_changed_input(folder):
+    (folder / "merge.yaml").write_text(json.dumps(MERGE))
+    recipe = load(folder, {"first": {"merge": {"recipe": "merge.yaml"}}, "second": {"merge": AGAIN}})
+    run(recipe)
+    (folder / "out" / "second" / "config.json").unlink()  # as if a kill had come before it
+    record = folder / "out" / "run.json"
+    record.write_text(record.read_text().replace('"finished"', '"failed"'))
+    (folder / "merge.yaml").write_text(json.dumps(MERGE | {"out_dtype": "float32"}))
+    with pytest.raises(RunFolderError, match=r"merge\.yaml"):
+        run(load(folder, {"first": {"merge": {"recipe": "merge.yaml"}}, "second": {"merge": AGAIN}}))
+
+
 def test_stages_that_depend_on_the_seed_run_once_for_each(folder):
     thinned = {"merge_method": "dare_linear", "base_model": "one", "models": [{"model": "other"}], "seed": "${seed}"}
     made = {"first": {"merge": MERGE}, "thinned": {"merge": thinned}, "of-thinned": {"merge": AGAIN}}

@@ -61,6 +61,7 @@ class Step:
         content: Its recipe, with references replaced.
         folder: What it writes.
         start: Where relative paths in the recipe start.
+        file: File of the recipe; None if it stands in that of the pipeline.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Step:
     content: dict[str, Any]
     folder: Path
     start: Path
+    file: Path | None = None
 
     @property
     def title(self) -> str:
@@ -87,7 +89,7 @@ def steps(recipe: PipelineRecipe) -> list[Step]:
     stages = []
     for name, stage in recipe.stages.items():
         kind, written = next(iter(stage.items()))
-        content, start = _content(written, recipe.folder)
+        content, file = _content(written, recipe.folder)
         found = set(_references(content))
         if unknown := found - {_SEED, name} - seeded.keys():
             known = ", ".join([_SEED, *seeded])
@@ -95,29 +97,33 @@ def steps(recipe: PipelineRecipe) -> list[Step]:
         if _SEED in found and not recipe.seeds:
             raise RecipeError(f"stages.{name} refers to ${{seed}}, but the recipe has no seeds; add seeds: [0]")
         seeded[name] = any(other == _SEED or seeded.get(other, False) for other in found)
-        stages.append((name, kind, content, start))
+        stages.append((name, kind, content, file))
     made = [_step(recipe, seeded, stage, None) for stage in stages if not seeded[stage[0]]]
     # Every stage reads only those above it, and what depends on no seed reads nothing that does.
     return made + [_step(recipe, seeded, stage, seed) for seed in recipe.seeds for stage in stages if seeded[stage[0]]]
 
 
 def _step(
-    recipe: PipelineRecipe, seeded: Mapping[str, bool], stage: tuple[str, str, dict[str, Any], Path], seed: int | None
+    recipe: PipelineRecipe,
+    seeded: Mapping[str, bool],
+    stage: tuple[str, str, dict[str, Any], Path | None],
+    seed: int | None,
 ) -> Step:
-    name, kind, content, start = stage
+    name, kind, content, file = stage
+    start = recipe.folder if file is None else file.parent
     folders = {other: _folder(recipe, other, seed if is_seeded else None) for other, is_seeded in seeded.items()}
     values = {other: str(folder) for other, folder in folders.items()} | {_SEED: seed}
-    return Step(name, kind, seed, _replace(content, values), folders[name], start)
+    return Step(name, kind, seed, _replace(content, values), folders[name], start, file)
 
 
 def _folder(recipe: PipelineRecipe, name: str, seed: int | None) -> Path:
     return recipe.output / name if seed is None else recipe.output / f"seed-{seed}" / name
 
 
-def _content(written: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:
-    """What a stage says: its recipe, or that of a file with some values replaced; and where its paths start."""
+def _content(written: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path | None]:
+    """What a stage says: its recipe, or that of a file with some values replaced; and that file."""
     if not isinstance(written.get("recipe"), str) or written.keys() - {"recipe", "set"}:
-        return written, folder
+        return written, None
     path = folder / written["recipe"]
     content = document.read(path)
     for key, value in (written.get("set") or {}).items():
@@ -128,7 +134,7 @@ def _content(written: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Pat
             if not isinstance(parent, dict):
                 raise RecipeError(f"{key} of {path}: {part} holds no keys")
         parent[last] = value
-    return content, path.parent
+    return content, path
 
 
 def _references(value: Any) -> Iterator[str]:

@@ -13,6 +13,7 @@ from moeft.errors import MoeftError, RecipeError
 from moeft.provenance import RunFolder
 from moeft.reports.pipeline import write_pipeline_report
 from moeft.runs import stages
+from moeft.runs.pipeline_figures import gather
 
 
 def run(recipe: PipelineRecipe, show: Callable[[str], None] = print) -> RunFolder:
@@ -42,16 +43,7 @@ def run(recipe: PipelineRecipe, show: Callable[[str], None] = print) -> RunFolde
             gc.collect()  # The next stage loads models of its own.
             seconds = time.perf_counter() - started
             folder.event("stage", name=step.title, status="finished", seconds=seconds)
-        done = [step for step, _ in planned]
-        metrics = {
-            "trainings": _trainings(done, recipe.output),
-            "comparisons": _comparisons(done),
-            "evaluations": _evaluations(done),
-            "notes": _notes(done),
-            "preferences": _preferences(done),
-            "rounds": _rounds(recipe, done),
-        }
-        folder.write_json("metrics.json", metrics)
+        folder.write_json("metrics.json", gather([step for step, _ in planned], recipe.output))
     show(f"Report: {write_pipeline_report(folder)}")
     return folder
 
@@ -101,74 +93,8 @@ def _stage_of(recipe: PipelineRecipe, path: Path) -> str:
 
 
 def _inputs(recipe: PipelineRecipe, planned: Sequence[tuple[Step, Any]]) -> dict[str, Path]:
-    """What stages read and no stage writes."""
-    found = sorted({path.absolute() for _, settings in planned for path in stages.inputs(settings)})
+    """What stages read and no stage writes, the files of their recipes included."""
+    read = {path for _, settings in planned for path in stages.inputs(settings)}
+    read |= {step.file for step, _ in planned if step.file is not None}
+    found = sorted({path.absolute() for path in read})
     return {str(path): path for path in found if not path.is_relative_to(recipe.output)}
-
-
-def _comparisons(done: Sequence[Step]) -> dict[str, list[dict[str, Any]]]:
-    """Stage -> seed, and figures by model."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for step in done:
-        if step.kind == "compare":
-            metrics = RunFolder.open(step.folder).read_json("metrics.json")
-            rest = {key: metrics[key] for key in ("intervals", "against_first") if key in metrics}
-            found.setdefault(step.name, []).append({"seed": step.seed, "models": metrics["comparison"], **rest})
-    return found
-
-
-def _trainings(done: Sequence[Step], output: Path) -> list[dict[str, Any]]:
-    """Of each run that trained: what its gate and its routers did."""
-    found = []
-    for step in done:
-        if step.kind == "sft":
-            metrics = RunFolder.open(step.folder).read_json("metrics.json")
-            training, drift = metrics["training"], metrics.get("router_drift") or {}
-            found.append(
-                {
-                    "stage": step.title,
-                    "report": str((step.folder / "report.md").relative_to(output)),
-                    "steps": training["steps"],
-                    "seconds": training["seconds"],
-                    "tokens": training["tokens"],
-                    "learning_rate": (metrics.get("learning_rate") or {}).get("rate"),
-                    "gate": training["gate"],
-                    "routing": {key: drift[key] for key in ("agreement", "load_shift") if key in drift},
-                }
-            )
-    return found
-
-
-def _evaluations(done: Sequence[Step]) -> dict[str, list[dict[str, Any]]]:
-    """Stage -> seed, figures by model, and their differences to the first model."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for step in done:
-        if step.kind == "evaluate":
-            metrics = RunFolder.open(step.folder).read_json("metrics.json")
-            found.setdefault(step.name, []).append({"seed": step.seed, **metrics})
-    return found
-
-
-def _notes(done: Sequence[Step]) -> dict[str, list[str]]:
-    """Stage -> what it said about its result."""
-    return {step.title: said for step in done if (said := stages.notes(step.kind, step.folder))}
-
-
-def _preferences(done: Sequence[Step]) -> dict[str, list[dict[str, Any]]]:
-    """Stage -> seed, and figures of held-out pairs before and after."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for step in done:
-        if step.kind == "dpo" and (heldout := RunFolder.open(step.folder).read_json("metrics.json").get("heldout")):
-            found.setdefault(step.name, []).append({"seed": step.seed, "heldout": heldout})
-    return found
-
-
-def _rounds(recipe: PipelineRecipe, done: Sequence[Step]) -> dict[str, list[dict[str, Any]]]:
-    """Stage -> seed, and what became of its rounds."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for step in done:
-        if step.kind == "hard-rounds":
-            metrics = RunFolder.open(step.folder).read_json("metrics.json")
-            picture = (step.folder / "rounds.png").relative_to(recipe.output).as_posix()
-            found.setdefault(step.name, []).append({"seed": step.seed, "picture": picture, **metrics})
-    return found
