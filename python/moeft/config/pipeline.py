@@ -103,12 +103,10 @@ def steps(recipe: PipelineRecipe) -> list[Step]:
     return made + [_step(recipe, seeded, stage, seed) for seed in recipe.seeds for stage in stages if seeded[stage[0]]]
 
 
-def _step(
-    recipe: PipelineRecipe,
-    seeded: Mapping[str, bool],
-    stage: tuple[str, str, dict[str, Any], Path | None],
-    seed: int | None,
-) -> Step:
+_Written = tuple[str, str, dict[str, Any], Path | None]  # name, kind, content and file of a stage
+
+
+def _step(recipe: PipelineRecipe, seeded: Mapping[str, bool], stage: _Written, seed: int | None) -> Step:
     name, kind, content, file = stage
     start = recipe.folder if file is None else file.parent
     folders = {other: _folder(recipe, other, seed if is_seeded else None) for other, is_seeded in seeded.items()}

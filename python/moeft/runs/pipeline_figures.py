@@ -62,8 +62,8 @@ def _training(step: Step, output: Path) -> Figures:
 
 def _comparison(step: Step) -> Figures:
     metrics = _metrics(step)
-    rest = {key: metrics[key] for key in ("intervals", "against_first") if key in metrics}
-    return {"models": metrics["comparison"], **rest}
+    rest: Figures = {key: metrics[key] for key in ("intervals", "against_first") if key in metrics}
+    return {"models": metrics["comparison"]} | rest
 
 
 def _heldout_pairs(step: Step) -> Figures | None:
