@@ -8,7 +8,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moeft.data.preferences import read_preferences
@@ -197,6 +197,7 @@ def test_a_confusion_that_was_seen_is_what_is_trained_against(material):
 
 
 @settings(max_examples=40, deadline=None)
+@example(num_hard=30, num_easy=7, share=0.6)  # both counts round up
 @given(num_hard=st.integers(1, 60), num_easy=st.integers(1, 200), share=st.floats(0.05, 1))
 def test_the_share_of_hard_rows_is_the_one_asked_for(num_hard, num_easy, share):
     rows = mixed([{"category": "x"}] * num_hard, [{}] * num_easy, share)

@@ -55,6 +55,7 @@ def analyze(
     model: Annotated[Path | None, typer.Option(help="Checkpoint to ask, in place of --outputs.")] = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="Adapter on the model; repeat it, lowest first.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights that are not in 4 bit.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="Where to compute; default a GPU if there is one.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 128,
 ) -> None:
     """Find what a model gets wrong, and what to train against it."""
@@ -68,7 +69,7 @@ def analyze(
     if outputs is not None:
         replies = read_replies(outputs)
     elif model is not None:
-        speaker = Speaker(model, tuple(adapter or ()), dtype, max_new_tokens=max_new_tokens)
+        speaker = Speaker(model, tuple(adapter or ()), dtype, max_new_tokens=max_new_tokens, device=device)
         replies = speaker.replies(*speaker.load(), requests, toolbox)
     analyze_replies(toolbox, requests, replies, out)
     print(f"Analysis: {out}")

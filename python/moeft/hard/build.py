@@ -203,6 +203,7 @@ def mixed(
     else:
         total = min(len(hard) / share, len(easy) / (1 - share))
         num_hard = max(1, round(total * share))
-        rows = rng.sample(list(hard), num_hard) + rng.sample(list(easy), max(1, round(total) - num_hard))
+        num_easy = min(len(easy), max(1, round(total) - num_hard))
+        rows = rng.sample(list(hard), num_hard) + rng.sample(list(easy), num_easy)
     rng.shuffle(rows)
     return rows

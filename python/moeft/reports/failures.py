@@ -19,10 +19,9 @@ def write_failures(analysis: Mapping[str, Any], examples: Sequence[Mapping[str, 
         folder: Where to.
 
     Raises:
-        MissingExtraError: If matplotlib is not installed.
+        MissingExtraError: If matplotlib is not installed; the text is written then.
     """
     confusion = analysis["confusion"]
-    plot_confusion(confusion, folder / "confusion.png")
     tools = [[name, _estimate(f["precision"]), _estimate(f["recall"])] for name, f in analysis["tools"].items()]
     wrong = [
         [wanted, called, count]
@@ -44,6 +43,7 @@ def write_failures(analysis: Mapping[str, Any], examples: Sequence[Mapping[str, 
     ]
     path = folder / "failures.md"
     path.write_text("\n".join(sections), encoding="utf-8")
+    plot_confusion(confusion, folder / "confusion.png")
     return path
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from moeft.config.sft import Evaluation
 from moeft.config.stages import CompareRecipe
-from moeft.errors import CheckpointError
 from moeft.provenance import RunFolder
 from moeft.runs.evaluate import comparison_rows
+from moeft.runs.measured import load
 from moeft.runs.replies import HeldOutCalls
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def run(recipe: CompareRecipe, out: Path, show: Callable[[str], None] = print) -
             kept = folder.path / MODELS / str(number)
             if name not in metrics["comparison"]:
                 kept.mkdir(parents=True, exist_ok=True)
-                write_results(kept, _measure(recipe, path, tasks))
+                write_results(kept, _measure(recipe, path, tasks, show))
             results = read_results(kept)
             first = first or results
             metrics["comparison"][name], metrics["intervals"][name] = _figures(results)
@@ -73,16 +73,13 @@ def _files(recipe: CompareRecipe) -> dict[str, Path]:
     return files if recipe.tool_calls is None else {**files, "tool calls": recipe.tool_calls}
 
 
-def _measure(recipe: CompareRecipe, path: Path, tasks: Sequence[Task]) -> list[TaskResult]:
-    from moeft.data import templates
+def _measure(recipe: CompareRecipe, path: Path, tasks: Sequence[Task], show: Callable[[str], None]) -> list[TaskResult]:
+    import torch
+
     from moeft.evaluation.measure import measure
     from moeft.evaluation.model_subject import ModelSubject
-    from moeft.integration.loading import load
 
-    model, tokenizer = load(path, dtype=recipe.dtype)
-    if tokenizer is None:
-        raise CheckpointError(f"{path} holds no tokenizer; copy that of the base beside the weights")
-    templates.apply(tokenizer, None, model.config.model_type)
+    model, tokenizer = load(path, recipe.dtype, "cuda" if torch.cuda.is_available() else "cpu", show)
     found = [_rows(name, model, tokenizer, file, recipe) for name, file in recipe.rows.items()]
     if recipe.tool_calls is not None:
         found.append(_calls(model, tokenizer, recipe.tool_calls, recipe))

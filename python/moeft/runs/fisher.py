@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeft.data import templates
-from moeft.errors import MissingExtraError
 from moeft.progress_bar import step_bar
 from moeft.provenance import RunFolder
 from moeft.runs.measured import draw, encode, load
+from moeft.runs.pictures import draw_picture
 
 PICTURE = "layer_importance.png"
 
@@ -62,7 +62,10 @@ def run(
         if not (folder.path / "fisher.safetensors").exists():  # A kill may have come between it and the picture.
             _measure(settings, folder, memory_bytes, device, show)
         layers = folder.read_json("layer_importance.json")["layers"]
-        _picture({int(layer): mean for layer, mean in layers.items()}, folder.path / PICTURE, show)
+        means = {int(layer): mean for layer, mean in layers.items()}
+        from moeft.reports.plots import plot_layer_importance
+
+        draw_picture(lambda: plot_layer_importance(means, folder.path / PICTURE), show)
     return folder
 
 
@@ -91,12 +94,3 @@ def _measure(
     show(str(report))
     figures = {"samples": report.samples, "labels": report.tokens, "seconds": report.seconds, "layers": report.layers}
     folder.write_json("metrics.json", {"fisher": figures})
-
-
-def _picture(layers: dict[int, float], path: Path, show: Callable[[str], None]) -> None:
-    from moeft.reports.plots import plot_layer_importance
-
-    try:
-        plot_layer_importance(layers, path)
-    except MissingExtraError as error:  # No reason to fail a measurement of hours.
-        show(f"no picture: {error}")

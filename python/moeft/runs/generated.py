@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeft.errors import CheckpointError
 from moeft.hard.requests import Request
 from moeft.runs.hard import Toolbox
+from moeft.runs.measured import load
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Speaker:
         chat_template: Name or path; None takes the tokenizer's.
         max_new_tokens: Longest reply.
         batch_size: Requests at a time.
+        device: Where to compute; None takes a GPU if there is one.
     """
 
     model: Path
@@ -31,22 +32,20 @@ class Speaker:
     chat_template: str | Path | None = None
     max_new_tokens: int = 128
     batch_size: int = 16
+    device: str | None = None
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self, show: Callable[[str], None] = print) -> tuple[Any, Any]:
         """Model and tokenizer.
 
         Raises:
             MoeftError: If one of them cannot be used.
         """
-        from moeft.data import templates
-        from moeft.integration.loading import load
+        import torch
+
         from moeft.integration.lora import load_adapter
 
-        model, tokenizer = load(self.model, dtype=self.dtype)
-        if tokenizer is None:
-            raise CheckpointError(f"{self.model} holds no tokenizer; copy that of the base beside the weights")
-        templates.apply(tokenizer, self.chat_template, model.config.model_type)
-        speaking: Any = model
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        speaking, tokenizer = load(self.model, self.dtype, device, show, self.chat_template)
         for index, path in enumerate(self.adapters):
             speaking = load_adapter(speaking, path, name=f"adapter_{index}")
         return speaking, tokenizer

@@ -18,6 +18,7 @@ from moeft.hard.build import Built, build, mixed
 from moeft.hard.requests import HeldOutTexts, Request, read_requests
 from moeft.hard.targets import Targets
 from moeft.provenance import files
+from moeft.runs.pictures import draw_picture
 from moeft.tool_protocols import ToolProtocol
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def analyze_replies(
     )
     files.write_json(out / "analysis.json", found.to_json())
     found.targets.write(out / "targets.json")
-    write_failures(found.to_json(), [record for record in records if record["category"]], out)
+    failures = [record for record in records if record["category"]]
+    draw_picture(lambda: write_failures(found.to_json(), failures, out), show)
     show(f"right replies: {found.accuracy}; failures: {found.failures or 'none'}")
     return found
 

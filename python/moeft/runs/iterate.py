@@ -21,6 +21,7 @@ from moeft.provenance import RunFolder
 from moeft.runs import dpo, preflight
 from moeft.runs.generated import Speaker
 from moeft.runs.hard import BuildSettings, Toolbox, analyze_replies, build_pairs
+from moeft.runs.pictures import draw_picture
 from moeft.runs.rounds import best_round, reason_to_stop
 from moeft.runs.rounds_start import is_finished, starting_adapters
 
@@ -91,7 +92,7 @@ class _Rounds:
         best = rounds[number]
         self.metrics |= {"ended": reason_to_stop(self.recipe, rounds), "best": number, "adapters": best["adapters"]}
         self.folder.write_json("metrics.json", self.metrics)
-        plot_rounds(rounds, self.folder.path / "rounds.png")
+        draw_picture(lambda: plot_rounds(rounds, self.folder.path / "rounds.png"), self.show)
         self.show(f"ended: {self.metrics['ended']}; best round {number}: {best['accuracy']['value']:.1%}")
         self._merge([Path(path) for path in best["adapters"]])
 
@@ -165,12 +166,13 @@ class _Rounds:
 
     def _replies(self, adapters: tuple[Path, ...], requests: list[Request]) -> list[str]:
         speaker = self._speaker(adapters)
-        return speaker.replies(*speaker.load(), requests, self.tools)
+        return speaker.replies(*speaker.load(self.show), requests, self.tools)
 
     def _speaker(self, adapters: tuple[Path, ...]) -> Speaker:
         data = self.recipe.data
         speaker = Speaker(self.recipe.model, adapters, self.recipe.dtype, data.chat_template)
-        return replace(speaker, max_new_tokens=data.max_new_tokens, batch_size=data.batch_size)
+        device = "cpu" if self.recipe.training.get("use_cpu") else None
+        return replace(speaker, max_new_tokens=data.max_new_tokens, batch_size=data.batch_size, device=device)
 
 
 def _tuning(recipe: IterateRecipe, pairs: Path, output: Path, start: tuple[Path, ...], *, is_first: bool) -> DpoRecipe:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: Path, dtype: str, device: str, show: Callable[[str], None], chat_template: str | None = None
+    path: Path, dtype: str, device: str, show: Callable[[str], None], chat_template: str | Path | None = None
 ) -> tuple[Any, Any]:
     """Model and tokenizer, with the chat template asked for, or the family's where the tokenizer has none.
 
