@@ -47,6 +47,14 @@ def test_a_speech_becomes_a_call_and_the_turns_that_follow_become_choices():
     ]
 
 
+def test_calls_that_a_row_has_stay():
+    written = '[TOOL: say speaker="A" text="as it is"]'
+    call = {"type": "function", "function": {"name": "say", "arguments": {"speaker": "A", "text": "as it is"}}}
+    for reply in ({"content": f" {written}\n"}, {"content": "", "tool_calls": [call]}):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", **reply}]
+        assert as_scene(turns, BRACKET, SCHEMAS)[1] == {"role": "assistant", "content": written}
+
+
 @pytest.mark.parametrize(
     ("text", "speaker", "said"),
     [
@@ -123,6 +131,12 @@ def test_rows_of_which_too_few_are_valid_are_refused_with_the_reasons(tmp_path):
     rows = write(tmp_path / "rows.jsonl", [dialogue("a", "B: b"), dialogue("c", "B: " + "d" * 500)])
     with pytest.raises(DataError, match=r"1 rows are valid scenes, expected more than the 5 .* too long"):
         run(ScenesRecipe(rows=(rows,), heldout=5), tmp_path / "out", show=lambda line: None)
+    (tmp_path / "tools.json").write_text("{")
+    with pytest.raises(DataError, match=r"tools\.json: tools is text that is not valid JSON"):
+        run(ScenesRecipe(rows=(rows,), tools=tmp_path / "tools.json"), tmp_path / "third", show=lambda line: None)
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="no turn of the assistant"):
+        run(ScenesRecipe(rows=(tmp_path / "text.jsonl",)), tmp_path / "fourth", show=lambda line: None)
     with pytest.raises(RecipeError, match="expected one of bracket"):
         run(ScenesRecipe(rows=(rows,), protocol="xml"), tmp_path / "other", show=lambda line: None)
 

@@ -70,8 +70,8 @@ def as_scene(
     """Write the assistant's turns of a dialogue as calls.
 
     A turn becomes ``say``; where the user goes on in two different ways at least in the rest of the row, ``choose``
-    offers the first sentences of those turns, in alphabetical order. A turn that has calls of the protocol stays as it
-    is.
+    offers the first sentences of those turns, in alphabetical order. A turn that has calls, in the protocol or as
+    ``tool_calls``, keeps these.
 
     Args:
         messages: Turns of a row; the user's are put on one line.
@@ -80,31 +80,37 @@ def as_scene(
         narrator: Who speaks where the text does not say.
 
     Raises:
-        DataError: If a reply says nothing, or is invalid in the protocol or against the tools.
+        DataError: If there is no reply, or one says nothing, or is invalid in the protocol or against the tools.
     """
     written: list[Message] = []
     for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            content = message["content"]
-            written.append(
-                {"role": message["role"], "content": _in_line(content) if message["role"] == "user" else content}
-            )
-            continue
-        content = _reply(message["content"], _next_lines(messages[place + 1 :]), protocol, schemas, narrator)
-        if problem := problem_of_reply(content, protocol, schemas):
-            raise DataError(f"turn {place + 1}: {problem}")
-        written.append({"role": "assistant", "content": content})
+        content = message["content"]
+        if message["role"] == "user":
+            content = _in_line(content)
+        elif message["role"] == "assistant":
+            content = _reply(message, _next_lines(messages[place + 1 :]), protocol, schemas, narrator)
+            if problem := problem_of_reply(content, protocol, schemas):
+                raise DataError(f"turn {place + 1}: {problem}")
+        written.append({"role": message["role"], "content": content})
+    if not any(message["role"] == "assistant" for message in written):
+        raise DataError("no turn of the assistant")
     return written
 
 
-def _reply(text: str, following: Sequence[str], protocol: ToolProtocol, schemas: ToolSchemas, narrator: str) -> str:
+def _reply(
+    message: Message, following: Sequence[str], protocol: ToolProtocol, schemas: ToolSchemas, narrator: str
+) -> str:
+    text = message["content"].strip()
     if protocol.parse(text).calls:
-        return text.strip()
-    speaker, said = split_speaker(text)
-    calls = [ToolCall("say", {"speaker": speaker or narrator, "text": said})]
-    if len(following) > 1 and "choose" in schemas.names:
-        calls.append(ToolCall("choose", {"choices": list(following)}))
+        return text
     try:
+        if structured := message.get("tool_calls"):
+            made = [ToolCall(call["function"]["name"], call["function"]["arguments"]) for call in structured]
+            return protocol.reply(text, made)
+        speaker, said = split_speaker(text)
+        calls = [ToolCall("say", {"speaker": speaker or narrator, "text": said})]
+        if len(following) > 1 and "choose" in schemas.names:
+            calls.append(ToolCall("choose", {"choices": list(following)}))
         return protocol.format(calls)
     except ValueError as error:
         raise DataError(str(error)) from error
