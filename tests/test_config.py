@@ -211,7 +211,7 @@ def test_every_key_has_a_description():
     without = [
         key for section in sections for key, value in section["properties"].items() if not value.get("description")
     ]
-    assert len(sections) == 18
+    assert len(sections) == 19
     assert without == []
 
 
