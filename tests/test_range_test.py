@@ -91,6 +91,7 @@ def test_rates_are_evenly_spaced_and_reach_both_ends():
     assert RangeTest().rates(1e-4) == pytest.approx([1e-5 * 10 ** (i / 3) for i in range(7)])
     assert RangeTest(lowest=1e-6, highest=1e-4, per_decade=1).rates(1.0) == pytest.approx([1e-6, 1e-5, 1e-4])
     assert RangeTest(lowest=3e-4, highest=3e-4).rates(1e-5) == [3e-4]
+    assert RangeTest(lowest=1e-5, highest=4e-5, per_decade=1).rates(1.0) == pytest.approx([1e-5, 4e-5])
     assert RangeTest(highest=1e-7).rates(1e-5)[-1] == pytest.approx(1e-7)
 
 

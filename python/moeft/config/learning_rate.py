@@ -1,5 +1,6 @@
 """The learning rate of a recipe that leaves it open: a default by what trains, or ``auto``, found by a range test."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -32,18 +33,16 @@ class RangeTest(Section):
         return self
 
     def rates(self, default: float) -> list[float]:
-        """The rates in rising order, evenly spaced on a logarithmic scale.
+        """The rates in rising order, from one end to the other, evenly spaced on a logarithmic scale.
 
         Args:
             default: Rate that the open ends of the range are taken from.
         """
         lowest = self.lowest or min(default / 10, self.highest or default)
         highest = self.highest or max(default * 10, lowest)
-        found = [lowest]
-        # Half a step of slack, so that rounding does not drop the last one.
-        while found[-1] * 10 ** (0.5 / self.per_decade) < highest:
-            found.append(lowest * 10 ** (len(found) / self.per_decade))
-        return found
+        # Less a little, so that rounding does not make one more of what is a whole number.
+        intervals = math.ceil(math.log10(highest / lowest) * self.per_decade - 1e-9)
+        return [lowest * (highest / lowest) ** (i / intervals) for i in range(intervals)] + [highest]
 
 
 def default_rate(train: Sequence[str], lora_targets: Sequence[str]) -> float:

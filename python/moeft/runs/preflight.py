@@ -45,7 +45,8 @@ def _check_rate(recipe: TuningRecipe) -> None:
         raise RecipeError("training.learning_rate is 'auto', which moeft sft alone can find; give a number")
     if num_processes() > 1:
         raise RecipeError(
-            "training.learning_rate: auto tries rates in one process; start a short run in one, and give what it finds"
+            "training.learning_rate: auto tries rates in one process; start it in one until it has said the rate, and "
+            "give that number"
         )
     validate_trainer_values({name: value for name, value in recipe.training.items() if name != "learning_rate"})
 
