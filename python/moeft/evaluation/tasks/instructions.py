@@ -76,8 +76,6 @@ def _fault(check: Callable[[dict[str, Any], str], Verdicts], row: dict[str, Any]
     """Why a row cannot be graded, such as for data that its checker lacks."""
     try:
         check(row, SAMPLE)
-    except MissingExtraError:
-        raise
     except DataError as error:
         return str(error)
     return None
