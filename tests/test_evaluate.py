@@ -277,7 +277,7 @@ def test_command_measures_compares_and_refuses_to_begin_again(tmp_path, rows):
 
 
 def test_killed_command_goes_on_where_it_was(tmp_path):
-    count = 1500
+    count = 500
     rows = tmp_path / "piqa.jsonl"
     lines = [
         {"query": f"{i} {i * 7} stones?", "choices": [f"{i} in a row", "none of them"], "gold": 0} for i in range(count)

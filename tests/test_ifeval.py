@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from moeft.evaluation.measure import measure
 from moeft.evaluation.tasks import build_task
 
 SHARED = next((folder / "shared" / "data" for folder in Path(__file__).parents if (folder / "shared").is_dir()), None)
@@ -52,3 +54,39 @@ def test_ifbench_knows_every_instruction_of_its_prompts():
         registry.INSTRUCTION_DICT
     )
     assert len(task.items) == 300
+
+
+def test_item_whose_checker_lacks_its_data_is_marked_and_not_asked(tmp_path, monkeypatch):
+    pytest.importorskip(
+        "if_verifiable.ifbench.instructions_registry",
+        reason='if-verifiable is absent: pip install "moeft[eval]"',
+        exc_type=ImportError,
+    )
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    rows = [
+        {
+            "key": "stop",
+            "prompt": "Write.",
+            "instruction_id_list": ["ratio:stop_words"],
+            "kwargs": [{"percentage": 10}],
+        },
+        {"key": "odd", "prompt": "Write.", "instruction_id_list": ["no:such"], "kwargs": [{}]},
+        {"key": "emoji", "prompt": "Write.", "instruction_id_list": ["format:emoji"], "kwargs": [{}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    asked: list[str] = []
+
+    class Subject:
+        identity: ClassVar[dict[str, str]] = {}
+
+        def answer(self, requests):
+            asked.extend(request.messages[0]["content"] for request in requests)
+            return ((index, {"reply": "Fine. \N{GRINNING FACE}"}) for index in range(len(requests)))
+
+    (result,) = measure(Subject(), [build_task("ifbench", tmp_path / "rows.jsonl")])
+    assert asked == ["Write."]
+    assert list(result.figures) == ["emoji"]
+    assert "python -m nltk.downloader punkt_tab stopwords" in result.failed["stop"]
+    assert "no checker for the instruction 'no:such'" in result.failed["odd"]

@@ -106,6 +106,8 @@ def test_a_broken_call_is_no_other_error(name, written, data):
         ("python", "f(a=1) was it", 0, "no calls in Python's words"),
         ("python", "f(a=1, **{'a': 2})", 0, "an argument twice"),
         ("python", "f(a=" + "(" * 300, 0, "no calls in Python's words"),
+        ("python", "f(a=" + "b+" * 3000 + "c)", 0, "no calls in Python's words"),
+        ("python", "f(a=" + "-" * 100_000 + "c)", 0, "no calls in Python's words"),
     ],
 )
 def test_errors_say_where_and_why(name, text, position, reason):

@@ -80,6 +80,7 @@ def _ask(subject: Subject, task: Task, cache: AnswerCache, advance: Advance | No
     """Items with their answers, from the cache where it has them."""
     keys = [_key(subject.identity, task, item) for item in task.items]
     answers = {index: answer for index, key in enumerate(keys) if (answer := cache.get(key)) is not None}
+    answers |= {index: {"error": item.fault} for index, item in enumerate(task.items) if item.fault is not None}
     missing = [index for index in range(len(keys)) if index not in answers]
     for place, answer in subject.answer([task.items[index].request for index in missing]):
         index = missing[place]

@@ -44,6 +44,8 @@ class Item:
     request: Request
     reference: Any = None
     """What grading needs to know."""
+    fault: str | None = None
+    """Why its answer could not be graded here; it is then not asked, and listed with the items that failed."""
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,12 @@ def parse(text: str) -> Reply:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # What Python thinks of a reply's escapes is no matter.
             tree = ast.parse(text.strip(), mode="eval").body
+        nodes = tree.elts if isinstance(tree, ast.List) else [tree]
+        return Reply("", tuple(_call(node, text, start) for node in nodes))
+    except ToolCallError:
+        raise
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ToolCallError(text, start, f"no calls in Python's words ({error})") from error
-    nodes = tree.elts if isinstance(tree, ast.List) else [tree]
-    return Reply("", tuple(_call(node, text, start) for node in nodes))
 
 
 def format_calls(calls: Sequence[ToolCall]) -> str:

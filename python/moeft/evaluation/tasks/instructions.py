@@ -21,6 +21,7 @@ from moeft.evaluation.sources import Record
 from moeft.evaluation.task import Item, Metric, Task
 
 MAX_NEW_TOKENS = 1280
+SAMPLE = "A reply of two parts.\n\nIt has words, 3 numbers and one question: is it long enough? Yes!"
 METRICS = (
     Metric("prompt_strict"),
     Metric("instruction_strict"),
@@ -48,22 +49,36 @@ def use_nltk_data(folder: Path) -> None:
 
 
 def _task(name: str, rows: Sequence[Record], check: Callable[[dict[str, Any], str], Verdicts]) -> Task:
-    items = []
     for line, row in rows:
         missing = [column for column in ("prompt", "instruction_id_list", "kwargs") if column not in row]
         if missing:
             raise DataError(f"task {name}: row {line} lacks {', '.join(missing)}; its columns are {', '.join(row)}")
-        request = Chat(({"role": "user", "content": row["prompt"]},), MAX_NEW_TOKENS)
-        items.append(Item(str(row.get("key", line)), request, row))
-    # What grading lacks is said now, and not behind hours of generation.
+    # What grading lacks is found now, and not behind hours of generation.
     with _same_draws():
-        check(items[0].reference, "A reply.")
+        items = [
+            Item(
+                str(row.get("key", line)),
+                Chat(({"role": "user", "content": row["prompt"]},), MAX_NEW_TOKENS),
+                row,
+                _fault(check, row),
+            )
+            for line, row in rows
+        ]
 
     def grade(answered: Sequence[tuple[Item, Answer]]) -> list[Mapping[str, tuple[float, float]]]:
         with _same_draws():
             return [_figures(*check(item.reference, answer["reply"])) for item, answer in answered]
 
     return Task(name, tuple(items), METRICS, grade)
+
+
+def _fault(check: Callable[[dict[str, Any], str], Verdicts], row: dict[str, Any]) -> str | None:
+    """Why a row cannot be graded, such as for data that its checker lacks."""
+    try:
+        check(row, SAMPLE)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _figures(strict: list[bool], loose: list[bool]) -> dict[str, tuple[float, float]]:

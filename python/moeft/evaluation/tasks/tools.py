@@ -101,8 +101,12 @@ def _check_types(functions: Sequence[Mapping[str, Any]], accepted: Sequence[Mapp
     """What matching takes for granted."""
     for function in functions:
         for schema in function["parameters"]["properties"].values():
-            if schema["type"] not in TYPES or (schema["type"] in ("array", "tuple") and "items" not in schema):
-                raise ValueError(f"{function['name']} has a parameter of type {schema['type']!r}, or a list of nothing")
+            items = [schema["items"]] if schema["type"] in ("array", "tuple") else []
+            for kind in (part["type"] for part in (schema, *items)):
+                if kind not in TYPES:
+                    raise ValueError(
+                        f"{function['name']} has a parameter of type {kind!r}, expected {', '.join(TYPES)}"
+                    )
     for wanted in accepted:
         ((called_name, values),) = wanted.items()
         if called_name not in [function["name"] for function in functions]:
