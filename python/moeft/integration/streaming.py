@@ -30,8 +30,8 @@ class ExpertStream:
     """What :func:`stream_experts` set up.
 
     Attributes:
-        layers: Numbers of all layers with experts, among these layers.
-        resident: Those whose experts stay on the device.
+        layers: Number of layers with experts.
+        resident: Which of these, counted from 0, keep their experts on the device.
         ring: The slots.
         host_bytes: Host memory that streamed experts take; 0 from a file.
         modules: The streamed ones.
