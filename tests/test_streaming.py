@@ -13,6 +13,7 @@ from moeft.errors import UnsupportedModelError
 from moeft.integration.checkpointing import POLICIES, apply_checkpointing
 from moeft.integration.streaming import spread, stream_experts
 from moeft.modules import NF4Experts
+from moeft.training.frozen_base import FrozenBase
 from tests.test_mapped_files import resident_bytes
 from tests.tiny_models import FAMILY_NAMES, randomise_lora, tiny_model, token_ids
 from tests.tiny_training import frozen_hash, load, losses, packed_with_lora, sft_trainer
@@ -165,6 +166,7 @@ def test_pages_of_a_packed_checkpoint_are_given_back_as_layers_pass(tmp_path):
     with torch.no_grad():
         for _ in range(2):
             packed(input_ids=IDS, use_cache=False)
+    FrozenBase()._hash(packed)  # reads everything too
     stream.ring.close()  # no copy is in flight any more
     experts = 3 * layer
     others = sum(p.nbytes for name, p in packed.named_parameters() if ".experts." not in name)

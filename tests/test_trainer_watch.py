@@ -171,7 +171,7 @@ def test_out_of_memory_names_the_parts_and_a_knob(checkpoints, tmp_path):
     assert f"the plan says what saves most: {str(best).strip()}" in text
     assert "held: " in text
     assert "experts 0.00 GiB" in text
-    assert "for adapter: choose a smaller lora.rank" in text
+    assert "for packed experts: stream them from host memory" in text
     assert "gradient_checkpointing" in text
     assert "for experts" not in text  # packed already
     assert is_out_of_memory(caught.value.__cause__)

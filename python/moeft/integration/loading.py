@@ -69,6 +69,8 @@ def load_model(
     """
     import transformers
 
+    from moeft.integration.nf4_config import QUANT_METHOD
+
     path = Path(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} holds no config.json; give the folder of a checkpoint, downloaded if need be")
@@ -80,7 +82,7 @@ def load_model(
     # transformers warns about a config that a packed checkpoint does not need.
     if config is not None and not _is_packed_alike(path, model_config, config):
         options["quantization_config"] = config
-    is_packed = getattr(model_config, "quantization_config", None) is not None
+    is_packed = _packing(model_config).get("quant_method") == QUANT_METHOD
     if device is not None and not is_packed:  # packed bytes go from the files to the device without a stop
         options["device_map"] = {"": device}
     model_class = transformers.AutoModelForCausalLM
@@ -127,12 +129,17 @@ def _forget(model: PreTrainedModel, renaming: dict[str, str]) -> None:
     ]
 
 
+def _packing(model_config: Any) -> dict[str, Any]:
+    """How a checkpoint is quantised; empty if it is not."""
+    found = getattr(model_config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()
+
+
 def _is_packed_alike(path: str | Path, model_config: Any, config: NF4Config) -> bool:
     """Whether a checkpoint is packed as a config asks; one packed in another way is refused, not loaded as it is."""
-    packed = getattr(model_config, "quantization_config", None)
-    if packed is None:
+    found = _packing(model_config)
+    if not found:
         return False
-    found = packed if isinstance(packed, dict) else packed.to_dict()
     differing = [key for key in PACKING if found.get(key) != getattr(config, key)]
     if differing:
         asked = ", ".join(f"{key} {found.get(key)} instead of {getattr(config, key)}" for key in differing)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moeft.errors import UnsupportedModelError
 from moeft.integration.mapped_files import give_back
@@ -17,6 +17,7 @@ from moeft.modules import NF4Experts
 from moeft.modules.nf4_experts import STACKS
 from moeft.modules.streaming import HostMemory, Image, Ring, RingLender, Source
 from moeft.modules.streaming.copier import Copier, HostCopier
+from moeft.modules.streaming.image import tensors_of
 from moeft.modules.streaming.ring import FEWEST_SLOTS
 
 Backing = Literal["host", "disk"]
@@ -29,8 +30,8 @@ class ExpertStream:
     """What :func:`stream_experts` set up.
 
     Attributes:
-        layers: Numbers of all layers with experts, among these layers.
-        resident: Those whose experts stay on the device.
+        layers: Number of layers with experts.
+        resident: Which of these, counted from 0, keep their experts on the device.
         ring: The slots.
         host_bytes: Host memory that streamed experts take; 0 from a file.
         modules: The streamed ones.
@@ -104,14 +105,15 @@ def stream_experts(
     return ExpertStream(len(modules), staying, ring, host_bytes, tuple(streamed))
 
 
+def streamed_tensors(model: nn.Module) -> list[Tensor]:
+    """Packed tensors of the experts of a model that are streamed, in host memory or in files."""
+    streamed = [m for m in model.modules() if isinstance(m, NF4Experts) and m.lender is not None]
+    return [tensor for module in streamed for weight in _stacks(module) for tensor in tensors_of(weight)]
+
+
 def streamed_bytes(model: nn.Module) -> int:
     """Bytes of the experts of a model that are streamed."""
-    return sum(
-        module.packed_weight(stack).nbytes
-        for module in model.modules()
-        if isinstance(module, NF4Experts) and module.lender is not None
-        for stack in STACKS
-    )
+    return sum(tensor.nbytes for tensor in streamed_tensors(model))
 
 
 def slot_bytes(model: nn.Module) -> int:

@@ -52,8 +52,9 @@ class NF4Experts(PackedModule):
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, lora: ExpertLora | None = None
     ) -> Tensor:
         """Run the expert block, with the low-rank factors of an adapter if given."""
-        run = self._run if self.lender is None else self._run_eagerly
-        return run(hidden_states, top_k_index, top_k_weights, lora)
+        if self.lender is None:
+            return self._run(hidden_states, top_k_index, top_k_weights, lora)
+        return self._run_eagerly(hidden_states, top_k_index, top_k_weights, lora)
 
     def stays_in_place(self) -> bool:
         """Whether the stacks are streamed."""
@@ -62,8 +63,10 @@ class NF4Experts(PackedModule):
     def stream_from(self, lender: Lender | None) -> None:
         """Take the stacks from a lender from now on; None for the module's own."""
         self.lender = lender
-        # A graph would be made of one slot's memory.
-        self._run_eagerly = self._run if lender is None else torch.compiler.disable(self._run)
+        if lender is None:  # a method of its own would keep the module alive
+            self.__dict__.pop("_run_eagerly", None)
+        else:  # since a compiled graph would be made of one slot's memory
+            self._run_eagerly = torch.compiler.disable(self._run)
 
     def _run(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, lora: ExpertLora | None

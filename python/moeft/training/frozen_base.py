@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from moeft.errors import TrainingError
+from moeft.integration.mapped_files import give_back
+from moeft.integration.streaming import streamed_tensors
 from moeft.training.processes import any_process, local, reshard
 
 if TYPE_CHECKING:
@@ -75,9 +77,17 @@ class FrozenBase(TrainerCallback):
         start = time.perf_counter()
         reshard(model)
         frozen = dict(frozen_tensors(model))
+        waiting = {tensor.data_ptr() for tensor in streamed_tensors(model)}
+
+        def hashed(tensor: Tensor) -> str:
+            found = hash_tensor(tensor)
+            if tensor.data_ptr() in waiting:  # in a file, perhaps because the host has no memory for all of it
+                give_back([tensor])
+            return found
+
         # hashlib lets go of the interpreter's lock, so threads hash side by side.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            hashes = dict(zip(frozen, pool.map(hash_tensor, frozen.values()), strict=True))
+            hashes = dict(zip(frozen, pool.map(hashed, frozen.values()), strict=True))
         self.num_bytes = sum(tensor.nbytes for tensor in frozen.values())
         self.seconds += time.perf_counter() - start
         return hashes
