@@ -173,13 +173,14 @@ def test_tensorboard_gets_the_figures_of_every_step(base, tmp_path, monkeypatch)
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     start(write_recipe(tmp_path, base, training={"max_steps": 2, "report_to": "tensorboard"}))
-    content = next((tmp_path / "board").glob("events*")).read_bytes()
     seen = {}
-    while content:  # length, its checksum, the record, its checksum
-        length = int.from_bytes(content[:8], "little")
-        event = Event.FromString(content[12 : 12 + length])
-        seen |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-        content = content[16 + length :]
+    for file in (tmp_path / "board").glob("events*"):
+        content = file.read_bytes()
+        while content:  # length, its checksum, the record, its checksum
+            length = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + length])
+            seen |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            content = content[16 + length :]
     logged = [event["loss"] for event in RunFolder.open(tmp_path / "run").events("train_log")]
     assert [seen["train/loss", step] for step in (1, 2)] == pytest.approx(logged)
     assert seen["train/tokens_per_second", 1] > 0
