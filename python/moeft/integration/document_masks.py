@@ -59,3 +59,8 @@ def _masks(decoder: Any, rows: Tensor, positions: Tensor) -> Any:
     if kinds == {FULL}:
         return create_causal_mask(**options)
     return {FULL: create_causal_mask(**options), SLIDING: create_sliding_window_causal_mask(**options)}
+
+
+def as_added(visible_BSS: Tensor, dtype: torch.dtype) -> Tensor:
+    """What eager attention, and every other that takes a mask at all, adds to scores: ``[B, 1, S, S]`` of a dtype."""
+    return torch.zeros_like(visible_BSS, dtype=dtype).masked_fill_(~visible_BSS, torch.finfo(dtype).min)[:, None]

@@ -30,7 +30,7 @@ def embedding_gradient(base: Any, inputs: dict[str, Any], seen_from: slice) -> T
     training = [module for module in base.modules() if module.training]
     handle = base.get_input_embeddings().register_forward_hook(keep)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             states = base.eval().base_model(**inputs, use_cache=False).last_hidden_state
             (grad,) = torch.autograd.grad(states[0, seen_from].float().square().sum(), embeddings[0])
     finally:

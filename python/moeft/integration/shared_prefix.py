@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeft.integration.document_masks import FULL, SLIDING
+from moeft.integration.document_masks import FULL, SLIDING, as_added
 from moeft.integration.embedding_gradient import embedding_gradient
 
 PREFIX = 0
@@ -42,7 +42,7 @@ def prefix_masks(model: Any, segments_BS: Tensor, position_ids_BS: Tensor) -> An
     if SLIDING in kinds:
         distance_BSS = position_ids_BS[:, :, None] - position_ids_BS[:, None, :]
         masks[SLIDING] = full_BSS & (distance_BSS < config.sliding_window)
-    made = {kind: _for_attention(masks[kind], dtype) for kind in kinds}
+    made = {kind: masks[kind][:, None] if dtype is None else as_added(masks[kind], dtype) for kind in kinds}
     return made if getattr(config, "layer_types", None) and len(kinds) > 1 else next(iter(made.values()))
 
 
@@ -86,10 +86,3 @@ def _visible(segments_BS: Tensor) -> Tensor:
     size = segments_BS.shape[1]
     causal_SS = torch.ones(size, size, dtype=torch.bool, device=segments_BS.device).tril()
     return causal_SS & ((of_key == PREFIX) | (of_key == of_query))
-
-
-def _for_attention(visible_BSS: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A boolean mask, or the one of a dtype that eager attention adds."""
-    if dtype is None:
-        return visible_BSS[:, None]
-    return torch.zeros_like(visible_BSS, dtype=dtype).masked_fill(~visible_BSS, torch.finfo(dtype).min)[:, None]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+from moeft.integration.document_masks import FULL, SLIDING, as_added
+from moeft.integration.embedding_gradient import embedding_gradient
 
 
 def tree_mask(model: Any, ancestors_SS: Tensor, depth_S: Tensor) -> Tensor | dict[str, Tensor]:
@@ -32,8 +33,8 @@ def tree_mask(model: Any, ancestors_SS: Tensor, depth_S: Tensor) -> Tensor | dic
     if window is not None:
         near_SS = ancestors_SS & (depth_S[:, None] - depth_S[None, :] < window)
     if SLIDING in kinds:
-        return {FULL: _additive(ancestors_SS, dtype), SLIDING: _additive(near_SS, dtype)}
-    return _additive(ancestors_SS if kinds == {FULL} else near_SS, dtype)
+        return {FULL: as_added(ancestors_SS[None], dtype), SLIDING: as_added(near_SS[None], dtype)}
+    return as_added((ancestors_SS if kinds == {FULL} else near_SS)[None], dtype)
 
 
 def reads_trees(model: Any) -> bool:
@@ -62,35 +63,15 @@ def reads_trees(model: Any) -> bool:
         ],
         dtype=torch.bool,
     )
-    embeddings: list[Tensor] = []
-
-    def keep(_: Any, __: Any, output: Tensor) -> Tensor:
-        embeddings.append(output.detach().requires_grad_())
-        return embeddings[-1]
-
-    embedding = model.get_input_embeddings()
-    device = embedding.weight.device
-    handle = embedding.register_forward_hook(keep)
+    device = model.get_input_embeddings().weight.device
+    inputs = {
+        "input_ids": torch.tensor([[1, 2, 1, 2, 2, 1]], device=device),
+        "position_ids": depth_S[None].to(device),
+        "attention_mask": tree_mask(model, ancestors_SS.to(device), depth_S.to(device)),
+    }
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            states = model.model(
-                input_ids=torch.tensor([[1, 2, 1, 2, 2, 1]], device=device),
-                position_ids=depth_S[None].to(device),
-                attention_mask=tree_mask(model, ancestors_SS.to(device), depth_S.to(device)),
-                use_cache=False,
-            ).last_hidden_state
-            (grad,) = torch.autograd.grad(states[0, -1].float().square().sum(), embeddings[0])
+        gradient_SH = embedding_gradient(model, inputs, slice(-1, None))
     except (TypeError, ValueError, RuntimeError):
         return False  # Such as a forward that takes no mask of this shape.
-    finally:
-        handle.remove()
-    seen_S = grad[0].abs().amax(-1) > 0
+    seen_S = gradient_SH.abs().amax(-1) > 0
     return bool((seen_S.cpu() == ancestors_SS[-1]).all())
-
-
-def _additive(visible_SS: Tensor, dtype: torch.dtype) -> Tensor:
-    # Scores take the mask by addition in every implementation that takes one at all; a bool mask is sdpa's alone.
-    blocked = torch.finfo(dtype).min
-    return torch.zeros(visible_SS.shape, dtype=dtype, device=visible_SS.device).masked_fill_(~visible_SS, blocked)[
-        None, None
-    ]
