@@ -61,3 +61,12 @@ def test_sampling_of_the_checkpoint_is_kept_and_nonsense_is_not(tmp_path: Path) 
     assert "# No chat format" in text
     with pytest.raises(ValueError, match="context is 0"):
         modelfile(tmp_path, "m.gguf", 0)
+
+
+def test_a_template_that_is_told_by_its_marks_alone_is_said_to_be(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text((BASE / name).read_text())
+    (tmp_path / "chat_template.jinja").write_text(shipped("chatml"))
+    assert "told by its marks" not in modelfile(tmp_path, "m.gguf")
+    (tmp_path / "chat_template.jinja").write_text("You are helpful.\n" + shipped("chatml"))
+    assert "# The format was told by its marks, chatml." in modelfile(tmp_path, "m.gguf")

@@ -72,7 +72,12 @@ def modelfile(model: str | Path, file: str | Path, context: int = 4096) -> str:
     lines += [f"PARAMETER {theirs} {settings[ours]}" for ours, theirs in SAMPLING.items() if _is_number(settings, ours)]
     lines += [f"PARAMETER stop {_quoted(token)}" for token in _stops(model, settings)]
     template = chat_template(model)
-    name = templates.stand_in(template)[0] if template else None
+    name, is_known = templates.stand_in(template) if template else (None, False)
+    if name is not None and not is_known and template != templates.shipped(name):
+        lines.append(
+            f"# The format was told by its marks, {name}. Whatever else the checkpoint's template writes, such as a"
+        )
+        lines.append("# system turn of its own, is not in this one.")
     if name is None:
         lines.append("# No chat format that moeft knows: Ollama takes the template in the file, if it knows that.")
     else:
