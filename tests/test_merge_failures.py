@@ -125,7 +125,7 @@ def test_a_killed_merge_goes_on_inside_its_only_file_and_makes_damage_anew(tmp_p
     partial.write_bytes(damaged)
     again = run(tmp_path, tmp_path / "out", "", "--json")
     report = json.loads(again.stdout)
-    # At least two thirds of six tensors of 4 MiB were written: the writer is ahead of what it tells, and marks are behind
+    # At least two thirds of six tensors of 4 MiB were written: the writer is ahead of what it tells, marks are behind
     # it. Of the first tensor nothing is believed from the damage on.
     tensor = 4 * 1024 * 1024
     assert tensor < report["bytes_resumed"] <= 6 * tensor - (tensor - 2_000_000)
