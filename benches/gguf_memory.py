@@ -15,34 +15,18 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import Gemma4ForCausalLM
 
+from gpu_harness import Shapes
+from gpu_model import text_config
 from moeft import gguf
 from moeft.demo.run import BASE
 
 RANK = 16
-SIZES: dict[str, Any] = {
-    "vocab_size": 262144,
-    "hidden_size": 2816,
-    "intermediate_size": 2112,
-    "moe_intermediate_size": 704,
-    "num_experts": 128,
-    "top_k_experts": 8,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "num_global_key_value_heads": 2,
-    "attention_k_eq_v": True,
-    "enable_moe_block": True,
-    "hidden_size_per_layer_input": 0,
-    "tie_word_embeddings": True,
-}
 EXPORT = """
 import resource, sys
 from moeft import gguf
@@ -86,8 +70,8 @@ def main() -> None:
 def save_sparse_checkpoint(folder: Path, layers: int) -> dict[str, tuple[int, ...]]:
     """Headers and a hole; gives the shapes of all tensors."""
     shutil.rmtree(folder, ignore_errors=True)
-    kinds = ["sliding_attention"] * (layers - 1) + ["full_attention"]
-    config = Gemma4TextConfig(**SIZES, num_hidden_layers=layers, layer_types=kinds, dtype="bfloat16")
+    config = text_config(Shapes(layers=layers))
+    config.dtype = torch.bfloat16
     config.architectures = ["Gemma4ForCausalLM"]
     with torch.device("meta"):
         model = Gemma4ForCausalLM(config)
