@@ -9,8 +9,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 import moeft.demo
-from moeft.data.cache import ARRAYS, cache_key, cached, file_key, rows_key
+from moeft.data.cache import cache_key, cached, file_key, rows_key
 from moeft.data.chat import Encoded, encode
+from moeft.data.example import ARRAYS
 from moeft.data.rows import Reject, Row, Rows
 from moeft.errors import DataError
 from moeft.training.sft import SFTConfig, encode_dataset
@@ -27,10 +28,10 @@ def tokenizer():
 
 @pytest.fixture
 def build(tokenizer):
-    return lambda: encode(ROWS, tokenizer)
+    return lambda folder: encode(ROWS, tokenizer, folder=folder)
 
 
-def never() -> Encoded:
+def never(folder: Path) -> Encoded:
     raise AssertionError("built although the cache holds the rows")
 
 
@@ -39,17 +40,17 @@ def same(left, right):
     return arrays and left.rejects == right.rejects and left.num_shortened == right.num_shortened
 
 
-def test_second_start_finds_rows_and_rejects_in_mapped_files(tmp_path, build):
+def test_second_start_finds_rows_and_rejects_in_mapped_files(tmp_path, build, tokenizer):
     first = cached(tmp_path, "key", build)
     again = cached(tmp_path, "key", never)
-    assert same(first, build())
+    assert same(first, encode(ROWS, tokenizer))
     assert same(again, first)
     assert isinstance(again.examples.input_ids, np.memmap)
     assert again.rejects == [Reject(2, "no turn is trained with train_on: assistant", "rows")]
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
-@pytest.mark.parametrize("name", ["input_ids.npy", "offsets.npy", "cache.json"])
+@pytest.mark.parametrize("name", ["input_ids.bin", "offsets.bin", "cache.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damaged_cache_is_built_anew_with_a_line_in_the_log(tmp_path, build, name, damage, caplog):
     expected = cached(tmp_path, "key", build)
@@ -69,17 +70,20 @@ def test_damaged_cache_is_built_anew_with_a_line_in_the_log(tmp_path, build, nam
     assert same(cached(tmp_path, "key", never), expected)
 
 
-def test_of_two_processes_one_writes_and_both_read(tmp_path, build):
-    # The other process finishes while this one still builds.
-    found = cached(tmp_path, "key", lambda: cached(tmp_path, "key", build))
-    assert same(found, build())
+def test_of_two_processes_one_writes_and_both_read(tmp_path, build, tokenizer):
+    def slow(folder):
+        # The other process finishes while this one still builds.
+        cached(tmp_path, "key", build)
+        return build(folder)
+
+    assert same(cached(tmp_path, "key", slow), encode(ROWS, tokenizer))
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
 def test_failure_leaves_nothing_behind(tmp_path, tokenizer):
     with pytest.raises(DataError):
-        cached(tmp_path / "cache", "key", lambda: encode(ROWS[1:2], tokenizer))
-    assert not (tmp_path / "cache").exists()
+        cached(tmp_path / "cache", "key", lambda folder: encode(ROWS[1:2], tokenizer, folder=folder))
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_key_depends_on_rows_tokenizer_template_and_options(tmp_path, tokenizer):

@@ -8,8 +8,8 @@ import textwrap
 import pytest
 
 from moeft.config.filters import Filters
-from moeft.data.filters import apply_filters, build_filters
-from moeft.data.rows import read_rows
+from moeft.data.filters import build_filters
+from moeft.data.rows import RowReader, RowStream
 from moeft.errors import DataError
 
 STORY = (
@@ -25,14 +25,14 @@ def chat(request, answer, **row):
 def left_out(rows, count_tokens=None, **filters):
     """Line -> reason of every row that the filters leave out."""
     wanted = Filters.model_validate_json(json.dumps(filters))
-    read = apply_filters(read_rows(rows), build_filters(wanted, count_tokens))
+    read = RowStream(RowReader(rows), filters=build_filters(wanted, count_tokens)).collect()
     assert len(read.rows) + len(read.rejects) == len(rows)
     assert sum(read.filtered.values()) == len(read.rejects)
     return {reject.line: reject.reason for reject in read.rejects}
 
 
 def test_bounds_count_turns_characters_and_tokens():
-    rows = [chat("ab", "cd"), chat("ab", "cd ef gh"), {"messages": chat("a", "b")["messages"] * 2}]
+    rows = [chat("ab", "cd"), chat("ab", "cd ef gh"), {"messages": chat("a", "b")["messages"] * 2}, chat("ab", "cd ef")]
     assert left_out(rows, length={"max_turns": 2}) == {3: "length: 4 turns, at most 2 are wanted"}
     assert left_out(rows, length={"min_characters": 6}) == {1: "length: 5 characters, at least 6 are wanted"}
     reasons = left_out(rows, lambda text: len(text.split()), length={"min_tokens": 3, "max_tokens": 3})

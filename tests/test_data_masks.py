@@ -1,5 +1,6 @@
 """From spans of characters to trained tokens, and which turns are trained."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,27 @@ def test_order_of_rows_is_kept_over_chunks(monkeypatch):
     encoded = encode(iter(rows), tokenizer)
     assert [trained_text(tokenizer, example) for example in encoded.examples] == [f"reply {i}" for i in range(50)]
     assert encoded.num_trained_tokens == sum((example["labels"] != -100).sum() for example in encoded.examples)
+
+
+def test_rows_that_are_encoded_are_let_go(monkeypatch, tmp_path):
+    monkeypatch.setattr("moeft.data.chat.CHUNK_CHARACTERS", 40)
+    tokenizer = TOKENIZERS["byte level"]
+    tokenizer.chat_template = MARKED
+    alive: set[int] = set()
+    most = 0
+
+    def watched():
+        nonlocal most
+        for index in range(200):
+            row = Row([{"role": "assistant", "content": f"reply {index}"}], index)
+            alive.add(index)
+            weakref.finalize(row, alive.discard, index)
+            most = max(most, len(alive))
+            yield row
+
+    encoded = encode(watched(), tokenizer, folder=tmp_path)
+    assert len(encoded.examples) == 200
+    assert most < 20
 
 
 def test_plain_text_is_trained_whole_and_ends():

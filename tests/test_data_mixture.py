@@ -15,7 +15,7 @@ from moeft.data.chat import encode
 from moeft.data.composition import compose
 from moeft.data.mixture import Share, interleave, rows_of_epoch
 from moeft.data.rows import read_rows
-from moeft.data.sources import read_sources
+from moeft.data.sources import Sources
 from moeft.errors import DataError, RecipeError
 from tests.tiny_training import adapter_weights, losses, packed_with_lora, sft_trainer, sums, tiny_tokenizer
 
@@ -127,19 +127,19 @@ def test_sources_are_read_with_their_own_settings(tmp_path):
         ],
         "filters": {"duplicates": True},
     }))  # fmt: skip
-    shown = []
-    first, second, third = read_sources(data, show=shown.append)
+    sources = Sources(data)
+    first, second, third = (sources.stream(index).collect() for index in range(3))
     assert [message["role"] for message in second.rows[0].messages] == ["system", "user", "assistant"]
     assert first.filtered == {"duplicates": 2}
     assert third.filtered == {}
-    assert shown[0] == f"{tmp_path / 'a.jsonl'}: prompt_completion 12; 10 rows kept, 2 rejected, 2 by duplicates"
+    assert str(first) == f"{tmp_path / 'a.jsonl'}: prompt_completion 12; 10 rows kept, 2 rejected, 2 by duplicates"
 
 
 def test_duplicates_across_sources_are_found(tmp_path):
     train = [write(tmp_path / name, sums(4)) for name in ("a.jsonl", "b.jsonl")]
     data = Data.model_validate_json(json.dumps({"train": train, "filters": {"duplicates": True}}))
     with pytest.raises(DataError, match=r"b.jsonl: the filters leave no row \(duplicates 4\)"):
-        read_sources(data)
+        Sources(data).stream(1).collect()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Encoded rows on disk, so that a second start does not tokenise again.
 
-A folder ``<key>`` holds ``input_ids.npy``, ``trained.npy`` and ``offsets.npy``, which are mapped into memory, and
-``cache.json`` with the rejects, the counts of reading and a checksum of each file. The key is a hash of the rows or of
-their file, of the tokenizer with its template, and of the options. A folder is written under another name and renamed
-when it is whole, so that of two processes one wins and neither sees half of it. One that is damaged is written anew.
+A folder ``<key>`` holds the arrays of the examples, which are mapped into memory, and ``cache.json`` with the rejects,
+the counts of reading and a checksum of each file. The key is a hash of the rows or of their file, of the tokenizer with
+its template, and of the options. A folder is written under another name, row by row, and renamed when it is whole, so
+that of two processes one wins and neither sees half of it. One that is damaged is written anew.
 """
 
 import contextlib
@@ -18,20 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from moeft.data.chat import Encoded
-from moeft.data.example import Examples
+from moeft.data.example import ARRAYS, Examples, array_file
 from moeft.data.rows import ReadSummary, Reject, Row, Rows
 from moeft.data.tokens import fast_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 2
+VERSION = 3
 """To be raised whenever rows come out otherwise than before."""
 
-ARRAYS = ("input_ids", "trained", "offsets")
 logger = logging.getLogger(__name__)
 
 
@@ -65,13 +62,13 @@ def cache_key(content: str, tokenizer: "PreTrainedTokenizerFast", options: dict[
     return _hash(settings.encode(), fast_tokenizer(tokenizer).to_str().encode())
 
 
-def cached(folder: str | Path, key: str, build: Callable[[], Encoded]) -> Encoded:
+def cached(folder: str | Path, key: str, build: Callable[[Path], Encoded]) -> Encoded:
     """Encoded rows from the cache, or built and put there.
 
     Args:
         folder: Of all cached data sets; made if absent.
         key: From :func:`cache_key`.
-        build: Encodes the rows. What it raises is passed on, and nothing is written.
+        build: Encodes the rows into a folder. What it raises is passed on, and nothing is left of them.
     """
     place = Path(folder) / key
     if place.is_dir():
@@ -80,45 +77,42 @@ def cached(folder: str | Path, key: str, build: Callable[[], Encoded]) -> Encode
             return found
         logger.warning("%s is damaged; its rows are encoded anew", place)
         shutil.rmtree(place, ignore_errors=True)
-    built = build()
-    _write(built, place)
-    return _read(place) or built
-
-
-def _write(encoded: Encoded, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{place.name}.partial-", dir=place.parent))
     try:
-        sums = {}
-        for name in ARRAYS:
-            np.save(partial / f"{name}.npy", getattr(encoded.examples, name))
-            sums[name] = _checksum(partial / f"{name}.npy")
-        record = {
-            "sums": sums,
-            "num_shortened": encoded.num_shortened,
-            "read": None if encoded.read is None else dataclasses.asdict(encoded.read),
-            "rejects": [dataclasses.astuple(reject) for reject in encoded.rejects],
-        }
-        with open(partial / "cache.json", "w", encoding="utf-8") as file:
-            json.dump(record, file)
-            file.flush()
-            os.fsync(file.fileno())
+        built = build(partial)
+        _complete(built, partial)
         # It fails if another process was first, whose rows are the same.
         with contextlib.suppress(OSError):
             partial.rename(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return dataclasses.replace(built, examples=Examples.mapped(place))
+
+
+def _complete(encoded: Encoded, folder: Path) -> None:
+    """Write what the folder of the arrays lacks."""
+    record = {
+        "sums": {name: _checksum(array_file(folder, name)) for name in ARRAYS},
+        "num_shortened": encoded.num_shortened,
+        "read": None if encoded.read is None else dataclasses.asdict(encoded.read),
+        "rejects": [dataclasses.astuple(reject) for reject in encoded.rejects],
+    }
+    with open(folder / "cache.json", "w", encoding="utf-8") as file:
+        json.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read(place: Path) -> Encoded | None:
     """What a folder holds; None if it is not whole."""
     try:
         record = json.loads((place / "cache.json").read_text("utf-8"))
-        if any(_checksum(place / f"{name}.npy") != record["sums"][name] for name in ARRAYS):
+        if any(_checksum(array_file(place, name)) != record["sums"][name] for name in ARRAYS):
             return None
-        examples = Examples(*(np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS))
         read = None if record["read"] is None else ReadSummary(**record["read"])
-        return Encoded(examples, [Reject(*reject) for reject in record["rejects"]], record["num_shortened"], read)
+        rejects = [Reject(*reject) for reject in record["rejects"]]
+        return Encoded(Examples.mapped(place), rejects, record["num_shortened"], read)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -11,23 +11,22 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeft.config.sources import OnTooLong, Reasoning, TrainOn
-from moeft.data.example import Example, Examples, check_length_options, fit
+from moeft.data.example import Example, Examples, Tokens, check_length_options, fit
 from moeft.data.marks import Span
 from moeft.data.rendering import REFUSALS, Renderer
-from moeft.data.rows import Message, ReadSummary, Reject, Row, Rows, write_rejects
+from moeft.data.rows import Message, ReadSummary, Reject, Row, Rows, RowStream, write_rejects
 from moeft.data.tokens import as_written, fast_tokenizer, trained_tokens
 from moeft.data.trained_turns import check_options
 from moeft.errors import DataError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -86,43 +85,44 @@ class _Rendered:
 
 
 def encode(
-    rows: Rows | Iterable[Row | Reject],
+    rows: Rows | RowStream | Iterable[Row | Reject],
     tokenizer: PreTrainedTokenizerFast,
     *,
     train_on: TrainOn = "assistant",
     reasoning: Reasoning = "keep",
     max_length: int | None = None,
     on_too_long: OnTooLong = "reject",
+    folder: Path | None = None,
 ) -> Encoded:
     """Encode rows; those that cannot be trained on join the rejects of ``rows``.
 
     Args:
-        rows: From ``read_rows``, or any iterable, which is read as it is encoded; rejects in it stay rejects.
+        rows: From ``read_rows``, or a :class:`RowStream` or any iterable, which is read as it is encoded; rejects in it
+            stay rejects.
         tokenizer: A fast tokenizer; with a chat template, unless all rows are plain texts.
         train_on: Which turns are trained.
         reasoning: What becomes of the assistant's thoughts.
         max_length: Most tokens of an example.
         on_too_long: What becomes of a longer row: "reject" lists it, "truncate" keeps its first tokens,
             "truncate_left" its last ones, and "split" cuts it into several examples.
+        folder: Where to write the arrays of the examples; None holds them in memory.
 
     Raises:
-        DataError: If the tokenizer cannot be used, or no row is left.
+        DataError: If the tokenizer cannot be used, or no row is left, or as iterating ``rows`` does.
         ValueError: If an option makes no sense.
     """
     check_options(train_on, reasoning)
     check_length_options(max_length, on_too_long)
     backend = fast_tokenizer(tokenizer)
     renderer = Renderer(tokenizer, train_on, reasoning)
-    source = "rows"
-    rejects: list[Reject] = []
-    read: ReadSummary | None = None
-    if isinstance(rows, Rows):
-        rejects += rows.rejects
-        source, read, rows = rows.source, rows.summary, rows.rows
+    counted = rows if isinstance(rows, Rows | RowStream) else None
+    source = "rows" if counted is None else counted.source
+    rejects = list(rows.rejects) if isinstance(rows, Rows) else []
+    items = rows.rows if isinstance(rows, Rows) else rows
     shortened: list[int] = []
 
-    def kept() -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        for row, ids, trained in _tokenized(_rendered(rows, renderer, source, rejects), backend):
+    def kept() -> Iterator[Tokens]:
+        for row, ids, trained in _tokenized(_rendered(items, renderer, source, rejects), backend):
             pieces, reason = fit(trained, max_length, on_too_long)
             if not pieces:
                 rejects.append(Reject(row.line, reason, source))
@@ -131,11 +131,12 @@ def encode(
             yield from ((ids[piece], trained[piece]) for piece in pieces)
 
     with as_written(backend):
-        examples = Examples.of(kept())
+        examples = Examples.of(kept()) if folder is None else Examples.written(kept(), folder)
     if not examples:
         first = "; ".join(f"line {reject.line}: {reject.reason}" for reject in rejects[:3])
         raise DataError(f"{source}: no row is left to train on. First reasons: {first or 'there were no rows'}")
-    return Encoded(examples, sorted(rejects, key=lambda reject: reject.line), len(shortened), read)
+    rejects.sort(key=lambda reject: reject.line)
+    return Encoded(examples, rejects, len(shortened), None if counted is None else counted.summary)
 
 
 def encode_messages(

@@ -1,9 +1,11 @@
 """An encoded row, many of them in flat arrays, and how a row that is too long is made to fit."""
 
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict, get_args, overload
+from pathlib import Path
+from typing import Any, BinaryIO, TypedDict, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,18 @@ from moeft.config.sources import OnTooLong
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained, as in ``torch.nn.functional.cross_entropy``."""
+
+
+Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]
+"""Ids of a row ``[S]``, and which of them are trained ``[S]``."""
+
+ARRAYS = {"input_ids": np.int32, "trained": np.bool_, "offsets": np.int64}
+"""Arrays of :class:`Examples` and their types, in the order of its fields."""
+
+
+def array_file(folder: Path, name: str) -> Path:
+    """Where one of :data:`ARRAYS` lies: its entries, in the order of bytes of this machine."""
+    return folder / f"{name}.bin"
 
 
 class Example(TypedDict):
@@ -33,17 +47,31 @@ class Examples(Sequence[Example]):
     """``[N + 1]``, where each row starts, and T."""
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> "Examples":
-        """Join rows given as ids and trained tokens, one after the other: no row is held twice."""
-        # A buffer that grows is moved by the system, page by page, where joining arrays would copy all of them.
-        all_ids, all_trained, stops = bytearray(), bytearray(), [0]
-        for ids, trained in rows:
-            all_ids += np.asarray(ids, np.int32).tobytes()
-            all_trained += trained.tobytes()
-            stops.append(stops[-1] + len(ids))
-        return cls(
-            np.frombuffer(all_ids, np.int32), np.frombuffer(all_trained, np.bool_), np.array(stops, dtype=np.int64)
-        )
+    def of(cls, rows: Iterable[Tokens]) -> "Examples":
+        """Join rows in memory, one after the other: no row is held twice."""
+        ids, trained = io.BytesIO(), io.BytesIO()
+        offsets = _append(rows, ids, trained)
+        return cls(np.frombuffer(ids.getbuffer(), np.int32), np.frombuffer(trained.getbuffer(), np.bool_), offsets)
+
+    @classmethod
+    def written(cls, rows: Iterable[Tokens], folder: Path) -> "Examples":
+        """Join rows in files of a folder, one after the other, and map them."""
+        with open(array_file(folder, "input_ids"), "wb") as ids, open(array_file(folder, "trained"), "wb") as trained:
+            offsets = _append(rows, ids, trained)
+        offsets.tofile(array_file(folder, "offsets"))
+        # A file without bytes cannot be mapped.
+        return cls.mapped(folder) if offsets[-1] else cls.of(())
+
+    @classmethod
+    def mapped(cls, folder: Path) -> "Examples":
+        """What :meth:`written` wrote into a folder, mapped into memory; it cannot be written to.
+
+        Raises:
+            OSError: If one of them is missing.
+            ValueError: If one of them is empty or holds part of an entry.
+        """
+        arrays: list[Any] = [np.memmap(array_file(folder, name), dtype, "r") for name, dtype in ARRAYS.items()]
+        return cls(*arrays)
 
     @classmethod
     def join(cls, parts: Sequence["Examples"]) -> "Examples":
@@ -96,6 +124,16 @@ class Examples(Sequence[Example]):
     def num_trained(self) -> int:
         """Tokens of all rows that carry a label."""
         return int(np.count_nonzero(self.trained))
+
+
+def _append(rows: Iterable[Tokens], ids_file: BinaryIO, trained_file: BinaryIO) -> NDArray[np.int64]:
+    """Write rows; returns ``[N + 1]``, where each of them starts, and where the last ends."""
+    stops = [0]
+    for ids, trained in rows:
+        ids_file.write(np.asarray(ids, np.int32).tobytes())
+        trained_file.write(np.asarray(trained, np.bool_).tobytes())
+        stops.append(stops[-1] + len(ids))
+    return np.array(stops, dtype=np.int64)
 
 
 def check_length_options(max_length: int | None, on_too_long: str) -> None:

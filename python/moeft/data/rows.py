@@ -7,10 +7,10 @@ listed with its line and reason.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from moeft.config.sources import Turns
 from moeft.data.files import open_records
@@ -18,6 +18,9 @@ from moeft.data.formats import Detector
 from moeft.data.rejects import Reject, check_share, write_rejects
 from moeft.data.turns import arrange, check_turns
 from moeft.errors import DataError
+
+if TYPE_CHECKING:
+    from moeft.data.filters.filter import Filter
 
 
 class Message(TypedDict):
@@ -144,6 +147,83 @@ class RowReader:
                 yield Row(messages, line, parsed.tools, parsed.text)
 
 
+class RowStream:
+    """The rows of one source as they are read: with a system turn, filtered, and counted. Good for one pass.
+
+    Iterating yields a :class:`Row` or a :class:`Reject` per record, in the order of the file.
+
+    Args:
+        reader: Of the source.
+        max_reject_share: Largest share of rows that may be unusable; None for no limit.
+        system: System turn of rows that have none; None leaves them as they are.
+        filters: In their order; the first that refuses a row gives the reason, and later ones do not see it.
+
+    Raises:
+        DataError: At the end of the pass, if there was no row, none is left, or more than ``max_reject_share`` cannot
+            be used; the message has the first reasons.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        *,
+        max_reject_share: float | None = None,
+        system: str | None = None,
+        filters: Sequence[Filter] = (),
+    ) -> None:
+        self.source = reader.source
+        self._reader = reader
+        self._max_reject_share = max_reject_share
+        self._system = system
+        self._filters = filters
+        self._kept = self._rejected = 0
+        self._filtered = Counter({filter.name: 0 for filter in filters})
+
+    @property
+    def summary(self) -> ReadSummary:
+        """The counts so far."""
+        formats = dict(self._reader.formats.most_common())
+        return ReadSummary(self.source, self._kept, self._rejected, formats, dict(self._filtered))
+
+    def __iter__(self) -> Iterator[Row | Reject]:
+        unreadable: list[Reject] = []
+        for item in self._reader:
+            if isinstance(item, Reject):
+                unreadable.append(item)
+            else:
+                item = self._filter(item if self._system is None else _with_system(item, self._system))
+            self._kept += isinstance(item, Row)
+            self._rejected += isinstance(item, Reject)
+            yield item
+        num_rows = self._kept + self._rejected
+        if self._max_reject_share is not None:
+            check_share(unreadable, num_rows, self._max_reject_share, self.source)
+        if len(unreadable) == num_rows:
+            raise DataError(_nothing_left(self.source, unreadable))
+        if not self._kept:
+            counts = ", ".join(f"{name} {count}" for name, count in self._filtered.items())
+            raise DataError(f"{self.source}: the filters leave no row ({counts}); loosen them, or drop the source")
+
+    def _filter(self, row: Row) -> Row | Reject:
+        for filter in self._filters:
+            reason = filter.reason(row, f"{self.source} line {row.line}")
+            if reason is not None:
+                self._filtered[filter.name] += 1
+                return Reject(row.line, f"{filter.name}: {reason}", self.source)
+        return row
+
+    def collect(self) -> Rows:
+        """All rows in memory."""
+        rows: list[Row] = []
+        rejects: list[Reject] = []
+        for item in self:
+            if isinstance(item, Row):
+                rows.append(item)
+            else:
+                rejects.append(item)
+        return Rows(rows, rejects, self.source, self.summary.formats, self.summary.filtered)
+
+
 def read_rows(
     data: str | Path | Iterable[Any],
     *,
@@ -158,28 +238,23 @@ def read_rows(
         data: As for :class:`RowReader`.
         format: As for :class:`RowReader`.
         turns: As for :class:`RowReader`.
-        max_reject_share: Largest share of rows that may be unusable; None for no limit.
+        max_reject_share: As for :class:`RowStream`.
         source: As for :class:`RowReader`.
 
     Raises:
-        DataError: If there is no row, none can be used, or more than ``max_reject_share`` cannot; the message has the
-            first reasons.
+        DataError: As :class:`RowReader` and :class:`RowStream` do.
         FileNotFoundError: If the path does not exist.
         ValueError: If ``format`` or ``turns`` is unknown.
     """
     reader = RowReader(data, format=format, turns=turns, source=source)
-    rows: list[Row] = []
-    rejects: list[Reject] = []
-    for item in reader:
-        if isinstance(item, Row):
-            rows.append(item)
-        else:
-            rejects.append(item)
-    if max_reject_share is not None:
-        check_share(rejects, len(rows) + len(rejects), max_reject_share, reader.source)
-    if not rows:
-        raise DataError(_nothing_left(reader.source, rejects))
-    return Rows(rows, rejects, reader.source, dict(reader.formats.most_common()))
+    return RowStream(reader, max_reject_share=max_reject_share).collect()
+
+
+def _with_system(row: Row, system: str) -> Row:
+    if row.text is not None or row.messages[0]["role"] == "system":
+        return row
+    first: Message = {"role": "system", "content": system}
+    return replace(row, messages=[first, *row.messages])
 
 
 def _nothing_left(source: str, rejects: list[Reject]) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moeft.data.chat import Encoded
     from moeft.data.composition import Composition
     from moeft.data.rejects import Reject
-    from moeft.data.rows import Rows
+    from moeft.data.rows import Rows, RowStream
     from moeft.training.sft import SFTConfig
 
 Show = Callable[[str], None]
@@ -68,26 +68,24 @@ def training_rows(data: Data, tokenizer: Any, args: SFTConfig, show: Show) -> tu
     """
     from moeft.data.composition import compose
     from moeft.data.source_keys import source_keys
-    from moeft.data.sources import read_sources
+    from moeft.data.sources import Sources
     from moeft.training.sft import encode_dataset
 
-    read: list[Rows] = []
-
-    def rows_of(index: int) -> Rows:
-        # All at once, since filters may compare rows of one source with those of another.
-        if not read:
-            read.extend(read_sources(data, lambda text: len(tokenizer(text, add_special_tokens=False).input_ids), show))
-        return read[index]
-
+    sources = Sources(data, lambda text: len(tokenizer(text, add_special_tokens=False).input_ids))
     keys = source_keys(data) if args.cache_dir is not None else [None] * len(data.train)
-    encoded = []
+    encoded: list[Encoded] = []
+    read: list[int] = []
+
+    def rows_of(index: int) -> RowStream:
+        read.append(index)
+        return sources.stream(index)
+
     for index, (source, key) in enumerate(zip(data.train, keys, strict=True)):
         own = copy.copy(args)
         own.train_on = source.train_on or args.train_on
-        encoded.append(encode_dataset(functools.partial(rows_of, index), tokenizer, own, content=key))
-    if not read:
-        for part in encoded:
-            show(f"{part.read} (encoded by an earlier start)")
+        part = encode_dataset(functools.partial(rows_of, index), tokenizer, own, content=key)
+        show(f"{part.read}" + ("" if index in read else " (encoded by an earlier start)"))
+        encoded.append(part)
     seed = args.seed if args.data_seed is None else args.data_seed
     mixed, composition = compose(data.train, encoded, seed)
     show(str(composition))

@@ -13,7 +13,7 @@ from moeft.data.chat import Encoded, encode
 from moeft.data.collate import PackingCollator, PaddingCollator
 from moeft.data.example import check_length_options
 from moeft.data.packing import Packed, pack
-from moeft.data.rows import Rows, read_rows
+from moeft.data.rows import Rows, RowStream, read_rows
 from moeft.data.trained_turns import check_options
 from moeft.data.vocabulary import check_ids, check_vocabulary
 from moeft.training.arguments import MoeConfig
@@ -22,7 +22,7 @@ from moeft.training.trainer import MoeTrainer
 
 logger = logging.getLogger(__name__)
 Dataset = str | Path | Iterable[Mapping[str, Any]] | Rows | Encoded
-Unread = Callable[[], Rows]
+Unread = Callable[[], RowStream]
 """Rows that are read only if the cache does not hold them."""
 
 
@@ -186,18 +186,19 @@ def _encode(
         "on_too_long": args.on_too_long,
     }
 
-    def rows() -> Rows:
+    def rows() -> Rows | RowStream:
         return dataset if isinstance(dataset, Rows) else dataset() if callable(dataset) else read_rows(dataset)
 
-    def build() -> Encoded:
-        return encode(rows(), tokenizer, **options)
+    def build(folder: Path | None) -> Encoded:
+        return encode(rows(), tokenizer, **options, folder=folder)
 
     if args.cache_dir is None:
-        return build()
+        return build(None)
     if content is None:
         if isinstance(dataset, str | Path) and Path(dataset).exists():
             content = cache.file_key(dataset)
         else:
-            dataset = rows()
+            read = rows()
+            dataset = read.collect() if isinstance(read, RowStream) else read
             content = cache.rows_key(dataset)
     return cache.cached(args.cache_dir, cache.cache_key(content, tokenizer, options), build)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from moeft.config.filters import Filters
 from moeft.data.filters.contamination import ContaminationFilter
 from moeft.data.filters.duplicates import DuplicatesFilter
@@ -15,10 +10,6 @@ from moeft.data.filters.language import LanguageFilter
 from moeft.data.filters.length import CountTokens, LengthFilter
 from moeft.data.filters.near_duplicates import NearDuplicatesFilter
 from moeft.data.filters.tool_calls import ToolCallsFilter
-from moeft.data.rejects import Reject
-
-if TYPE_CHECKING:
-    from moeft.data.rows import Row, Rows
 
 
 def build_filters(wanted: Filters, count_tokens: CountTokens | None = None) -> list[Filter]:
@@ -47,21 +38,3 @@ def build_filters(wanted: Filters, count_tokens: CountTokens | None = None) -> l
     if wanted.near_duplicates is not None:
         filters.append(NearDuplicatesFilter(wanted.near_duplicates))
     return filters
-
-
-def apply_filters(rows: Rows, filters: Sequence[Filter]) -> Rows:
-    """Leave out what a filter refuses; the first that does gives the reason, and later ones do not see the row."""
-    kept: list[Row] = []
-    rejects: list[Reject] = []
-    counts = Counter({filter.name: 0 for filter in filters})
-    for row in rows.rows:
-        for filter in filters:
-            reason = filter.reason(row, f"{rows.source} line {row.line}")
-            if reason is not None:
-                counts[filter.name] += 1
-                rejects.append(Reject(row.line, f"{filter.name}: {reason}", rows.source))
-                break
-        else:
-            kept.append(row)
-    everything = sorted([*rows.rejects, *rejects], key=lambda reject: reject.line)
-    return dataclasses.replace(rows, rows=kept, rejects=everything, filtered=dict(counts))
