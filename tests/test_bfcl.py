@@ -15,11 +15,10 @@ from moeft.evaluation.replied_calls import replied_calls
 from moeft.evaluation.tasks import build_task
 from moeft.evaluation.tool_match import accepts
 from moeft.tool_protocols import PROTOCOLS, ToolCall
+from tests.shared_data import SHARED, needs_shared_data
 from tests.tiny_models import tiny_model
 from tests.tiny_training import tiny_tokenizer
 
-SHARED = next((folder / "shared" / "data" for folder in Path(__file__).parents if (folder / "shared").is_dir()), None)
-needs_data = pytest.mark.skipif(SHARED is None, reason="needs shared/data, the project's test data")
 VECTORS = Path(__file__).parent / "vectors" / "bfcl.jsonl"
 AREA = {
     "name": "geometry.area",
@@ -50,7 +49,7 @@ def figures(task, *answers: dict) -> list[dict[str, float]]:
     return [{name: numerator for name, (numerator, _) in of_item.items()} for of_item in graded]
 
 
-@needs_data
+@needs_shared_data
 def test_verdicts_are_those_of_the_leaderboard():
     rows = {}
     for name in ("bfcl_simple", "bfcl_multiple", "bfcl_parallel"):
@@ -61,7 +60,7 @@ def test_verdicts_are_those_of_the_leaderboard():
         assert accepts(row["accepted"], calls, row["functions"]) == vector["accepted"], vector
 
 
-@needs_data
+@needs_shared_data
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_right_calls_count_in_every_protocol(name):
     task = build_task("bfcl_parallel", data=SHARED, limit=20, tool_protocol=name)
