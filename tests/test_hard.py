@@ -143,6 +143,7 @@ def test_targets_that_make_no_sense_are_refused(tmp_path, changes, reason):
 def test_right_reasoning_names_the_values_of_the_right_call(material):
     train, _ = material
     found = build(SCHEMAS, train, BRACKET, 60, targets=Targets({"edge_case": 1.0}), reasoned_every=1, seed=5).pairs
+    assert found
     for pair in found:
         reply = BRACKET.parse(pair.chosen)
         for value in reply.calls[0].arguments.values():
