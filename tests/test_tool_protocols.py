@@ -209,7 +209,8 @@ def test_texts_become_the_numbers_that_a_schema_wants():
     schemas = ToolSchemas(TOOLS)
     typed = schemas.typed("scale", {"count": "3", "dry": "true", "name": "4"})
     assert typed == {"count": 3, "dry": True, "name": "4"}
-    assert schemas.typed("scale", {"count": "three"}) == {"count": "three"}
+    for text in ("three", "NaN", "Infinity", "1e999", "[" * 100_000):
+        assert schemas.typed("scale", {"count": text}) == {"count": text}
 
 
 @pytest.mark.parametrize(
