@@ -66,6 +66,7 @@ def test_right_calls_count_in_every_protocol(name):
     task = build_task("bfcl_parallel", data=SHARED, limit=20, tool_protocol=name)
     for item in task.items:
         accepted = [next(iter(wanted.items())) for wanted in item.reference["accepted"]]
+        # Names as APIs and the bracket protocol take them, without dots.
         calls = [
             ToolCall(f.replace(".", "_"), {k: v[0] for k, v in values.items() if v[0] != ""}) for f, values in accepted
         ]
