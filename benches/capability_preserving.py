@@ -53,15 +53,16 @@ def prepare(folder: Path, model: Path, data: Path, questions: int) -> None:
     ops_agent.write_jsonl(general[:HELDOUT], rows / "general-heldout.jsonl")
     asked = {row["idx"] for row in lines(suite.HELLASWAG)}
     others = [row for row in lines(data / "hellaswag" / "hellaswag_val_2000.jsonl") if row["idx"] not in asked]
-    write(rows / "hellaswag.jsonl", random.Random(0).sample(others, questions))
+    ops_agent.write_jsonl(random.Random(0).sample(others, questions), rows / "hellaswag.jsonl")
     pages = (detokenise(page["page"]) for _, page in wikitext_file(data / "wikitext2" / "test.txt"))
-    write(rows / "texts.jsonl", [{"text": page[: LONGEST // 2]} for page in pages][:HELDOUT])
+    ops_agent.write_jsonl([{"text": page[: LONGEST // 2]} for page in pages][:HELDOUT], rows / "texts.jsonl")
     shutil.copy(RECIPE, folder / RECIPE.name)
 
 
 def lines(path: Path) -> list[Any]:
     """Rows of JSON lines."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    # splitlines() would also split at U+2028, which JSON's strings may hold.
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def exchanges(conversations: Iterable[dict[str, Any]]) -> list[Any]:
@@ -80,11 +81,6 @@ def plain(rows: Iterable[Any]) -> list[Any]:
     """Conversations that end with the assistant, the short ones."""
     messages = ([{"role": m["role"], "content": m["content"]} for m in row.messages] for row in rows)
     return [{"messages": m} for m in messages if sum(len(str(turn["content"])) for turn in m) <= LONGEST]
-
-
-def write(path: Path, rows: list[Any]) -> None:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def fit(folder: Path, steps: int | None, is_dense: bool, rate: float) -> None:

@@ -80,7 +80,7 @@ def check_demo_is_barred() -> None:
 
 def read_conversations(path: Path) -> list[list[dict[str, str]]]:
     """Read the messages of every line."""
-    return [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 class QuotingTasks:

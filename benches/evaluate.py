@@ -64,7 +64,8 @@ def main() -> None:
             measured(replace(task, items=tuple(items)), model, tokenizer, given.batch_sizes, given.rounds, cost)
         )
         print(rows[-1], flush=True)
-    print(total([row for row in rows if row.is_equal]))
+    if equal := [row for row in rows if row.is_equal]:
+        print(total(equal))
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from moeft.data.templates import shipped
+from moeft.data.tool_schemas import ToolSchemas
 from moeft.errors import DataError
 from moeft.evaluation.model_subject import ModelSubject
 from moeft.evaluation.replied_calls import replied_calls
 from moeft.evaluation.tasks import build_task
 from moeft.evaluation.tool_match import accepts
 from moeft.tool_protocols import PROTOCOLS, ToolCall
+from tests.shared_data import SHARED, needs_shared_data
 from tests.tiny_models import tiny_model
 from tests.tiny_training import tiny_tokenizer
 
-SHARED = next((folder / "shared" / "data" for folder in Path(__file__).parents if (folder / "shared").is_dir()), None)
-needs_data = pytest.mark.skipif(SHARED is None, reason="needs shared/data, the project's test data")
 VECTORS = Path(__file__).parent / "vectors" / "bfcl.jsonl"
 AREA = {
     "name": "geometry.area",
@@ -49,7 +49,7 @@ def figures(task, *answers: dict) -> list[dict[str, float]]:
     return [{name: numerator for name, (numerator, _) in of_item.items()} for of_item in graded]
 
 
-@needs_data
+@needs_shared_data
 def test_verdicts_are_those_of_the_leaderboard():
     rows = {}
     for name in ("bfcl_simple", "bfcl_multiple", "bfcl_parallel"):
@@ -60,13 +60,16 @@ def test_verdicts_are_those_of_the_leaderboard():
         assert accepts(row["accepted"], calls, row["functions"]) == vector["accepted"], vector
 
 
-@needs_data
-@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "bracket"])
+@needs_shared_data
+@pytest.mark.parametrize("name", PROTOCOLS)
 def test_right_calls_count_in_every_protocol(name):
     task = build_task("bfcl_parallel", data=SHARED, limit=20, tool_protocol=name)
     for item in task.items:
         accepted = [next(iter(wanted.items())) for wanted in item.reference["accepted"]]
-        calls = [ToolCall(f, {k: v[0] for k, v in values.items() if v[0] != ""}) for f, values in accepted]
+        # Names as APIs and the bracket protocol take them, without dots.
+        calls = [
+            ToolCall(f.replace(".", "_"), {k: v[0] for k, v in values.items() if v[0] != ""}) for f, values in accepted
+        ]
         if any(isinstance(value, dict) for call in calls for value in call.arguments.values()):
             continue  # Values of a dict have lists of their own.
         ((of_item,),) = [task.grade([(item, {"reply": PROTOCOLS[name].format(calls)})])]
@@ -78,9 +81,13 @@ def test_right_calls_count_in_every_protocol(name):
     [
         ({"reply": PROTOCOLS["hermes"].format([RIGHT])}, 1, 1),
         ({"reply": 'geometry.area(base=10, unit="cm")'}, 1, 1),
+        ({"reply": '[TOOL: geometry_area base="10"]'}, 1, 1),
+        ({"reply": "[TOOL: geometry_area base='10']"}, 1, 1),
         ({"reply": "", "tool_calls": [{"function": {"name": "geometry_area", "arguments": '{"base": 10}'}}]}, 1, 1),
         ({"reply": PROTOCOLS["hermes"].format([ToolCall("geometry_area", {"base": 11})])}, 0, 1),
         ({"reply": PROTOCOLS["hermes"].format([ToolCall("geometry_area", {"base": "ten"})])}, 0, 0),
+        ({"reply": PROTOCOLS["hermes"].format([ToolCall("geometry_area", {"base": "10"})])}, 0, 0),
+        ({"reply": '[TOOL: geometry_area base="ten"]'}, 0, 0),
         ({"reply": PROTOCOLS["hermes"].format([RIGHT, RIGHT])}, 0, 1),
         ({"reply": "<tool_call>{base}</tool_call>"}, 0, 0),
         ({"reply": "", "tool_calls": [{"function": {"name": "geometry_area", "arguments": "{"}}]}, 0, 0),
@@ -95,8 +102,9 @@ def test_replies_are_read_in_any_protocol(tmp_path, answer, match, valid):
 
 def test_calls_of_another_protocol_do_not_count_when_one_is_asked_for():
     text = PROTOCOLS["hermes"].format([RIGHT])
-    assert replied_calls({"reply": text}, "hermes") == replied_calls({"reply": text}) == (RIGHT,)
-    assert replied_calls({"reply": text}, "gemma") == ()
+    schemas = ToolSchemas([AREA])
+    assert replied_calls({"reply": text}, schemas, "hermes") == replied_calls({"reply": text}, schemas) == (RIGHT,)
+    assert replied_calls({"reply": text}, schemas, "gemma") == ()
 
 
 def test_where_nothing_is_to_be_called_words_are_right(tmp_path):

@@ -13,6 +13,7 @@ from moeft.data.formats import FORMATS
 from moeft.data.preferences import read_preferences
 from moeft.data.rows import read_rows
 from moeft.errors import DataError
+from tests.shared_data import SHARED, needs_shared_data
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 LONG = [*CHAT, {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
@@ -25,7 +26,6 @@ WITH_TOOL = [
     {"role": "tool", "content": "4", "name": "add"},
     {"role": "assistant", "content": "It is 4."},
 ]
-SHARED = next((folder / "shared" / "data" for folder in Path(__file__).parents if (folder / "shared").is_dir()), None)
 
 
 def one(row, **options):
@@ -236,7 +236,7 @@ def test_too_many_rejects_stop_with_a_summary_by_reason():
     assert "(first: line 18)" in message
 
 
-@pytest.mark.skipif(SHARED is None, reason="needs shared/data, the project's test data, beside the checkout")
+@needs_shared_data
 @pytest.mark.parametrize(
     ("file", "format", "rows", "calls"),
     [("toolcall/glaive_300", "sharegpt", 300, 211), ("toolcall/reasoning_50", "messages", 50, 68),

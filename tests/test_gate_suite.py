@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib import util
-from pathlib import Path
 
 import pytest
 
@@ -15,9 +14,8 @@ from moeft.evaluation.tasks import build_task
 from moeft.evaluation.tasks.short_instructions import CHECKS
 from moeft.runs.gate import gate_files
 from moeft.runs.gate_suite import suite_tasks, with_suite
+from tests.shared_data import SHARED, needs_shared_data
 from tests.test_gate import embedded, train, verdicts
-
-SHARED = next((folder / "shared" / "data" for folder in Path(__file__).parents if (folder / "shared").is_dir()), None)
 
 
 def gate(**section) -> Gate:
@@ -61,7 +59,7 @@ def test_absent_language_detector_is_named_before_anything_runs(monkeypatch):
     assert len(with_suite(gate(suite="quick")).tasks) == 2
 
 
-@pytest.mark.skipif(SHARED is None, reason="needs shared/data, the project's test data, beside the checkout")
+@needs_shared_data
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
 def test_short_checks_agree_with_those_of_lm_eval_on_published_replies():
     pytest.importorskip("lm_eval", reason='lm-eval is absent: pip install "moeft[eval]"')

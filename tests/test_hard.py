@@ -143,6 +143,7 @@ def test_targets_that_make_no_sense_are_refused(tmp_path, changes, reason):
 def test_right_reasoning_names_the_values_of_the_right_call(material):
     train, _ = material
     found = build(SCHEMAS, train, BRACKET, 60, targets=Targets({"edge_case": 1.0}), reasoned_every=1, seed=5).pairs
+    assert found
     for pair in found:
         reply = BRACKET.parse(pair.chosen)
         for value in reply.calls[0].arguments.values():
@@ -155,6 +156,7 @@ def test_requests_in_other_words_stay_sentences():
         request = Request([{"role": "user", "content": text}], (), "", "", 1)
         found = {augmented(shop, request, 1.0).text for _ in range(60)}
         assert len(found) > 4
+        assert not any("require to" in other for other in found), found
         assert any(other.startswith(ORDERS) for other in found) == orders, found
 
 

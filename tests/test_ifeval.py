@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from moeft.evaluation.measure import measure
 from moeft.evaluation.tasks import build_task
+from tests.shared_data import SHARED, needs_shared_data
 
-SHARED = next((folder / "shared" / "data" for folder in Path(__file__).parents if (folder / "shared").is_dir()), None)
 pytestmark = [
-    pytest.mark.skipif(SHARED is None, reason="needs shared/data, the project's test data, beside the checkout"),
+    needs_shared_data,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"),
 ]
 

@@ -12,13 +12,13 @@ from moeft.evaluation.model_subject import ModelSubject
 from moeft.evaluation.tasks import build_task
 from moeft.evaluation.tasks.benchmarks import hellaswag
 from moeft.evaluation.tasks.perplexity import detokenise, wikitext_file
+from tests.shared_data import SHARED, needs_shared_data
 from tests.tiny_models import tiny_model
 from tests.tiny_training import tiny_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason='lm-eval is absent: pip install "moeft[eval]"')
-SHARED = next((folder / "shared" / "data" for folder in Path(__file__).parents if (folder / "shared").is_dir()), None)
 pytestmark = [
-    pytest.mark.skipif(SHARED is None, reason="needs shared/data, the project's test data, beside the checkout"),
+    needs_shared_data,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"),
 ]
 ROWS = 8

@@ -152,10 +152,8 @@ def test_an_input_that_is_missing_is_named_before_the_first_stage(folder):
         ("gemma4-26b-capability-preserving.yaml", ["tuned", "comparison"]),
     ],
 )
-def test_the_full_sized_recipes_are_such_that_their_stages_can_read_them(recipe, expected):
+def test_the_full_sized_recipes_have_these_stages(recipe, expected):
     made = steps(PipelineRecipe.load(RECIPES / recipe))
-    for step in made:
-        stages.read(step)
     assert [step.name for step in made if step.seed in (None, 0)] == expected
 
 

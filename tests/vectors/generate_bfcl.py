@@ -102,7 +102,7 @@ def changed(old: Any, rng: random.Random) -> Any:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Rows of a file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 if __name__ == "__main__":

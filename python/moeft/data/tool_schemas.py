@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -124,9 +125,10 @@ def _typed(value: Any, schema: Any) -> Any:
         return value
     try:
         spoken = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
-    is_number = isinstance(spoken, int | float) and not isinstance(spoken, bool)
+    # Python reads NaN, Infinity and 1e999 too, which are no JSON numbers.
+    is_number = type(spoken) is int or (type(spoken) is float and math.isfinite(spoken))
     return spoken if (isinstance(spoken, bool) if kind == "boolean" else is_number) else value
 
 

@@ -1,7 +1,7 @@
 """How far a model has moved from what it was: KL(base || model) on texts, without a second model.
 
 Of the base its last hidden states are remembered; the head makes its distributions of them again. A head that trains is
-remembered too. S positions of a text, C of a chunk, H hidden, V vocabulary.
+remembered too. S positions of a text, H hidden.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ from torch import Tensor
 
 from moeft.errors import DataError
 from moeft.evaluation.turn_scores import evaluating
-from moeft.integration.fused_loss import PlainHead
 from moeft.integration.log_probs import hidden_states, linear_head
-from moeft.kernels import linear_logits
-
-CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time, twice: 64 MiB each
+from moeft.integration.token_divergences import token_divergences
 
 
 class BaseDivergence:
@@ -48,7 +45,7 @@ class BaseDivergence:
         """``[n, 2]``: of each text the divergence summed over its positions, in nats, and their number."""
         head = linear_head(self._model)
         units = [
-            (_divergence(base_SH, self._base_head, now_SH, head), len(base_SH))
+            (token_divergences(base_SH, self._base_head, now_SH, head).double().sum().item(), len(base_SH))
             for base_SH, now_SH in zip(self._base, self._hidden(), strict=True)
         ]
         return np.array(units)
@@ -59,14 +56,3 @@ class BaseDivergence:
         for text in self._texts:
             with evaluating(self._model), torch.no_grad():
                 yield hidden_states(self._model, input_ids=torch.tensor([text], device=device))[0]
-
-
-@torch.no_grad()
-def _divergence(base_SH: Tensor, base_head: PlainHead, now_SH: Tensor, head: PlainHead) -> float:
-    rows = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-    total = 0.0
-    for base_CH, now_CH in zip(base_SH.split(rows), now_SH.split(rows), strict=True):
-        base_CV = linear_logits(base_CH, base_head.weight, base_head.softcap).log_softmax(-1)
-        now_CV = linear_logits(now_CH, head.weight, head.softcap).log_softmax(-1)
-        total += float(torch.nn.functional.kl_div(now_CV, base_CV, reduction="sum", log_target=True))
-    return total

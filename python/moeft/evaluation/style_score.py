@@ -20,13 +20,13 @@ from moeft.evaluation.task import Metric
 
 H_DELTA = Metric("h_delta")
 PARTS = {"mattr": (1, 1.0), "rep3g": (-1, 1.0), "cross_document_trigrams": (-1, 1.0), "slop_per_1k_words": (-1, 1000.0)}
-"""Metric of the task ``style`` -> its sign, and what it is divided by to be a share."""
+"""Metric of the tasks ``style`` and ``scenes`` -> its sign, and what it is divided by to be a share."""
 
 
 def h_delta(
     baseline: TaskResult, model: TaskResult, keys: list[str], level: float = 0.95, seed: int = 0
 ) -> Difference | None:
-    """The score of a model against a baseline; None if the results are not those of the task ``style``.
+    """The score of a model against a baseline; None if the results are not those of ``style`` or ``scenes``.
 
     Args:
         baseline: Results of the baseline.

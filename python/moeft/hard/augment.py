@@ -23,7 +23,6 @@ SYNONYMS = {
     "i would like to": "i want to",
     "please": "kindly",
     "check": "verify",
-    "need": "require",
     "tell me": "let me know",
 }
 _ASKED = re.compile(

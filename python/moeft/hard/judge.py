@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeft.data.tool_schemas import ToolSchemas
-from moeft.hard.requests import typed
 from moeft.tool_protocols import ToolCall, ToolCallError, ToolProtocol
 
 REFUSAL = re.compile(
@@ -49,8 +48,8 @@ def judge(
         reply = protocol.parse(text)
     except ToolCallError as error:
         return Verdict("format_break", str(error), ("invalid",))
-    calls = [typed(call, schemas, protocol) for call in reply.calls]
-    wanted = [typed(call, schemas, protocol) for call in expected]
+    calls = [protocol.typed(call, schemas) for call in reply.calls]
+    wanted = [protocol.typed(call, schemas) for call in expected]
     actual = tuple(call.name for call in calls)
     category, reason = _compare(calls, wanted, schemas, reply.said)
     if category is None and len(reply.said) > len(said) + TALK_CHARACTERS:

@@ -105,11 +105,6 @@ class HeldOutTexts:
         return None
 
 
-def typed(call: ToolCall, schemas: ToolSchemas, protocol: ToolProtocol) -> ToolCall:
-    """A call with the types that its schema wants, where the protocol writes texts."""
-    return ToolCall(call.name, schemas.typed(call.name, call.arguments)) if protocol.texts else call
-
-
 def _request(row: Row, schemas: ToolSchemas, protocol: ToolProtocol) -> Request:
     read = [(index, *_read_turn(m, protocol)) for index, m in enumerate(row.messages) if m["role"] == "assistant"]
     if not read:
@@ -118,7 +113,7 @@ def _request(row: Row, schemas: ToolSchemas, protocol: ToolProtocol) -> Request:
     prompt = row.messages[:index]
     if not any(message["role"] == "user" for message in prompt):
         raise DataError("no turn of the user before the answer")
-    calls = tuple(typed(call, schemas, protocol) for call in calls)
+    calls = tuple(protocol.typed(call, schemas) for call in calls)
     for call in calls:
         if problem := schemas.problem(call.name, call.arguments):
             raise DataError(problem)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeft.data.tool_schemas import ToolSchemas
 from moeft.errors import DataError
 
 
@@ -68,6 +69,10 @@ class ToolProtocol:
     format: Callable[[Sequence[ToolCall]], str]
     texts: bool = False
     join: Callable[[str, Sequence[ToolCall]], str] | None = None
+
+    def typed(self, call: ToolCall, schemas: ToolSchemas) -> ToolCall:
+        """A call with the types that its schema wants, where the protocol writes texts."""
+        return ToolCall(call.name, schemas.typed(call.name, call.arguments)) if self.texts else call
 
     def reply(self, said: str, calls: Sequence[ToolCall]) -> str:
         """A whole reply, which ``parse`` takes apart again.

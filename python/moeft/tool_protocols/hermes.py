@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from moeft.tool_protocols.call import Reply, ToolCall, ToolCallError, ToolProtocol, parse_marked
-from moeft.tool_protocols.json_values import read_json, write_json
+from moeft.tool_protocols.json_values import behind_space, read_json, write_json
 from moeft.tool_protocols.openai import as_call
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_SPACE = re.compile(r"\s*")
 
 
 def parse(text: str) -> Reply:
@@ -34,17 +32,12 @@ def format_calls(calls: Sequence[ToolCall]) -> str:
 
 
 def _call(text: str, position: int) -> tuple[ToolCall, int]:
-    start = _behind_space(text, position + len(_OPEN))
+    start = behind_space(text, position + len(_OPEN))
     value, end = read_json(text, start)
-    end = _behind_space(text, end)
+    end = behind_space(text, end)
     if not text.startswith(_CLOSE, end):
         raise ToolCallError(text, end, f"expected {_CLOSE}")
     return as_call(value, text, start), end + len(_CLOSE)
-
-
-def _behind_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    return match.end() if match else position
 
 
 PROTOCOL = ToolProtocol("hermes", parse, format_calls)

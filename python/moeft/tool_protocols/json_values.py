@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from moeft.tool_protocols.call import ToolCallError
+
+_SPACE = re.compile(r"\s*")
 
 
 def read_json(text: str, position: int) -> tuple[Any, int]:
@@ -25,6 +28,12 @@ def read_json(text: str, position: int) -> tuple[Any, int]:
         raise ToolCallError(text, position, "JSON that is nested too deep") from error
     except ValueError as error:  # of the hooks, or a number of thousands of digits
         raise ToolCallError(text, position, f"no valid JSON ({error})") from error
+
+
+def behind_space(text: str, position: int) -> int:
+    """The position of the first character that is no white space, from a position on."""
+    found = _SPACE.match(text, position)
+    return found.end() if found else position
 
 
 def write_json(value: Any) -> str:

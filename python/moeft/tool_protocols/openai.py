@@ -9,10 +9,9 @@ from typing import Any
 from moeft.data.formats.tool_calls import read_call
 from moeft.errors import DataError
 from moeft.tool_protocols.call import Reply, ToolCall, ToolCallError, ToolProtocol
-from moeft.tool_protocols.json_values import read_json, write_json
+from moeft.tool_protocols.json_values import behind_space, read_json, write_json
 
 _BEGINS = re.compile(r"\s*(?:\{|\[\s*\{)")
-_SPACE = re.compile(r"\s*")
 
 
 def parse(text: str) -> Reply:
@@ -23,9 +22,9 @@ def parse(text: str) -> Reply:
     """
     if not _BEGINS.match(text):
         return Reply(text, ())
-    start = _end_of_space(text, 0)
+    start = behind_space(text, 0)
     value, end = read_json(text, start)
-    if _end_of_space(text, end) != len(text):
+    if behind_space(text, end) != len(text):
         raise ToolCallError(text, end, "text after the JSON value")
     said = ""
     if isinstance(value, dict) and "tool_calls" in value:
@@ -59,11 +58,6 @@ def _message(said: str, calls: Sequence[ToolCall]) -> str:
     functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
     listed = [{"type": "function", "function": function} for function in functions]
     return write_json({"content": said, "tool_calls": listed})
-
-
-def _end_of_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    return match.end() if match else position
 
 
 PROTOCOL = ToolProtocol("openai", parse, format_calls, join=_message)

@@ -69,9 +69,9 @@ def as_scene(
 ) -> list[Message]:
     """Write the assistant's turns of a dialogue as calls.
 
-    A turn becomes ``say``; where the user goes on in two different ways at least in the rest of the row, ``choose``
-    offers the first sentences of those turns, in alphabetical order. A turn that has calls, in the protocol or as
-    ``tool_calls``, keeps these.
+    A turn becomes ``say``; where the next three turns of the user begin in two different ways at least, ``choose``
+    offers their first sentences, in alphabetical order. A turn that has calls, in the protocol or as ``tool_calls``,
+    keeps these.
 
     Args:
         messages: Turns of a row; the user's are put on one line.

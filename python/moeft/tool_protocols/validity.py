@@ -24,7 +24,6 @@ def problem_of_reply(text: str, protocol: ToolProtocol, schemas: ToolSchemas) ->
     if not calls:
         return "calls no tool"
     for call in calls:
-        arguments = schemas.typed(call.name, call.arguments) if protocol.texts else call.arguments
-        if problem := schemas.problem(call.name, arguments):
+        if problem := schemas.problem(call.name, protocol.typed(call, schemas).arguments):
             return problem
     return None

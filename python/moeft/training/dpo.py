@@ -16,10 +16,10 @@ from moeft.data import templates
 from moeft.data.pair_batches import PairCollator
 from moeft.data.pairs import EncodedPairs, Pair
 from moeft.integration.log_probs import linear_head
+from moeft.integration.token_divergences import token_divergences
 from moeft.progress_bar import step_bar
 from moeft.training.dpo_arguments import DPOConfig
 from moeft.training.preference.dataset import Dataset, check_encoded, encode_dataset
-from moeft.training.preference.divergence import token_divergences
 from moeft.training.preference.figures import KEYS, PairFigures
 from moeft.training.preference.layout import usable_layout
 from moeft.training.preference.losses import PairLosses, pair_losses
@@ -228,7 +228,7 @@ class DPOTrainer(MoeTrainer):
         with self.start.restored(self.model):
             for inputs, states in kept:
                 reference = chosen_rows(source_states(self.model, inputs), inputs)
-                found.append(token_divergences(states.to(reference.device), reference, head))
+                found.append(token_divergences(states.to(reference.device), head, reference, head))
         return torch.cat(found)
 
     def _referenced(self, encoded: EncodedPairs, reference: Reference) -> tuple[EncodedPairs, ReferenceReport]:

@@ -126,7 +126,7 @@ def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
 
 def _figures(item: Item, answer: Answer, protocol: str | None, is_called: bool) -> Figures:
     functions, accepted, schemas = (item.reference[name] for name in ("functions", "accepted", "schemas"))
-    calls = replied_calls(answer, protocol)
+    calls = replied_calls(answer, schemas, protocol)
     fits = calls is not None and all(
         schemas.problem(call.name.replace(".", "_"), call.arguments) is None for call in calls
     )
