@@ -59,7 +59,7 @@ def save_scripted_model(
         model.lm_head.weight.zero_().index_add_(0, successor, embedding)
     model.to(torch.bfloat16).save_pretrained(folder)
     added = [{"id": ids[text], "content": text, "special": text in controls} for text in texts[len(letters) :]]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     bpe = {"type": "BPE", "vocab": {letter: ids[letter] for letter in letters}, "merges": []}
     document = {"model": bpe, "added_tokens": added, "pre_tokenizer": byte_level, "decoder": byte_level}
     (folder / "tokenizer.json").write_text(json.dumps(document))

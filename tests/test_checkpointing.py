@@ -16,6 +16,8 @@ import moeft
 from moeft.errors import UnsupportedModelError
 from moeft.integration import offloading
 from moeft.integration.checkpointing import POLICIES, apply_checkpointing, decoder_layers
+from moeft.training.probe import time_micro_batch
+from moeft.training.range_test import range_test
 from tests.tiny_models import FAMILY_NAMES, randomise_lora, tiny_model, token_ids
 from tests.tiny_training import adapter_weights, arguments, packed_with_lora, sft_trainer, sums, tiny_tokenizer
 
@@ -214,6 +216,39 @@ def policies_of(layer):
     """Our policy of a layer, or the name of the function that transformers set."""
     function = layer._gradient_checkpointing_func
     return function.func.__name__ if isinstance(function, functools.partial) else function.policy
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": "full"},
+    ],
+    ids=str,
+)
+def test_steps_before_training_keep_no_more_than_those_of_training(checkpoints, tmp_path, setting):
+    trainer = sft_trainer(packed_with_lora(checkpoints["olmoe"]), tmp_path, **setting)
+    layers, passes = decoder_layers(trainer.model), []
+    for layer in layers:
+        layer.self_attn.register_forward_pre_hook(lambda *_: passes.append(1))
+    time_micro_batch(trainer)
+    range_test(trainer, lambda: 0.0, [1e-3], steps=1, bound=1.0)
+    assert len(passes) == 3 * 2 * len(layers)  # three micro-batches; what is not kept is computed again
+
+
+@pytest.mark.parametrize(("every_n_layers", "checkpointed"), [(1, [True] * 3), (2, [True, False, True])])
+def test_options_of_transformers_hold_before_training_too(checkpoints, tmp_path, every_n_layers, checkpointed):
+    options = {"use_reentrant": False, "every_n_layers": every_n_layers}
+    trainer = sft_trainer(
+        packed_with_lora(checkpoints["qwen3_moe"]),
+        tmp_path,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=options,
+    )
+    assert [layer.gradient_checkpointing for layer in decoder_layers(trainer.model)] == checkpointed
+    assert trainer.args.gradient_checkpointing_kwargs == options
 
 
 def test_plan_is_what_auto_stands_for(checkpoints, tmp_path):

@@ -188,6 +188,24 @@ def test_attention_in_full_under_zero3_equals_one_process_and_leaves_an_ordinary
     assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters() if name in trained)
 
 
+@pytest.mark.slow
+@needs_deepspeed
+def test_best_weights_come_back_under_zero3(base, tmp_path):
+    best = {"save_steps": 1, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    # The loss falls, so the first checkpoint is the best if a large one is wanted.
+    best |= {"load_best_model_at_end": True, "greater_is_better": True}
+    # Small weights are left whole by default.
+    stage = ZERO3["deepspeed"]["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
+    engine = {"deepspeed": ZERO3["deepspeed"] | {"zero_optimization": stage}}
+    folder = finish(recipe(tmp_path, base, **FULL, training=engine | best))
+    kept = load_file(folder.path / "checkpoints" / "checkpoint-1" / FILE)
+    last = load_file(folder.path / "checkpoints" / "checkpoint-3" / FILE)
+    trained = load_file(folder.path / "trained" / FILE)
+    assert trained.keys() == kept.keys()
+    assert all(torch.equal(trained[name], weight) for name, weight in kept.items())
+    assert not all(torch.equal(last[name], weight) for name, weight in kept.items())
+
+
 def test_deepspeed_that_accelerate_would_leave_out_is_refused(base, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(RecipeError, match=r"accelerate starts DDP instead; unset it, and set training\.use_cpu: true"):

@@ -238,6 +238,14 @@ def test_bounds_are_absolute_or_in_units_of_the_interval(bound, value, breached)
     assert (mirrored.breach(reading, base) is not None) == breached
 
 
+@pytest.mark.parametrize(("num", "is_of_few"), [(29, True), (30, False)])
+def test_breach_of_few_items_says_so(num, is_of_few):
+    reading = dataclasses.replace(BASE_READING, value=0.3, num=num, is_of_few=is_of_few)
+    breach = Bound(limit=0.45).breach(reading, BASE_READING)
+    assert breach.startswith("acc is 0.3, beyond 0.45 (its limit)")
+    assert breach.endswith(", of fewer than 30 items") == is_of_few
+
+
 @pytest.mark.parametrize("name", ["gemma4", "olmoe"])
 def test_divergence_is_that_of_the_full_distributions(name):
     model = moeft.add_lora(tiny_model(name), 4, targets=("attention",), seed=0)

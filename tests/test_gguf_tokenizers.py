@@ -106,6 +106,12 @@ def test_byte_level_bpe_cuts_as_its_pre_tokenizer_says(name, cut, tmp_path):
         sequence(split(LLAMA3), BYTES),
         sequence({"type": "Digits", "individual_digits": False}, BYTES),
         {**BYTES, "add_prefix_space": True},
+        sequence({"type": "Digits", "individual_digits": True}, {**BYTES, "add_prefix_space": True}),
+        sequence(split(LLAMA3), {**INNER, "add_prefix_space": True}),
+        INNER,  # one word, whatever the text
+        sequence(split(LLAMA3)),
+        sequence({**split(LLAMA3), "pattern": {"Regex": [LLAMA3]}}, INNER),
+        sequence(BYTES, split(LLAMA3)),
         {"type": "Whitespace"},
     ],
 )

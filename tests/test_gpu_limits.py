@@ -52,6 +52,22 @@ def test_streaming_is_the_knob_of_packed_experts_until_they_are_streamed(checkpo
     assert before["experts"] - held["experts"] == streamed_bytes(model) > 0
 
 
+def test_memory_is_explained_where_components_are_not_known(checkpoints):
+    model = load(checkpoints["olmoe"], quantization_config=moeft.NF4Config())
+    model.config.model_type = "unheard"
+    first = model.model.layers[0]
+    first.feed_forward = first._modules.pop("mlp")  # experts in two places: a family that attributes do not tell
+    before = held_bytes(model, None)
+    assert before["model"] == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    stream = stream_experts(model, "cpu")
+    held = held_bytes(model, None)
+    assert before["model"] - held["model"] == streamed_bytes(model) > 0
+    assert held["expert slots"] == stream.ring.num_bytes
+    text = str(explain(torch.OutOfMemoryError("CUDA out of memory"), model, None, 1))
+    assert "held: model 0.00 GiB" in text
+    assert "for activations and temporaries: turn on gradient_checkpointing" in text
+
+
 @pytest.mark.parametrize(("capability", "obstacle"), [((7, 5), "Tesla T4 is sm_75"), ((8, 0), None)])
 def test_gpus_before_sm_80_take_pytorch_and_say_so(monkeypatch, caplog, capability, obstacle):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

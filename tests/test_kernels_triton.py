@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,7 @@ from moeft.kernels import dispatch
 from moeft.kernels.grouped_linear import config
 from tests import meta_launches
 
-pytest.importorskip("triton", reason="needs Triton, which comes with PyTorch for Linux: pip install triton")
+triton = pytest.importorskip("triton", reason="needs Triton, which comes with PyTorch for Linux: pip install triton")
 triton_targets = importlib.import_module("tests.triton_targets")
 
 HERE = Path(__file__).parent
@@ -26,6 +27,10 @@ MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB that a program 
 PRODUCTS = ("grouped_linear_kernel", "gated_linear_kernel", "grouped_outer_kernel")
 
 
+@pytest.mark.skipif(
+    triton.__version__.startswith("3.6.") and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 5),
+    reason="the interpreter of Triton 3.6 takes no bounds of a range from tensors under NumPy 2.5: numpy<2.5 has them",
+)
 def test_kernels_equal_their_definitions_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MOEFT_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
     file = HERE / "triton_interpreted.py"

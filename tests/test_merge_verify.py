@@ -56,7 +56,8 @@ RECIPES = {
 def models(tmp_path_factory):
     """A base whose experts are stacks on disk, two fine-tunes, two adapters and importance files."""
     folder = tmp_path_factory.mktemp("models")
-    base = save_base(folder / "base", "gemma4", torch.bfloat16)
+    # With these seeds rounding sends a token to another expert: its logits move as far as by an unmerged stack.
+    base = save_base(folder / "base", "gemma4", torch.bfloat16, seed=3)
     for seed, name in ((1, "one"), (2, "other")):
         shutil.copytree(base, folder / name)
         generator = torch.Generator().manual_seed(seed)
@@ -66,8 +67,8 @@ def models(tmp_path_factory):
             for key, value in load_file(file).items()
         }
         save_file(noisy, file, {"format": "pt"})
-    save_adapter(folder / "r4", base)
-    save_adapter(folder / "r7", base, seed=5, r=7, lora_alpha=3)
+    save_adapter(folder / "r4", base, seed=4)
+    save_adapter(folder / "r7", base, seed=8, r=7, lora_alpha=3)
     fisher = {name: value.float().abs() for name, value in load_file(base / "model.safetensors").items()}
     save_file(fisher, folder / "fisher.safetensors")
     content = {"format": "moeft-layer-importance-v1", "layers": {"0": 2.0, "1": 5.0}}

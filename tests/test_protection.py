@@ -20,6 +20,7 @@ from moeft.errors import CheckpointError
 from moeft.planning import Settings, plan
 from moeft.training.protection import SubspaceProtection
 from moeft.training.protection.projector import Projector, whole_float32
+from moeft.training.range_test import range_test
 from tests.tiny_models import save_tiny_model
 from tests.tiny_training import adapter_weights, load, packed_with_lora, sft_trainer
 
@@ -102,6 +103,25 @@ def test_projected_updates_never_enter_the_subspace(instruct, tmp_path):
             assert float(((a - a0) @ v).norm()) <= STEPS["max_steps"] * 4 * EPS * v.shape[0] ** 0.5 * float(a.norm())
             assert float((u.T @ (b @ a)).norm()) <= bound * float(b.norm()) * float(a.norm()) + 1e-30
     assert moved > 1
+
+
+def test_rates_are_tried_outside_of_the_subspace_too(instruct, tmp_path):
+    trainer = sft_trainer(
+        packed_with_lora(instruct / "gemma4" / "it"), tmp_path, protection=protection(instruct), **STEPS
+    )
+    name = "model.layers.0.self_attn.q_proj.weight"
+    u = load_file(instruct / "gemma4" / "subspace")[f"{name}.U"]
+    inside = []
+
+    def divergence() -> float:
+        _, b = factors(adapter_weights(trainer.model))[name][0]
+        inside.append(float((u.T @ b).norm() / b.norm()))
+        return 0.0
+
+    range_test(trainer, divergence, [1e-3, 1e-2], steps=2, bound=1.0)
+    # As above: two steps round the weight, and the product sums as many rounded terms as the basis has rows.
+    assert len(inside) == 2
+    assert max(inside) <= 2 * 2 * EPS * u.shape[0] ** 0.5
 
 
 def test_damped_gradients_alone_let_adam_into_the_subspace(instruct, tmp_path):

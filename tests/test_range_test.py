@@ -87,6 +87,18 @@ def test_loss_that_is_not_finite_ends_the_test_and_leaves_the_weights(tmp_path):
     assert weight[0, 0] == math.inf
 
 
+def test_memory_that_runs_out_is_explained_and_the_weights_are_put_back(tmp_path):
+    trainer = sft_trainer(adapted(), tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    layer = trainer.model.get_base_model().model.layers[1]
+    hook = layer.register_forward_hook(lambda *_: torch.empty(2**50))  # four pebibytes
+    with pytest.raises(TrainingError, match=r"out of memory in step 1: [\s\S]*\nheld: "):
+        range_test(trainer, lambda: 0.0, RATES, steps=1, bound=BOUND)
+    hook.remove()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert trainer.optimizer is None
+
+
 def test_rates_are_evenly_spaced_and_reach_both_ends():
     assert RangeTest().rates(1e-4) == pytest.approx([1e-5 * 10 ** (i / 3) for i in range(7)])
     assert RangeTest(lowest=1e-6, highest=1e-4, per_decade=1).rates(1.0) == pytest.approx([1e-6, 1e-5, 1e-4])

@@ -188,7 +188,7 @@ def test_what_cannot_be_streamed_is_named(checkpoints):
     with pytest.raises(UnsupportedModelError, match="no packed experts to stream; load it with"):
         stream_experts(tiny_model("olmoe"), "cpu")
     model = load(checkpoints["olmoe"], quantization_config=moeft.NF4Config())
-    with pytest.raises(UnsupportedModelError, match="to a CUDA GPU or, from a file, to the CPU, not to mps"):
+    with pytest.raises(UnsupportedModelError, match="streamed to a CUDA GPU or the CPU, not to mps"):
         stream_experts(model, "mps")
     with pytest.raises(ValueError, match="resident is 2, expected 0 to 1 of 2 layers"):
         stream_experts(model, "cpu", resident=2)

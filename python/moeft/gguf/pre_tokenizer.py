@@ -5,7 +5,7 @@ Source: llama.cpp, src/llama-vocab.cpp; every name stands for regular expression
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +35,35 @@ def pre_tokenizer(document: Mapping[str, Any], default: str, path: Path) -> str:
         UnsupportedModelError: If it cuts in a way for which no name is known here.
     """
     parts = _parts(document.get("pre_tokenizer"))
-    kinds = [part.get("type") for part in parts]
-    if kinds == ["ByteLevel"] and not parts[0].get("add_prefix_space"):
-        if not parts[0].get("use_regex", True):
-            return default
-        return default if default in GPT2 else GPT2[0]
-    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex", True):
-        return GPT2_DIGITS
-    if kinds == ["Split", "ByteLevel"] and not parts[1].get("use_regex", True):
-        pattern = parts[0].get("pattern")
-        expression = pattern.get("Regex") if isinstance(pattern, Mapping) else None
-        if parts[0].get("behavior") == "Isolated" and expression in SPLITS:
-            return SPLITS[expression]
     if not parts:
         return default
+    *before, last = parts
+    # Every name of llama.cpp cuts, and none puts a space in front.
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        name = _of_gpt2(before, default) if last.get("use_regex", True) else _of_split(before)
+        if name is not None:
+            return name
     raise UnsupportedModelError(
         f"{path} cuts texts by {document['pre_tokenizer']}, for which no pre-tokenizer of llama.cpp is known here: its "
         "texts would fall into other tokens; known are those of GPT-2, SmolLM, Llama 3 and Qwen 2 and 3"
     )
+
+
+def _of_gpt2(before: Sequence[Mapping[str, Any]], default: str) -> str | None:
+    """The name of what cuts by GPT-2's expression, behind other parts or none."""
+    if not before:
+        return default if default in GPT2 else GPT2[0]
+    is_by_digit = [part.get("type") for part in before] == ["Digits"] and before[0].get("individual_digits")
+    return GPT2_DIGITS if is_by_digit else None
+
+
+def _of_split(before: Sequence[Mapping[str, Any]]) -> str | None:
+    """The name of what cuts by an expression of its own."""
+    if [part.get("type") for part in before] != ["Split"] or before[0].get("behavior") != "Isolated":
+        return None
+    pattern = before[0].get("pattern")
+    expression = pattern.get("Regex") if isinstance(pattern, Mapping) else None
+    return SPLITS.get(expression) if isinstance(expression, str) else None
 
 
 def _parts(found: Any) -> list[Mapping[str, Any]]:

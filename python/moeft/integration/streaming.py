@@ -134,7 +134,7 @@ def spread(count: int, total: int) -> tuple[int, ...]:
 def _resolve(device: torch.device | str) -> torch.device:
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
-        raise UnsupportedModelError(f"experts are streamed to a CUDA GPU or, from a file, to the CPU, not to {device}")
+        raise UnsupportedModelError(f"experts are streamed to a CUDA GPU or the CPU, not to {device}")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

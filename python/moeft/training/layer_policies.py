@@ -28,6 +28,8 @@ def check_policy_choice(policy: str) -> None:
 class LayerPolicies(TrainerCallback):
     """Sets each layer's policy when training begins: ``Trainer`` has set its own for all layers just before.
 
+    :meth:`apply` sets it earlier, for what takes steps before training.
+
     Args:
         model: The model to train.
         args: Arguments with ``activation_checkpointing`` and ``activation_offload``.
@@ -42,6 +44,7 @@ class LayerPolicies(TrainerCallback):
         if plan is not None and setting != "auto":
             raise ValueError(f"a checkpoint plan is for activation_checkpointing 'auto', which is {setting!r}")
         self.model = model
+        self.args = args
         self.offload = args.activation_offload
         self.policy: str | Sequence[str] | None = setting if isinstance(setting, str) else None
         if setting == "auto":
@@ -50,10 +53,24 @@ class LayerPolicies(TrainerCallback):
             self.policy = "full" if setting else "none"
 
     def apply(self) -> None:
-        """Set the policies; leaves the model to ``Trainer`` where the setting is its own."""
+        """Set the policies, or where the setting is ``Trainer``'s own what it will set when training begins."""
         if self.policy is not None:
             apply_checkpointing(self.model, self.policy, self.offload)
+        elif self.args.gradient_checkpointing:
+            _checkpoint_as_trainer(self.model, self.args)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the policies."""
-        self.apply()
+        if self.policy is not None:
+            self.apply()
+
+
+def _checkpoint_as_trainer(model: Any, args: Any) -> None:
+    # transformers 5.17 has the older names alone, and later ones warn of them.
+    given = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
+    options = dict(given or {})
+    by_layer = {"every_n_layers": options.pop("every_n_layers", 1), "offload": options.pop("offload", False)}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options or None, **by_layer)
+    else:
+        model.gradient_checkpointing_enable(options or None, **by_layer)

@@ -96,10 +96,10 @@ def held_bytes(model: nn.Module, optimizer: Any) -> dict[str, int]:
     try:
         parts = dict(audit(model).bytes_by_component())
     except MoeftError:
-        parts = {"model": sum(parameter.nbytes for parameter in model.parameters())}
+        parts = {"model": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))}
     streamed = streamed_bytes(model)
     if streamed:  # only their slots lie on the device
-        parts["experts"] -= streamed
+        parts["experts" if "experts" in parts else "model"] -= streamed
         parts["expert slots"] = slot_bytes(model)
     parts["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     states = getattr(optimizer, "state", {}).values()

@@ -49,7 +49,8 @@ def range_test(
     """Train a few steps at each rate, from the same weights on the same rows, until one breaks the bound.
 
     Weights, gradients, random states and the trainer's counters are afterwards what they were, bit for bit, and no
-    optimiser is left behind. The rate is constant, without warm-up.
+    optimiser is left behind. The rate is constant, without warm-up. Of the trainer's callbacks only protection acts: it
+    decides how far a rate moves the model.
 
     Args:
         trainer: In one process, before training.
@@ -61,13 +62,18 @@ def range_test(
 
     Returns:
         A point for every rate that was tried; only the last one may be beyond the bound.
+
+    Raises:
+        TrainingError: If the memory does not suffice, with what fills it.
     """
     batches = _batches(trainer, steps, seed)
     points: list[RatePoint] = []
-    with _put_back(trainer) as restore:
+    protection = nullcontext() if trainer.protection is None else trainer.protection.at_hand()
+    with _put_back(trainer) as restore, protection:
         for rate in rates:
             torch.manual_seed(seed)
-            loss = _train(trainer, batches, rate)
+            with trainer.explained_memory():
+                loss = _train(trainer, batches, rate)
             moved = divergence() if math.isfinite(loss) else math.nan
             points.append(RatePoint(rate, moved, loss, moved <= bound))
             restore()
@@ -102,7 +108,11 @@ def _train(trainer: MoeTrainer, batches: Sequence[list[dict[str, Any]]], rate: f
             break
         if trainer.args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
+        if trainer.protection is not None:
+            trainer.protection.before_step(optimizer)
         optimizer.step()
+        if trainer.protection is not None:
+            trainer.protection.after_step(optimizer)
         trainer.model.zero_grad(set_to_none=True)
     return loss
 

@@ -89,6 +89,9 @@ class TrainableCheckpoints(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:  # its checkpoints hold the shards of all processes
+            super()._load_best_model()
+            return
         # Trainer looks for files of whole models, and of one adapter.
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 

@@ -94,10 +94,12 @@ class MoeTrainer(TrainableCheckpoints):
         # A second look by one process alone would wait for the others' shards.
         self.guard = NonFiniteGuard(self.args.max_skipped_steps, self._on_skip, None if sharded else self._diagnose)
         self.add_callback(self.guard)
+        self.protection: SubspaceProtection | None = None
         if protection is not None:
             if sharded:
                 raise ValueError("protection needs whole weights; train without DeepSpeed and FSDP, or without it")
-            self.add_callback(SubspaceProtection(self.model, protection, events))  # after the guard drops bad gradients
+            self.protection = SubspaceProtection(self.model, protection, events)
+            self.add_callback(self.protection)  # after the guard drops bad gradients
         self.events = events
         self.forecast: out_of_memory.Forecast | None = None
         self.routing = RoutingMonitor(self.model) if self.args.log_routing else None

@@ -57,7 +57,8 @@ class Bound:
         ]
         for bound, text in worst:
             if sign * (reading.value - bound) < 0:
-                return f"{reading.name} is {reading.value:.4g}, beyond {bound:.4g} ({text})"
+                few = ", of fewer than 30 items" if reading.is_of_few else ""
+                return f"{reading.name} is {reading.value:.4g}, beyond {bound:.4g} ({text}){few}"
         return None
 
     def _by_intervals(self, base: Reading, sign: int) -> float | None:
@@ -67,5 +68,6 @@ class Bound:
         # Of a single item nothing is known about chance, so nothing that happens to it is a breach.
         if math.isnan(half_width):
             return None
-        # Resampling items that all agree finds no width; of a share of 0 or 1, chance explains 3 of n (rule of three).
+        # Resampling items that all agree finds no width. A share of 0 or 1 has an interval 3 / n wide (rule of three),
+        # and half of it is 1.5 / n.
         return base.value - sign * self.intervals * (half_width or 1.5 / base.num)

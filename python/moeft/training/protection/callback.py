@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +68,7 @@ class SubspaceProtection(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Bring the bases to the devices of their parameters."""
-        self._protected = [_Protected(t, self._projector(t), share) for t, share in self._shares]
+        self._bring()
         if self.events is not None:
             self.events.event(
                 "protection",
@@ -79,9 +81,26 @@ class SubspaceProtection(TrainerCallback):
         """Let go of the bases."""
         self._protected = []
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Damp the gradients; remember where the weights are in their subspaces."""
+        self.before_step(kwargs["optimizer"])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take out of the update what moved inside the subspaces."""
+        self.after_step(kwargs["optimizer"])
+
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Hold the bases for steps that are taken outside of training."""
+        self._bring()
+        try:
+            yield
+        finally:
+            self._protected, self._held = [], []
+
     @torch.no_grad()
     @whole_float32()
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def before_step(self, optimizer: Any) -> None:
         """Damp the gradients; remember where the weights are in their subspaces."""
         self._held = []
         for protected in self._protected:
@@ -91,22 +110,25 @@ class SubspaceProtection(TrainerCallback):
             gradient = view(parameter.grad)
             protected.projector.subtract_(gradient, protected.projector.coordinates(gradient), protected.share)
             if self.settings.mode == "project":
-                weight = _weight(parameter, kwargs["optimizer"])
+                weight = _weight(parameter, optimizer)
                 self._held.append((protected, protected.projector.coordinates(view(weight))))
 
     @torch.no_grad()
     @whole_float32()
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def after_step(self, optimizer: Any) -> None:
         """Take out of the update what moved inside the subspaces."""
         for protected, before in self._held:
             parameter, view = protected.trained.parameter, protected.trained.view
-            weight = _weight(parameter, kwargs["optimizer"])
+            weight = _weight(parameter, optimizer)
             moved = protected.projector.coordinates(view(weight)) - before
             protected.projector.subtract_(view(weight), moved, protected.share)
             if weight is not parameter:
-                _master(parameter, kwargs["optimizer"]).copy_(weight)
+                _master(parameter, optimizer).copy_(weight)
                 parameter.copy_(weight)
         self._held = []
+
+    def _bring(self) -> None:
+        self._protected = [_Protected(t, self._projector(t), share) for t, share in self._shares]
 
     def _projector(self, trained: TrainedParameter) -> Projector:
         left, right = (
