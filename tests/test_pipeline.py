@@ -16,7 +16,7 @@ from moeft.config.pipeline import PipelineRecipe, steps
 from moeft.errors import RecipeError, RunFolderError
 from moeft.provenance import RunFolder
 from moeft.runs import stages
-from moeft.runs.pipeline import run
+from moeft.runs.pipeline import dry_run, run
 from tests.tiny_checkpoints import disk_tensors
 from tests.tiny_models import save_tiny_model
 from tests.tiny_training import sums, tiny_tokenizer
@@ -134,6 +134,14 @@ def test_a_pipeline_that_cannot_run_is_refused_before_its_first_stage(folder, ma
     with pytest.raises(RecipeError, match=message):
         run(load(folder, made))
     assert not (folder / "out").exists()
+
+
+def test_experts_may_wait_in_the_files_of_a_checkpoint_that_an_earlier_stage_packs(folder):
+    tuned = {"model": "${packed}", "quantization": None, "memory": {"experts": "stream", "backing": "disk"}}
+    tuned["data"] = {"train": "rows.jsonl"}
+    said = []
+    dry_run(load(folder, {"packed": {"quantize": {"model": "one"}}, "tuned": {"sft": tuned}}), said.append)
+    assert said[1] == "[2/2] tuned: sft, waits for packed"
 
 
 def test_an_input_that_is_missing_is_named_before_the_first_stage(folder):
