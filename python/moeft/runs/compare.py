@@ -67,8 +67,7 @@ def _files(recipe: CompareRecipe) -> dict[str, Path]:
 
     files = {f"rows {name}": path for name, path in recipe.rows.items()}
     for task in recipe.tasks:
-        file = task.path or (None if recipe.data is None else task_file(task.task, recipe.data))
-        if file is not None:
+        if (file := task_file(task.task, task.path, recipe.data)) is not None:
             files[f"task {task.task}"] = file
     return files if recipe.tool_calls is None else {**files, "tool calls": recipe.tool_calls}
 

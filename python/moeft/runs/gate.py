@@ -39,8 +39,7 @@ def gate_files(gate: Gate) -> dict[str, Path]:
 
     files: dict[str, Path] = {}
     for index, watched in enumerate(gate.tasks):
-        file = watched.path or (None if gate.data is None else task_file(watched.task, gate.data))
-        if file is not None:
+        if (file := task_file(watched.task, watched.path, gate.data)) is not None:
             files[f"gate.tasks[{index}]"] = file
     if gate.divergence is not None and gate.divergence.path is not None:
         files["gate.divergence"] = gate.divergence.path
