@@ -8,7 +8,7 @@ from typing import Any
 
 from moeft.config.stages import EvaluateRecipe
 from moeft.errors import RecipeError
-from moeft.provenance import RunFolder
+from moeft.provenance import RunFolder, is_finished
 from moeft.runs import evaluate
 
 LEVEL = 0.95
@@ -59,7 +59,7 @@ def run(recipe: EvaluateRecipe, out: Path, show: Callable[[str], None] = print) 
     with RunFolder.create(out, "evaluate models", recipe.resolved(), inputs, recipe.seed) as folder:
         places = {name: folder.path / f"model-{number}" for number, name in enumerate(recipe.models, start=1)}
         for name, place in places.items():
-            if not _is_finished(place):
+            if not is_finished(place):
                 show(f"{name}:")
                 evaluate.run(_settings(recipe, recipe.models[name]), place, recipe.batch_size, show=show)
         measured = {name: RunFolder.open(place).read_json("results.json")["tasks"] for name, place in places.items()}
@@ -98,7 +98,3 @@ def _figures(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for task in tasks
         for metric in task["metrics"]
     ]
-
-
-def _is_finished(place: Path) -> bool:
-    return (place / "run.json").is_file() and RunFolder.open(place).status == "finished"

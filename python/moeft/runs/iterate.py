@@ -17,13 +17,13 @@ from moeft.config.dpo import DpoRecipe
 from moeft.config.iterate import IterateRecipe
 from moeft.hard.requests import HeldOutTexts, Request
 from moeft.hard.targets import Targets
-from moeft.provenance import RunFolder
+from moeft.provenance import RunFolder, is_finished
 from moeft.runs import dpo, preflight
 from moeft.runs.generated import Speaker
 from moeft.runs.hard import BuildSettings, Toolbox, analyze_replies, build_pairs
 from moeft.runs.pictures import draw_picture
 from moeft.runs.rounds import best_round, reason_to_stop
-from moeft.runs.rounds_start import is_finished, starting_adapters
+from moeft.runs.rounds_start import starting_adapters
 
 Show = Callable[[str], None]
 

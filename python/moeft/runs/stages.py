@@ -26,7 +26,7 @@ from moeft.config.stages import (
     SubspaceRecipe,
 )
 from moeft.errors import RecipeError
-from moeft.provenance import RunFolder
+from moeft.provenance import is_finished
 from moeft.provenance.files import read_json
 
 Show = Callable[[str], None]
@@ -268,10 +268,6 @@ def _run_compare(recipe: CompareRecipe, out: Path, show: Show) -> None:
     run(recipe, out, show)
 
 
-def _is_finished_run(out: Path) -> bool:
-    return (out / "run.json").is_file() and RunFolder.open(out).status == "finished"
-
-
 def _is_layout(out: Path) -> bool:
     from moeft.runs.layout import report_file
 
@@ -284,17 +280,17 @@ def _is_checkpoint(out: Path) -> bool:
 
 
 KINDS = {
-    "sft": Kind(_as_run(SftRecipe), _run_sft, _is_finished_run, _check_tuning, _dry_run_sft),
+    "sft": Kind(_as_run(SftRecipe), _run_sft, is_finished, _check_tuning, _dry_run_sft),
     "hard-pairs": Kind(_as(HardPairsRecipe), _run_hard_pairs, lambda out: (out / PAIRS).is_file()),
-    "dpo": Kind(_as_run(DpoRecipe), _run_dpo, _is_finished_run, _check_tuning, _dry_run_dpo),
-    "hard-rounds": Kind(_as_run(IterateRecipe), _run_iterate, _is_finished_run, _check_rounds),
-    "fisher": Kind(_read_fisher, _run_fisher, _is_finished_run),
+    "dpo": Kind(_as_run(DpoRecipe), _run_dpo, is_finished, _check_tuning, _dry_run_dpo),
+    "hard-rounds": Kind(_as_run(IterateRecipe), _run_iterate, is_finished, _check_rounds),
+    "fisher": Kind(_read_fisher, _run_fisher, is_finished),
     "subspace": Kind(_as(SubspaceRecipe), _run_subspace, lambda out: (out / SUBSPACE).is_file()),
     "quantize": Kind(_as(QuantizeRecipe), _run_quantize, _is_checkpoint),
     "merge": Kind(_read_merge, _run_merge, _is_checkpoint),
-    "scenes": Kind(_read_scenes, _run_scenes, _is_finished_run),
+    "scenes": Kind(_read_scenes, _run_scenes, is_finished),
     "layout": Kind(_as(LayoutRecipe), _run_layout, _is_layout),
-    "export": Kind(_read_export, _run_export, _is_finished_run),
-    "evaluate": Kind(_read_evaluate, _run_evaluate, _is_finished_run),
-    "compare": Kind(_as(CompareRecipe), _run_compare, _is_finished_run),
+    "export": Kind(_read_export, _run_export, is_finished),
+    "evaluate": Kind(_read_evaluate, _run_evaluate, is_finished),
+    "compare": Kind(_as(CompareRecipe), _run_compare, is_finished),
 }
