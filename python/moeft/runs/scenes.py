@@ -55,7 +55,7 @@ def run(recipe: ScenesRecipe, out: Path, show: Callable[[str], None] = print) ->
     if recipe.tools is not None:
         inputs["tools"] = recipe.tools
     with RunFolder.create(out, "scenes", recipe.resolved(), inputs, recipe.seed) as folder:
-        schemas = _schemas(recipe)
+        schemas = ToolSchemas(TOOLS) if recipe.tools is None else ToolSchemas.read(recipe.tools)
         scenes, rejects = _scenes(recipe, schemas)
         if len(scenes) <= recipe.heldout:
             reasons = "; ".join(summary(rejects)) or "there are no others"
@@ -73,15 +73,6 @@ def run(recipe: ScenesRecipe, out: Path, show: Callable[[str], None] = print) ->
         folder.write_json("metrics.json", {**counts, "notes": [note, *summary(rejects)]})
         show(note)
     return folder
-
-
-def _schemas(recipe: ScenesRecipe) -> ToolSchemas:
-    if recipe.tools is None:
-        return ToolSchemas(TOOLS)
-    try:
-        return ToolSchemas(recipe.tools.read_text("utf-8"))
-    except (DataError, UnicodeDecodeError) as error:
-        raise DataError(f"{recipe.tools}: {error}") from error
 
 
 def _scenes(recipe: ScenesRecipe, schemas: ToolSchemas) -> tuple[list[list[Message]], list[Reject]]:
