@@ -128,6 +128,16 @@ def test_stages_that_depend_on_the_seed_run_once_for_each(folder):
             "no rows of its name",
         ),
         ({}, "at least 1"),
+        (
+            {"a": {"fisher": {"model": "one", "prompts": "rows.jsonl", "memory": "12 apples"}}},
+            r"stages\.a: memory: '12 apples' is not a size",
+        ),
+        ({"a": {"export": {"model": "one", "types": ["q3_k"]}}}, r"stages\.a: types has 'q3_k'"),
+        ({"a": {"scenes": {"rows": "rows.jsonl", "prose": ["speech"]}}}, r"stages\.a: prose is speech"),
+        (
+            {"a": {"evaluate": {"models": {"one": "one"}, "tasks": {"seens": None}}}},
+            r"stages\.a: there is no task 'seens'",
+        ),
     ],
 )
 def test_a_pipeline_that_cannot_run_is_refused_before_its_first_stage(folder, made, message):

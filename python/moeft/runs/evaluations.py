@@ -14,7 +14,7 @@ from moeft.runs import evaluate
 LEVEL = 0.95
 
 
-def check(recipe: EvaluateRecipe) -> EvaluateRecipe:
+def check(recipe: EvaluateRecipe) -> None:
     """Refuse what would fail once the models are there; rows that an earlier stage makes are left to the run.
 
     Raises:
@@ -36,7 +36,6 @@ def check(recipe: EvaluateRecipe) -> EvaluateRecipe:
                 raise RecipeError(
                     f"task {name} wants log-probabilities of texts, which {served[0]}, a GGUF file, cannot give"
                 )
-    return recipe
 
 
 def run(recipe: EvaluateRecipe, out: Path, show: Callable[[str], None] = print) -> RunFolder:

@@ -26,7 +26,7 @@ def gather(done: Sequence[Step], output: Path) -> Figures:
     """
     return {
         "trainings": [_training(step, output) for step in done if step.kind == "sft"],
-        "notes": {step.title: said for step in done if (said := stages.notes(step.kind, step.folder))},
+        "notes": {step.title: said for step in done if (said := stages.notes(step))},
         "comparisons": _by_stage(done, "compare", _comparison),
         "evaluations": _by_stage(done, "evaluate", _metrics),
         "preferences": _by_stage(done, "dpo", _heldout_pairs),

@@ -20,7 +20,7 @@ from moeft.tool_protocols.scenes import PROSE, TOOLS, as_scene
 TRAIN, HELDOUT, PROMPTS = "train.jsonl", "heldout.jsonl", "prompts.jsonl"
 
 
-def check(recipe: ScenesRecipe) -> ScenesRecipe:
+def check(recipe: ScenesRecipe) -> None:
     """Refuse what no row could mend.
 
     Raises:
@@ -32,7 +32,6 @@ def check(recipe: ScenesRecipe) -> ScenesRecipe:
         raise RecipeError(str(error)) from error
     if recipe.tools is None and set(recipe.prose) - set(PROSE):
         raise RecipeError(f"prose is {', '.join(recipe.prose)}, but the tools are say and choose; give tools: FILE")
-    return recipe
 
 
 def run(recipe: ScenesRecipe, out: Path, show: Callable[[str], None] = print) -> RunFolder:
