@@ -168,6 +168,10 @@ class EvaluateRecipe(Recipe):
     tasks: dict[str, Path | None] = Field(min_length=1, description="Names, each with its file of rows or null")
     data: Path | None = Field(default=None, description="Folder of the tasks' files and lists")
     limit: int | None = Field(default=None, ge=1, description="Most items of a task")
+    shots: int = Field(default=0, ge=0, description="Answered questions before each one of multiple choice")
+    tool_protocol: CallProtocol | None = Field(
+        default=None, description="How calls of tools are written; null takes calls of any protocol"
+    )
     samples: int = Field(default=1, ge=1, description="Replies to each prompt, of as many seeds")
     temperature: float = Field(default=0.0, ge=0, description="Of replies; 0 takes the most probable tokens")
     max_new_tokens: int | None = Field(default=None, ge=1, description="Longest reply; null keeps the tasks' own")

@@ -10,7 +10,7 @@ from moeft.config.sft import Evaluation
 from moeft.config.stages import CompareRecipe
 from moeft.provenance import RunFolder
 from moeft.runs.evaluate import comparison_rows
-from moeft.runs.measured import load
+from moeft.runs.measured import available_device, load
 from moeft.runs.replies import HeldOutCalls
 
 if TYPE_CHECKING:
@@ -73,12 +73,10 @@ def _files(recipe: CompareRecipe) -> dict[str, Path]:
 
 
 def _measure(recipe: CompareRecipe, path: Path, tasks: Sequence[Task], show: Callable[[str], None]) -> list[TaskResult]:
-    import torch
-
     from moeft.evaluation.measure import measure
     from moeft.evaluation.model_subject import ModelSubject
 
-    model, tokenizer = load(path, recipe.dtype, "cuda" if torch.cuda.is_available() else "cpu", show)
+    model, tokenizer = load(path, recipe.dtype, available_device(), show)
     found = [_rows(name, model, tokenizer, file, recipe) for name, file in recipe.rows.items()]
     if recipe.tool_calls is not None:
         found.append(_calls(model, tokenizer, recipe.tool_calls, recipe))
