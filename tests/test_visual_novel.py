@@ -12,7 +12,7 @@ import torch
 from moeft.cli import main
 from moeft.config import document
 from moeft.config.pipeline import PipelineRecipe, steps
-from moeft.config.stages import EvaluateRecipe, ExportRecipe, LayoutRecipe
+from moeft.config.stages import EvaluateRecipe, ExportRecipe, LayoutRecipe, ScenesRecipe
 from moeft.errors import DataError, ProofError, RecipeError, RunFolderError
 from moeft.provenance import RunFolder
 from moeft.runs import evaluate, evaluations, export, layout, stages
@@ -177,6 +177,15 @@ def test_tasks_of_the_data_folder_are_checked_before_the_first_stage(tmp_path):
         evaluations.check(recipe)
 
 
-def test_an_expression_that_is_none_is_refused():
-    with pytest.raises(RecipeError, match=r"a regular expression, not 'experts\('"):
-        LayoutRecipe.from_content({"direction": "fuse", "model": "m", "changed": ["experts("]}, "stages.a", Path())
+@pytest.mark.parametrize(
+    ("recipe", "content", "message"),
+    [
+        (LayoutRecipe, {"direction": "fuse", "model": "m", "changed": ["experts("]}, r"not 'experts\('"),
+        (LayoutRecipe, {"direction": "fuse", "model": "m", "changed": ["experts"]}, "expected base, the checkpoint"),
+        (ScenesRecipe, {"rows": "rows.jsonl", "protocol": "xml"}, "found 'xml', expected 'bracket', 'gemma'"),
+    ],
+    ids=["no expression", "no base", "no protocol"],
+)
+def test_a_recipe_of_a_stage_that_makes_no_sense_is_refused(recipe, content, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe.from_content(content, "stages.a", Path())

@@ -109,7 +109,7 @@ class ScenesRecipe(Recipe):
         BeforeValidator(one_or_many, json_schema_input_type=str | list[str]),
         Field(min_length=1, description="Files of chat rows in any format"),
     ]
-    protocol: str = Field(default="bracket", description="How calls are written: bracket, gemma, openai or glaive")
+    protocol: CallProtocol = Field(default="bracket", description="How calls are written")
     tools: Path | None = Field(default=None, description="JSON file of schemas; null takes `say` and `choose`")
     prose: tuple[str, ...] = Field(
         default=("text", "choices"), min_length=1, description="Arguments of the tools that hold prose, for `scenes`"
@@ -141,6 +141,12 @@ class LayoutRecipe(Recipe):
             except re.error as error:
                 raise ValueError(f"a regular expression, not {pattern!r}: {error}") from error
         return value
+
+    @model_validator(mode="after")
+    def _compares_what_changed(self) -> Self:
+        if self.changed and self.base is None:
+            raise ValueError("base, the checkpoint that `changed` is compared with; without it nothing is proven")
+        return self
 
 
 class ExportRecipe(Recipe):

@@ -24,12 +24,8 @@ def check(recipe: ScenesRecipe) -> None:
     """Refuse what no row could mend.
 
     Raises:
-        RecipeError: If the protocol is unknown, or the prose of tools of one's own is not said.
+        RecipeError: If the prose is not that of the tools.
     """
-    try:
-        protocol(recipe.protocol)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
     if recipe.tools is None and set(recipe.prose) - set(PROSE):
         raise RecipeError(f"prose is {', '.join(recipe.prose)}, but the tools are say and choose; give tools: FILE")
 
