@@ -38,8 +38,7 @@ def rounds_section(name: str, found: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         name: Name of the stage.
-        found: ``seed``, ``rounds``, ``best``, ``ended`` and ``picture``, its path from the report or
-            None.
+        found: ``seed``, ``rounds``, ``best``, ``ended`` and ``picture``, its path from the report, or None.
     """
     rows = [
         [place, entry["seed"], _interval(one["accuracy"]), number(one["gate_loss"])]
