@@ -24,6 +24,8 @@ from moeft.training.preference.scores import score_pairs
 from tests.test_planning import peak_bytes
 from tests.test_planning_activations import bytes_saved, predicted
 
+LORA = Lora(rank=4, targets=("attention", "experts"))
+
 
 def pair(length):
     """Two answers of one length behind a prompt of one token."""
@@ -41,21 +43,26 @@ def pair(length):
     }
 
 
+def adapted(checkpoint, checkpointing):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32", quantization_config=moeft.NF4Config())
+    model = moeft.add_lora(model, LORA.rank, targets=LORA.targets, seed=0).train()
+    fuse_loss(model.get_base_model())
+    fuse_lora(model)
+    if checkpointing == "full":
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return model
+
+
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix", "padded"])
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_a_micro_batch_of_pairs_keeps_what_is_forecast(checkpoints, layout, policy):
     checkpoint = checkpoints["gemma4"]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32", quantization_config=moeft.NF4Config())
-    model = moeft.add_lora(model, 4, targets=("attention", "experts"), seed=0).train()
-    fuse_loss(model.get_base_model())
-    fuse_lora(model)
-    if policy == "full":
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
+    model = adapted(checkpoint, policy)
     for num_pairs, length in ((1, 20), (3, 12)):
         batch = PairCollator(0, layout)([pair(length) for _ in range(num_pairs)])
         settings = Settings(
-            lora=Lora(rank=4, targets=("attention", "experts")),
+            lora=LORA,
             dtype="float32",
             max_length=length,
             batch_size=num_pairs,
@@ -92,15 +99,9 @@ def test_a_recipe_of_pairs_is_planned(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_a_step_of_pairs_on_the_cpu_takes_what_is_forecast(checkpoints, policy):
-    checkpoint, lora = checkpoints["gemma4"], Lora(rank=4, targets=("attention", "experts"))
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32", quantization_config=moeft.NF4Config())
-    model = moeft.add_lora(model, lora.rank, targets=lora.targets).train()
-    fuse_loss(model.get_base_model())
-    fuse_lora(model)
+    checkpoint = checkpoints["gemma4"]
+    model = adapted(checkpoint, policy)
     multiply_in_core(model.get_base_model())
-    if policy == "full":
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
     batch = PairCollator(0, "packed")([pair(128) for _ in range(2)])
 
     def step():
@@ -108,7 +109,7 @@ def test_a_step_of_pairs_on_the_cpu_takes_what_is_forecast(checkpoints, policy):
 
     step()
     model.zero_grad()
-    settings = Settings(lora=lora, dtype="float32", max_length=128, batch_size=2, pairs="packed", checkpointing=policy)
+    settings = Settings(lora=LORA, dtype="float32", max_length=128, batch_size=2, pairs="packed", checkpointing=policy)
     forecast = plan(checkpoint, recipe=settings)
     before = sum(map(forecast.bytes_of, (*WEIGHTS, "adapter attention", "adapter experts", "optimizer state")))
     assert forecast.host.tensor_bytes - before == pytest.approx(peak_bytes(step), rel=0.15)
