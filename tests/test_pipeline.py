@@ -16,7 +16,7 @@ from moeft.config.pipeline import PipelineRecipe, steps
 from moeft.errors import RecipeError, RunFolderError
 from moeft.provenance import RunFolder
 from moeft.runs import stages
-from moeft.runs.pipeline import run
+from moeft.runs.pipeline import dry_run, run
 from tests.tiny_checkpoints import disk_tensors
 from tests.tiny_models import save_tiny_model
 from tests.tiny_training import sums, tiny_tokenizer
@@ -119,6 +119,7 @@ def test_stages_that_depend_on_the_seed_run_once_for_each(folder):
         ({"a": {"merge": MERGE, "sft": {}}}, "one kind with its recipe in a"),
         ({"A b": {"merge": MERGE}}, "names of small letters"),
         ({"seed": {"merge": MERGE}}, "other than seed"),
+        ({"seed-3": {"merge": MERGE}}, "another name than seed-3, which is that of the folder for a seed"),
         ({"a": {"sft": {"model": "one", "output": "x", "data": {"train": "rows.jsonl"}}}}, "output is given"),
         ({"a": {"sft": {"model": "one", "data": {"trian": "rows.jsonl"}}}}, "did you mean data.train"),
         ({"a": {"fisher": {"model": "one", "prompts": "rows.jsonl", "rows": 0}}}, "greater than or equal to 1"),
@@ -128,12 +129,43 @@ def test_stages_that_depend_on_the_seed_run_once_for_each(folder):
             "no rows of its name",
         ),
         ({}, "at least 1"),
+        (
+            {"a": {"fisher": {"model": "one", "prompts": "rows.jsonl", "memory": "12 apples"}}},
+            r"stages\.a: memory: '12 apples' is not a size",
+        ),
+        ({"a": {"export": {"model": "one", "types": ["q3_k"]}}}, r"stages\.a: types has 'q3_k'"),
+        ({"a": {"scenes": {"rows": "rows.jsonl", "prose": ["speech"]}}}, r"stages\.a: prose is speech"),
+        (
+            {"a": {"evaluate": {"models": {"one": "one"}, "tasks": {"seens": None}}}},
+            r"stages\.a: there is no task 'seens'",
+        ),
     ],
 )
 def test_a_pipeline_that_cannot_run_is_refused_before_its_first_stage(folder, made, message):
     with pytest.raises(RecipeError, match=message):
         run(load(folder, made))
     assert not (folder / "out").exists()
+
+
+def test_experts_may_wait_in_the_files_of_a_checkpoint_that_an_earlier_stage_packs(folder):
+    tuned = {"model": "${packed}", "quantization": None, "memory": {"experts": "stream", "backing": "disk"}}
+    tuned["data"] = {"train": "rows.jsonl"}
+    said = []
+    dry_run(load(folder, {"packed": {"quantize": {"model": "one"}}, "tuned": {"sft": tuned}}), said.append)
+    assert said[1] == "[2/2] tuned: sft, waits for packed"
+
+
+def test_a_dry_run_names_the_stages_that_others_wait_for(folder):
+    made = {"seed-rows": {"scenes": {"rows": "rows.jsonl"}}, "thinned": {"merge": {**MERGE, "seed": "${seed}"}}}
+    made["more"] = {"scenes": {"rows": "${seed-rows}/train.jsonl", "tools": "${thinned}/tools.json"}}
+    said = []
+    dry_run(load(folder, made, seeds=[3]), said.append)
+    assert said == [
+        "[1/3] seed-rows: scenes, ready",
+        "[2/3] thinned of seed 3: merge, ready",
+        "[3/3] more of seed 3: scenes, waits for seed-rows, thinned",
+        "dry run: no stage was run",
+    ]
 
 
 def test_an_input_that_is_missing_is_named_before_the_first_stage(folder):

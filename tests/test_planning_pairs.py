@@ -14,12 +14,17 @@ from moeft.config.dpo import DpoRecipe
 from moeft.config.sft import Lora
 from moeft.data.pair_batches import PairCollator
 from moeft.errors import RecipeError
+from moeft.integration.cpu_linears import multiply_in_core
 from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
 from moeft.planning import plan
+from moeft.planning.report import WEIGHTS
 from moeft.planning.settings import Settings
 from moeft.training.preference.scores import score_pairs
+from tests.test_planning import peak_bytes
 from tests.test_planning_activations import bytes_saved, predicted
+
+LORA = Lora(rank=4, targets=("attention", "experts"))
 
 
 def pair(length):
@@ -38,21 +43,26 @@ def pair(length):
     }
 
 
+def adapted(checkpoint, checkpointing):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32", quantization_config=moeft.NF4Config())
+    model = moeft.add_lora(model, LORA.rank, targets=LORA.targets, seed=0).train()
+    fuse_loss(model.get_base_model())
+    fuse_lora(model)
+    if checkpointing == "full":
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return model
+
+
 @pytest.mark.parametrize("layout", ["packed", "shared_prefix", "padded"])
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_a_micro_batch_of_pairs_keeps_what_is_forecast(checkpoints, layout, policy):
     checkpoint = checkpoints["gemma4"]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32", quantization_config=moeft.NF4Config())
-    model = moeft.add_lora(model, 4, targets=("attention", "experts"), seed=0).train()
-    fuse_loss(model.get_base_model())
-    fuse_lora(model)
-    if policy == "full":
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
+    model = adapted(checkpoint, policy)
     for num_pairs, length in ((1, 20), (3, 12)):
         batch = PairCollator(0, layout)([pair(length) for _ in range(num_pairs)])
         settings = Settings(
-            lora=Lora(rank=4, targets=("attention", "experts")),
+            lora=LORA,
             dtype="float32",
             max_length=length,
             batch_size=num_pairs,
@@ -85,6 +95,33 @@ def test_a_recipe_of_pairs_is_planned(checkpoints, tmp_path):
     assert "2 x 100 tokens" in str(forecast)
     rows = plan(checkpoint, recipe=replace(settings, pairs=None, max_length=100, packing=True))
     assert forecast.bytes_of("activations") == rows.bytes_of("activations")
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_step_of_pairs_on_the_cpu_takes_what_is_forecast(checkpoints, policy):
+    checkpoint = checkpoints["gemma4"]
+    model = adapted(checkpoint, policy)
+    multiply_in_core(model.get_base_model())
+    batch = PairCollator(0, "packed")([pair(128) for _ in range(2)])
+
+    def step():
+        score_pairs(model, batch).sums.sum().backward()
+
+    step()
+    model.zero_grad()
+    settings = Settings(lora=LORA, dtype="float32", max_length=128, batch_size=2, pairs="packed", checkpointing=policy)
+    forecast = plan(checkpoint, recipe=settings)
+    before = sum(map(forecast.bytes_of, (*WEIGHTS, "adapter attention", "adapter experts", "optimizer state")))
+    assert forecast.host.tensor_bytes - before == pytest.approx(peak_bytes(step), rel=0.15)
+    assert "on the CPU, the pass without gradients over 1 pairs is not counted" in str(forecast)
+
+
+def test_states_of_answers_are_in_the_memory_of_the_host_too(checkpoints):
+    lora = Lora(targets=("attention",))
+    settings = Settings(lora=lora, dtype="float32", max_length=50, pairs="packed", checkpointing="none")
+    rows = replace(settings, pairs=None, max_length=100, packing=True)
+    forecast, of_rows = (plan(checkpoints["gemma4"], recipe=asked) for asked in (settings, rows))
+    assert forecast.host.tensor_bytes - of_rows.host.tensor_bytes == forecast.bytes_of("answer states") > 0
 
 
 def test_large_passes_over_the_reference_decide_the_peak(checkpoints):

@@ -7,6 +7,7 @@ import pytest
 from moeft.errors import MissingExtraError, RunFolderError
 from moeft.provenance import RunFolder
 from moeft.reports import write_report
+from moeft.reports.preference import rounds_section
 from moeft.reports.text import fence, mib, number, percent, table
 
 METRICS = {
@@ -136,6 +137,14 @@ def test_repeated_steps_of_a_continued_run_count_once_with_the_later_value():
 def test_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunFolderError, match="is no run folder"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("picture", ["rounds/rounds.png", None])
+def test_rounds_link_the_picture_that_was_drawn(picture):
+    accuracy = {"value": 0.5, "low": 0.4, "high": 0.6}
+    rounds = [{"accuracy": accuracy, "gate_loss": None}]
+    text = rounds_section("rounds", [{"seed": 0, "rounds": rounds, "best": 0, "ended": "1 round", "picture": picture}])
+    assert text.count("![") == text.count("(rounds/rounds.png)") == (picture is not None)
 
 
 def test_absent_matplotlib_names_the_extra(run, monkeypatch):

@@ -134,7 +134,9 @@ def test_the_capability_gate_of_a_round_ends_the_loop(files, tmp_path):
     gate = {"divergence": {"path": str(general), "limit": 1e-12}, "every_steps": 1, "budget": None, "action": "stop"}
     said = []
     path = write_rounds(tmp_path, files, training_gate=gate, merge={"output": "merged"})
-    metrics = run(IterateRecipe.load(path, ["training.max_steps=9"]), said.append).read_json("metrics.json")
+    folder = run(IterateRecipe.load(path, ["training.max_steps=9"]), said.append)
+    assert "training_gate.divergence" in folder.record["inputs"]
+    metrics = folder.read_json("metrics.json")
     assert metrics["ended"].startswith("the capability gate stopped round 1: divergence is ")
     assert metrics["rounds"][1]["stopped"]["step"] == 1
     assert (metrics["best"], metrics["adapters"]) == (0, [])

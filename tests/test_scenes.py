@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moeft.config.stages import ScenesRecipe
 from moeft.data.tool_schemas import ToolSchemas
-from moeft.errors import DataError, RecipeError
+from moeft.errors import DataError
 from moeft.evaluation.measure import measure
 from moeft.evaluation.request import Chat
 from moeft.evaluation.samples import draws, pooled
@@ -137,8 +137,6 @@ def test_rows_of_which_too_few_are_valid_are_refused_with_the_reasons(tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match="no turn of the assistant"):
         run(ScenesRecipe(rows=(tmp_path / "text.jsonl",)), tmp_path / "fourth", show=lambda line: None)
-    with pytest.raises(RecipeError, match="expected one of bracket"):
-        run(ScenesRecipe(rows=(rows,), protocol="xml"), tmp_path / "other", show=lambda line: None)
 
 
 REPLIES = {

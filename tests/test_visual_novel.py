@@ -7,14 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from moeft.cli import main
 from moeft.config import document
 from moeft.config.pipeline import PipelineRecipe, steps
-from moeft.config.stages import EvaluateRecipe, ExportRecipe, LayoutRecipe
-from moeft.errors import ProofError, RecipeError, RunFolderError
+from moeft.config.stages import EvaluateRecipe, ExportRecipe, LayoutRecipe, ScenesRecipe
+from moeft.errors import DataError, ProofError, RecipeError, RunFolderError
 from moeft.provenance import RunFolder
-from moeft.runs import evaluations, export, layout, stages
+from moeft.runs import evaluate, evaluations, export, layout, stages
 from moeft.runs.pipeline import run
 from tests.scripted_models import save_scripted_model
 from tests.test_gguf_export import BASE
@@ -138,6 +139,51 @@ def test_a_served_file_is_not_asked_for_log_probabilities(tmp_path):
         evaluations.check(recipe)
 
 
-def test_an_expression_that_is_none_is_refused():
-    with pytest.raises(RecipeError, match=r"a regular expression, not 'experts\('"):
-        LayoutRecipe.from_content({"direction": "fuse", "model": "m", "changed": ["experts("]}, "stages.a", Path())
+def write_questions(folder, count):
+    (folder / "piqa").mkdir(parents=True, exist_ok=True)
+    row = json.dumps({"goal": "1 + 1", "sol1": "2", "sol2": "3", "label": 0}) + "\n"
+    (folder / "piqa" / "rows.jsonl").write_text(count * row)
+
+
+def test_the_stage_asks_what_the_command_would_and_on_a_gpu_if_there_is_one(tmp_path, monkeypatch):
+    asked = []
+
+    def stop(settings, out, batch_size, device, show):
+        asked.append((settings.shots, settings.tool_protocol, device))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "run", stop)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    write_questions(tmp_path / "tasks", 3)
+    asks = {"tasks": {"piqa": None}, "data": tmp_path / "tasks", "shots": 2, "tool_protocol": "gemma"}
+    recipe = EvaluateRecipe(models={"a": BASE}, **asks)
+    with pytest.raises(KeyboardInterrupt):
+        evaluations.run(recipe, tmp_path / "out", lambda line: None)
+    assert asked == [(2, "gemma", "cuda")]
+    write_questions(tmp_path / "tasks", 4)
+    with pytest.raises(RunFolderError, match="rows piqa"):
+        evaluations.run(recipe, tmp_path / "out", lambda line: None)
+
+
+def test_tasks_of_the_data_folder_are_checked_before_the_first_stage(tmp_path):
+    recipe = EvaluateRecipe(models={"a": BASE}, tasks={"piqa": None}, data=tmp_path, shots=2)
+    evaluations.check(recipe.model_copy(update={"data": tmp_path / "made by an earlier stage"}))
+    with pytest.raises(DataError, match="holds no piqa"):
+        evaluations.check(recipe)
+    write_questions(tmp_path, 2)
+    with pytest.raises(DataError, match="all of its 2 rows are examples"):
+        evaluations.check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "content", "message"),
+    [
+        (LayoutRecipe, {"direction": "fuse", "model": "m", "changed": ["experts("]}, r"not 'experts\('"),
+        (LayoutRecipe, {"direction": "fuse", "model": "m", "changed": ["experts"]}, "expected base, the checkpoint"),
+        (ScenesRecipe, {"rows": "rows.jsonl", "protocol": "xml"}, "found 'xml', expected 'bracket', 'gemma'"),
+    ],
+    ids=["no expression", "no base", "no protocol"],
+)
+def test_a_recipe_of_a_stage_that_makes_no_sense_is_refused(recipe, content, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe.from_content(content, "stages.a", Path())

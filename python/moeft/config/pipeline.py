@@ -19,6 +19,7 @@ from moeft.errors import RecipeError
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _SEED = "seed"
+_SEED_FOLDER = re.compile(r"seed-\d+")
 
 
 class PipelineRecipe(Recipe):
@@ -45,6 +46,8 @@ class PipelineRecipe(Recipe):
         for name, stage in value.items():
             if not _NAME.fullmatch(name) or name == _SEED:
                 raise ValueError(f"names of small letters, digits, - and _ other than seed, not {name!r}")
+            if _SEED_FOLDER.fullmatch(name):
+                raise ValueError(f"another name than {name}, which is that of the folder for a seed")
             if len(stage) != 1 or not isinstance(next(iter(stage.values())), dict):
                 raise ValueError(f"one kind with its recipe in {name}, such as merge: {{...}}")
         return value

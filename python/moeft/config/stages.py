@@ -109,7 +109,7 @@ class ScenesRecipe(Recipe):
         BeforeValidator(one_or_many, json_schema_input_type=str | list[str]),
         Field(min_length=1, description="Files of chat rows in any format"),
     ]
-    protocol: str = Field(default="bracket", description="How calls are written: bracket, gemma, openai or glaive")
+    protocol: CallProtocol = Field(default="bracket", description="How calls are written")
     tools: Path | None = Field(default=None, description="JSON file of schemas; null takes `say` and `choose`")
     prose: tuple[str, ...] = Field(
         default=("text", "choices"), min_length=1, description="Arguments of the tools that hold prose, for `scenes`"
@@ -142,6 +142,12 @@ class LayoutRecipe(Recipe):
                 raise ValueError(f"a regular expression, not {pattern!r}: {error}") from error
         return value
 
+    @model_validator(mode="after")
+    def _compares_what_changed(self) -> Self:
+        if self.changed and self.base is None:
+            raise ValueError("base, the checkpoint that `changed` is compared with; without it nothing is proven")
+        return self
+
 
 class ExportRecipe(Recipe):
     """As the options of ``moeft export gguf``, for several types of one model."""
@@ -168,6 +174,10 @@ class EvaluateRecipe(Recipe):
     tasks: dict[str, Path | None] = Field(min_length=1, description="Names, each with its file of rows or null")
     data: Path | None = Field(default=None, description="Folder of the tasks' files and lists")
     limit: int | None = Field(default=None, ge=1, description="Most items of a task")
+    shots: int = Field(default=0, ge=0, description="Answered questions before each one of multiple choice")
+    tool_protocol: CallProtocol | None = Field(
+        default=None, description="How calls of tools are written; null takes calls of any protocol"
+    )
     samples: int = Field(default=1, ge=1, description="Replies to each prompt, of as many seeds")
     temperature: float = Field(default=0.0, ge=0, description="Of replies; 0 takes the most probable tokens")
     max_new_tokens: int | None = Field(default=None, ge=1, description="Longest reply; null keeps the tasks' own")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from moeft.data.formats.tool_calls import read_tools
 from moeft.errors import DataError, MissingExtraError
@@ -52,6 +53,19 @@ class ToolSchemas:
                 raise DataError(f"tools[{index}].parameters is no object; expected a JSON schema")
             self._parameters[name] = in_json_schema(dict(parameters))
         self._problem = argument_checker("checking calls of tools")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Schemas of a JSON file.
+
+        Raises:
+            DataError: If the file holds none that can be used, with its name.
+            OSError: If it cannot be read.
+        """
+        try:
+            return cls(path.read_text("utf-8"))
+        except (DataError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: {error}") from error
 
     @property
     def names(self) -> tuple[str, ...]:

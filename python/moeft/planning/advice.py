@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moeft.planning.adapters import HOST_OPTIMIZERS
 from moeft.planning.settings import Settings
 from moeft.planning.sizes import format_bytes
-from moeft.planning.streaming import PASSES, SLOTS, saved_bytes, solve
+from moeft.planning.streaming import crossing_bytes, saved_bytes, solve
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,6 @@ def streaming(expert_bytes_by_layer: list[int], device_bytes: int, vram_bytes: i
     if resident is None:
         return None
     count, saved = len(expert_bytes_by_layer), saved_bytes(expert_bytes_by_layer, resident)
-    crossing = PASSES * (count - resident - SLOTS) * max(expert_bytes_by_layer)
-    cost = f"{resident} of {count} layers stay; {format_bytes(max(crossing, 0))} over the bus in a micro-batch"
+    crossing = crossing_bytes(expert_bytes_by_layer, resident)
+    cost = f"{resident} of {count} layers stay; {format_bytes(crossing)} over the bus in a micro-batch"
     return Knob("memory.experts: stream", saved, True, cost) if saved > 0 else None

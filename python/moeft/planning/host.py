@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeft.planning import activations, transients
+from moeft.planning import activations, pairs, transients
 from moeft.planning.adapters import host_optimizer_bytes
 from moeft.planning.layers import Layer, Traits
 from moeft.planning.settings import Settings
@@ -84,6 +84,7 @@ def forecast(
     rows = transients.loss_chunk_rows(vocabulary, settings)
     loss = 4 * LOGIT_BUFFERS * rows * vocabulary + (element + 4) * settings.tokens * hidden
     loss += activations.head_gradient_bytes(layers, settings)
+    loss += pairs.answer_state_bytes(hidden, settings) if settings.pairs is not None else 0
     loss += min(TILE_BYTES, 4 * vocabulary * hidden) if settings.dtype != "float32" else 0
     backward = transients.expert_lora_bytes(layers, settings)
     if settings.dtype != settings.adapter_dtype:  # a low-rank update casts its layer's input and gradient

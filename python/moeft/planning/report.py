@@ -78,11 +78,6 @@ class Plan:
         return sum(row.parameters for row in self.rows if row.component in WEIGHTS)
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of the model's weights, without the adapter."""
-        return sum(row.bytes for row in self.rows if row.component in WEIGHTS)
-
-    @property
     def peak_phase(self) -> str:
         """The part of a step in which most memory is in use."""
         return max(PHASES, key=self._phase_bytes)

@@ -66,7 +66,7 @@ def resolve(model: Model, settings: Settings, *, given: bool) -> tuple[Settings,
 
 
 def _not_counted(settings: Settings) -> Iterator[str]:
-    """Keys of a recipe that make a run smaller and that this forecast takes no account of."""
+    """What a recipe asks for and this forecast takes no account of."""
     for key, everything in (("layers", None), ("experts", "all")):
         if getattr(settings.lora, key, everything) != everything:
             yield f"lora.{key} is not counted: the adapter is planned for all"
@@ -76,3 +76,8 @@ def _not_counted(settings: Settings) -> Iterator[str]:
         yield "inputs that layers trained in full keep for their gradients are not counted, nor the time for these"
     if settings.offload:
         yield "activation_offload is not counted: activations are planned on the card"
+    if settings.pairs is not None:
+        yield (
+            f"on the CPU, the pass without gradients over {settings.forward_batch_size} pairs is not counted; it may "
+            "decide the peak where these are many times the pairs of a training batch"
+        )

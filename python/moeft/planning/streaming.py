@@ -101,6 +101,12 @@ def saved_bytes(expert_bytes: Sequence[int], resident: int) -> int:
     return sum(largest_first[resident:]) - min(SLOTS, streamed) * largest_first[0]
 
 
+def crossing_bytes(expert_bytes: Sequence[int], resident: int) -> int:
+    """What crosses the bus in a micro-batch, if experts of all but ``resident`` layers are streamed."""
+    streamed = len(expert_bytes) - resident
+    return PASSES * (streamed - min(SLOTS, streamed)) * max(expert_bytes)
+
+
 def stream(
     plan: Plan,
     expert_bytes: Sequence[int],
@@ -134,7 +140,7 @@ def stream(
         layer_bytes=layer_bytes,
         slot_bytes=slots * layer_bytes,
         host_bytes=0 if on_disk else waiting,
-        micro_batch_bytes=PASSES * (streamed - slots) * layer_bytes,
+        micro_batch_bytes=crossing_bytes(expert_bytes, resident),
         bus=bus or ASSUMED_BUS,
         compute_seconds=seconds_of(rows),
         rows_that_hide=None,

@@ -38,7 +38,7 @@ def rounds_section(name: str, found: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         name: Name of the stage.
-        found: ``seed``, ``rounds``, ``best``, ``ended`` and ``picture``, its path from the report.
+        found: ``seed``, ``rounds``, ``best``, ``ended`` and ``picture``, its path from the report, or None.
     """
     rows = [
         [place, entry["seed"], _interval(one["accuracy"]), number(one["gate_loss"])]
@@ -48,7 +48,8 @@ def rounds_section(name: str, found: Sequence[Mapping[str, Any]]) -> str:
     parts = [f"## {name}: rounds\n", table(["round", "seed", "right replies", "loss of the gate"], rows)]
     for entry in found:
         parts.append(f"Best round: {entry['best']}; ended: {entry['ended']}.\n")
-        parts.append(f"![Right replies over rounds]({entry['picture']})\n")
+        if entry["picture"] is not None:
+            parts.append(f"![Right replies over rounds]({entry['picture']})\n")
     return "\n".join(parts)
 
 

@@ -7,10 +7,10 @@ from moeft.reports.text import percent, table
 
 
 def training_section(trainings: Sequence[Mapping[str, Any]]) -> str:
-    """A row for every run."""
+    """A row for every run, with a link to its report if there is one."""
     rows = [
         [
-            f"[{run['stage']}]({run['report']})",
+            run["stage"] if run["report"] is None else f"[{run['stage']}]({run['report']})",
             run["steps"],
             run["tokens"],
             run["seconds"],

@@ -10,7 +10,7 @@ from moeft.config.sft import Evaluation
 from moeft.config.stages import CompareRecipe
 from moeft.provenance import RunFolder
 from moeft.runs.evaluate import comparison_rows
-from moeft.runs.measured import load
+from moeft.runs.measured import available_device, load
 from moeft.runs.replies import HeldOutCalls
 
 if TYPE_CHECKING:
@@ -67,19 +67,16 @@ def _files(recipe: CompareRecipe) -> dict[str, Path]:
 
     files = {f"rows {name}": path for name, path in recipe.rows.items()}
     for task in recipe.tasks:
-        file = task.path or (None if recipe.data is None else task_file(task.task, recipe.data))
-        if file is not None:
+        if (file := task_file(task.task, task.path, recipe.data)) is not None:
             files[f"task {task.task}"] = file
     return files if recipe.tool_calls is None else {**files, "tool calls": recipe.tool_calls}
 
 
 def _measure(recipe: CompareRecipe, path: Path, tasks: Sequence[Task], show: Callable[[str], None]) -> list[TaskResult]:
-    import torch
-
     from moeft.evaluation.measure import measure
     from moeft.evaluation.model_subject import ModelSubject
 
-    model, tokenizer = load(path, recipe.dtype, "cuda" if torch.cuda.is_available() else "cpu", show)
+    model, tokenizer = load(path, recipe.dtype, available_device(), show)
     found = [_rows(name, model, tokenizer, file, recipe) for name, file in recipe.rows.items()]
     if recipe.tool_calls is not None:
         found.append(_calls(model, tokenizer, recipe.tool_calls, recipe))

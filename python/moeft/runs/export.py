@@ -11,7 +11,7 @@ from moeft.errors import ProofError, RecipeError
 from moeft.provenance import RunFolder
 
 
-def check(recipe: ExportRecipe) -> ExportRecipe:
+def check(recipe: ExportRecipe) -> None:
     """Refuse what the export would refuse.
 
     Raises:
@@ -26,7 +26,6 @@ def check(recipe: ExportRecipe) -> ExportRecipe:
         raise RecipeError(f"types is {', '.join(recipe.types)}, expected each once")
     if recipe.verify and recipe.adapter is not None:
         raise RecipeError("verify compares with a checkpoint, which adapter does not write; merge it in a stage before")
-    return recipe
 
 
 def run(recipe: ExportRecipe, out: Path, show: Callable[[str], None] = print) -> RunFolder:

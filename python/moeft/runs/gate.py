@@ -29,8 +29,12 @@ BATCH_SIZE = 48
 """Replies generated at once: those of a task in one go."""
 
 
-def gate_files(gate: Gate) -> dict[str, Path]:
+def gate_files(gate: Gate, section: str = "gate") -> dict[str, Path]:
     """Files that a gate reads, by their place in the recipe.
+
+    Args:
+        gate: The gate.
+        section: Its name in the recipe.
 
     Raises:
         DataError: If a task is unknown, or has no file in the gate's folder.
@@ -39,11 +43,10 @@ def gate_files(gate: Gate) -> dict[str, Path]:
 
     files: dict[str, Path] = {}
     for index, watched in enumerate(gate.tasks):
-        file = watched.path or (None if gate.data is None else task_file(watched.task, gate.data))
-        if file is not None:
-            files[f"gate.tasks[{index}]"] = file
+        if (file := task_file(watched.task, watched.path, gate.data)) is not None:
+            files[f"{section}.tasks[{index}]"] = file
     if gate.divergence is not None and gate.divergence.path is not None:
-        files["gate.divergence"] = gate.divergence.path
+        files[f"{section}.divergence"] = gate.divergence.path
     return files
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from moeft.hard.requests import Request
 from moeft.runs.hard import Toolbox
-from moeft.runs.measured import load
+from moeft.runs.measured import available_device, load
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,9 @@ class Speaker:
         Raises:
             MoeftError: If one of them cannot be used.
         """
-        import torch
-
         from moeft.integration.lora import load_adapter
 
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.device or available_device()
         speaking, tokenizer = load(self.model, self.dtype, device, show, self.chat_template)
         for index, path in enumerate(self.adapters):
             speaking = load_adapter(speaking, path, name=f"adapter_{index}")

@@ -44,11 +44,7 @@ class Toolbox:
         """
         from moeft.tool_protocols import protocol
 
-        try:
-            schemas = ToolSchemas(path.read_text("utf-8"))
-        except (DataError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: {error}") from error
-        return cls(schemas, protocol(name))
+        return cls(ToolSchemas.read(path), protocol(name))
 
     def requests(self, path: Path, show: Show, held_out: HeldOutTexts | None = None) -> list[Request]:
         """Requests with their right calls, from a file of chat rows; what cannot be used is shown by reason."""

@@ -17,13 +17,14 @@ from moeft.config.dpo import DpoRecipe
 from moeft.config.iterate import IterateRecipe
 from moeft.hard.requests import HeldOutTexts, Request
 from moeft.hard.targets import Targets
-from moeft.provenance import RunFolder
+from moeft.provenance import RunFolder, is_finished
 from moeft.runs import dpo, preflight
+from moeft.runs.gate import gate_files
 from moeft.runs.generated import Speaker
 from moeft.runs.hard import BuildSettings, Toolbox, analyze_replies, build_pairs
 from moeft.runs.pictures import draw_picture
 from moeft.runs.rounds import best_round, reason_to_stop
-from moeft.runs.rounds_start import is_finished, starting_adapters
+from moeft.runs.rounds_start import starting_adapters
 
 Show = Callable[[str], None]
 
@@ -48,6 +49,7 @@ def run(recipe: IterateRecipe, show: Show = print) -> RunFolder:
     inputs |= {} if data.easy is None else {"easy": data.easy}
     inputs |= {} if recipe.sft is None else {"sft": recipe.sft}
     inputs |= {} if recipe.gate is None else {"gate": recipe.gate.rows}
+    inputs |= {} if recipe.training_gate is None else gate_files(recipe.training_gate, "training_gate")
     inputs |= {f"stack_on[{i}]": path for i, path in enumerate(recipe.lora.stack_on)}
     seed = int(recipe.training.get("seed", 42))
     with RunFolder.create(recipe.output, "moeft hard iterate", recipe.resolved(), inputs, seed) as folder:
@@ -127,7 +129,7 @@ class _Rounds:
         from moeft.evaluation.turn_scores import score_turns
 
         speaker = self._speaker(adapters)
-        model, tokenizer = speaker.load()
+        model, tokenizer = speaker.load(self.show)
         replies = speaker.replies(model, tokenizer, self.held_out, self.tools)
         found = analyze_replies(
             self.tools, self.held_out, replies, self.folder.path / f"round-{number}" / "heldout", self.show

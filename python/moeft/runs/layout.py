@@ -21,6 +21,11 @@ def report_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.proof.json")
 
 
+def is_done(out: Path) -> bool:
+    """Whether an earlier start came to its end."""
+    return report_file(out).is_file()
+
+
 def run(recipe: LayoutRecipe, out: Path, show: Callable[[str], None] = print) -> None:
     """Convert, unless an earlier start did, and compare with the base.
 

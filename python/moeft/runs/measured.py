@@ -37,6 +37,13 @@ def load(
     return model, tokenizer
 
 
+def available_device() -> str:
+    """``cuda`` if there is a GPU, else ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def encode(path: Path, tokenizer: Any, train_on: str, max_length: int) -> Encoded:
     """The rows of a file; longer ones are cut."""
     from moeft.data import chat

@@ -65,7 +65,8 @@ def dry_run(recipe: PipelineRecipe, show: Callable[[str], None] = print) -> None
             raise FileNotFoundError(2, "is an input of a stage, and is not there", str(path))
     for number, (step, settings) in enumerate(planned, start=1):
         kind = stages.KINDS[step.kind]
-        waits = sorted({_stage_of(recipe, path) for path in stages.inputs(settings) if not path.exists()} - {step.name})
+        missing = (path for path in stages.inputs(settings) if not path.exists())
+        waits = sorted({_writer(planned, path) for path in missing} - {step.name})
         state = "finished" if kind.is_done(step.folder) else f"waits for {', '.join(waits)}" if waits else "ready"
         show(f"[{number}/{len(planned)}] {step.title}: {step.kind}, {state}")
         if state == "ready" and kind.dry_run is not None:
@@ -86,10 +87,9 @@ def _planned(recipe: PipelineRecipe) -> list[tuple[Step, Any]]:
     return planned
 
 
-def _stage_of(recipe: PipelineRecipe, path: Path) -> str:
-    """Name of the stage that writes a path."""
-    inside = path.relative_to(recipe.output).parts
-    return inside[1] if inside[0].startswith("seed-") else inside[0]
+def _writer(planned: Sequence[tuple[Step, Any]], path: Path) -> str:
+    """Name of the stage that writes a path; the path itself if it lies in the folder of none."""
+    return next((step.name for step, _ in planned if path.is_relative_to(step.folder)), str(path))
 
 
 def _inputs(recipe: PipelineRecipe, planned: Sequence[tuple[Step, Any]]) -> dict[str, Path]:

@@ -25,8 +25,8 @@ def gather(done: Sequence[Step], output: Path) -> Figures:
         ``rounds``: stage -> for each seed its figures and ``seed``.
     """
     return {
-        "trainings": [_training(step, output) for step in done if step.kind == "sft"],
-        "notes": {step.title: said for step in done if (said := stages.notes(step.kind, step.folder))},
+        "trainings": [_training(step, output) for step in done if step.kind in ("sft", "dpo")],
+        "notes": {step.title: said for step in done if (said := stages.notes(step))},
         "comparisons": _by_stage(done, "compare", _comparison),
         "evaluations": _by_stage(done, "evaluate", _metrics),
         "preferences": _by_stage(done, "dpo", _heldout_pairs),
@@ -53,7 +53,7 @@ def _training(step: Step, output: Path) -> Figures:
     training, drift = metrics["training"], metrics.get("router_drift") or {}
     return {
         "stage": step.title,
-        "report": (step.folder / "report.md").relative_to(output).as_posix(),
+        "report": _link(step.folder / "report.md", output),
         **{key: training[key] for key in ("steps", "seconds", "tokens", "gate")},
         "learning_rate": (metrics.get("learning_rate") or {}).get("rate"),
         "routing": {key: drift[key] for key in ("agreement", "load_shift") if key in drift},
@@ -73,4 +73,9 @@ def _heldout_pairs(step: Step) -> Figures | None:
 
 
 def _rounds(step: Step, output: Path) -> Figures:
-    return {"picture": (step.folder / "rounds.png").relative_to(output).as_posix(), **_metrics(step)}
+    return {"picture": _link(step.folder / "rounds.png", output), **_metrics(step)}
+
+
+def _link(file: Path, output: Path) -> str | None:
+    """Path of a file from the report; None if it was not written, as without matplotlib."""
+    return file.relative_to(output).as_posix() if file.is_file() else None

@@ -160,7 +160,8 @@ def _check_memory(recipe: SftRecipe) -> None:
         raise RecipeError("memory.experts streams to one GPU; set it to resident, or start the run in one process")
     if "experts" in recipe.trained_roles():
         raise RecipeError("memory.experts streams frozen experts, and `train` names experts; set it to resident")
-    if memory.backing == "disk" and not _is_quantised(recipe.model):
+    made_later = not (recipe.model / "config.json").is_file()  # by an earlier stage of a pipeline
+    if memory.backing == "disk" and not made_later and not _is_quantised(recipe.model):
         raise RecipeError(
             f"memory.backing: disk reads experts from the files of a packed checkpoint, and {recipe.model} is none; "
             "make one with `moeft quantize`, or take host"

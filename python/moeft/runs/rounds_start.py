@@ -8,9 +8,9 @@ from pathlib import Path
 
 from moeft.config import SftRecipe
 from moeft.config.iterate import IterateRecipe
-from moeft.errors import DataError, RecipeError, RunFolderError
+from moeft.errors import DataError, RecipeError
 from moeft.hard.requests import HeldOutTexts
-from moeft.provenance import RunFolder
+from moeft.provenance import is_finished
 
 Show = Callable[[str], None]
 
@@ -42,14 +42,6 @@ def starting_adapters(recipe: IterateRecipe, folder: Path, held_out: HeldOutText
 
         sft.run(supervised, show)
     return tuple(supervised.adapters(folder / "adapter"))
-
-
-def is_finished(path: Path) -> bool:
-    """Whether a folder holds a run that came to its end."""
-    try:
-        return RunFolder.open(path).status == "finished"
-    except RunFolderError:
-        return False
 
 
 def _check_rows(supervised: SftRecipe, held_out: HeldOutTexts) -> None:

@@ -20,19 +20,14 @@ from moeft.tool_protocols.scenes import PROSE, TOOLS, as_scene
 TRAIN, HELDOUT, PROMPTS = "train.jsonl", "heldout.jsonl", "prompts.jsonl"
 
 
-def check(recipe: ScenesRecipe) -> ScenesRecipe:
+def check(recipe: ScenesRecipe) -> None:
     """Refuse what no row could mend.
 
     Raises:
-        RecipeError: If the protocol is unknown, or the prose of tools of one's own is not said.
+        RecipeError: If the prose is not that of the tools.
     """
-    try:
-        protocol(recipe.protocol)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
     if recipe.tools is None and set(recipe.prose) - set(PROSE):
         raise RecipeError(f"prose is {', '.join(recipe.prose)}, but the tools are say and choose; give tools: FILE")
-    return recipe
 
 
 def run(recipe: ScenesRecipe, out: Path, show: Callable[[str], None] = print) -> RunFolder:
@@ -55,7 +50,7 @@ def run(recipe: ScenesRecipe, out: Path, show: Callable[[str], None] = print) ->
     if recipe.tools is not None:
         inputs["tools"] = recipe.tools
     with RunFolder.create(out, "scenes", recipe.resolved(), inputs, recipe.seed) as folder:
-        schemas = _schemas(recipe)
+        schemas = ToolSchemas(TOOLS) if recipe.tools is None else ToolSchemas.read(recipe.tools)
         scenes, rejects = _scenes(recipe, schemas)
         if len(scenes) <= recipe.heldout:
             reasons = "; ".join(summary(rejects)) or "there are no others"
@@ -73,15 +68,6 @@ def run(recipe: ScenesRecipe, out: Path, show: Callable[[str], None] = print) ->
         folder.write_json("metrics.json", {**counts, "notes": [note, *summary(rejects)]})
         show(note)
     return folder
-
-
-def _schemas(recipe: ScenesRecipe) -> ToolSchemas:
-    if recipe.tools is None:
-        return ToolSchemas(TOOLS)
-    try:
-        return ToolSchemas(recipe.tools.read_text("utf-8"))
-    except (DataError, UnicodeDecodeError) as error:
-        raise DataError(f"{recipe.tools}: {error}") from error
 
 
 def _scenes(recipe: ScenesRecipe, schemas: ToolSchemas) -> tuple[list[list[Message]], list[Reject]]:

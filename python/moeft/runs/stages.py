@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from moeft.config import Recipe, SftRecipe, TuningRecipe
+from moeft.config import Recipe, SftRecipe
 from moeft.config.dpo import DpoRecipe
 from moeft.config.iterate import IterateRecipe
 from moeft.config.pipeline import Step
@@ -26,8 +26,13 @@ from moeft.config.stages import (
     SubspaceRecipe,
 )
 from moeft.errors import RecipeError
-from moeft.provenance import RunFolder
+from moeft.hard.targets import Targets
+from moeft.planning.sizes import parse_bytes
+from moeft.provenance import is_finished
 from moeft.provenance.files import read_json
+from moeft.runs import compare, dpo, evaluations, export, fisher, iterate, layout, preflight, scenes, sft, subspace
+from moeft.runs.hard import BuildSettings, Toolbox, build_pairs
+from moeft.runs.results import show_results
 
 Show = Callable[[str], None]
 SUBSPACE = "subspace.safetensors"
@@ -44,6 +49,7 @@ class Kind:
         is_done: Whether an earlier start finished it.
         check: Finds what running it would find late, and needs nothing that earlier stages make.
         dry_run: Does what comes before training and leaves nothing, once all that it reads is there.
+        notes: File in which it leaves lines for the report, as ``notes``.
     """
 
     read: Callable[[Step], Any]
@@ -51,6 +57,7 @@ class Kind:
     is_done: Callable[[Path], bool]
     check: Callable[[Any], None] | None = None
     dry_run: Callable[[Any, Show], None] | None = None
+    notes: Callable[[Path], Path] | None = None
 
 
 def read(step: Step) -> Any:
@@ -81,37 +88,15 @@ def inputs(value: Any) -> Iterator[Path]:
             yield from inputs(item)
 
 
-def notes(kind: str, out: Path) -> list[str]:
+def notes(step: Step) -> list[str]:
     """What a stage that ran says about its result, for the report."""
-    from moeft.runs.layout import report_file
-
-    file = report_file(out) if kind == "layout" else out / "metrics.json"
-    if kind not in ("scenes", "layout", "export") or not file.is_file():
-        return []
-    said: list[str] = read_json(file)["notes"]
+    file = KINDS[step.kind].notes
+    said: list[str] = [] if file is None else read_json(file(step.folder))["notes"]
     return said
 
 
 def _as(recipe: type[Recipe]) -> Callable[[Step], Recipe]:
     return lambda step: recipe.from_content(step.content, f"stages.{step.name}", step.start)
-
-
-def _read_scenes(step: Step) -> ScenesRecipe:
-    from moeft.runs.scenes import check
-
-    return check(ScenesRecipe.from_content(step.content, f"stages.{step.name}", step.start))
-
-
-def _read_export(step: Step) -> ExportRecipe:
-    from moeft.runs.export import check
-
-    return check(ExportRecipe.from_content(step.content, f"stages.{step.name}", step.start))
-
-
-def _read_evaluate(step: Step) -> EvaluateRecipe:
-    from moeft.runs.evaluations import check
-
-    return check(EvaluateRecipe.from_content(step.content, f"stages.{step.name}", step.start))
 
 
 def _as_run(recipe: type[Recipe]) -> Callable[[Step], Recipe]:
@@ -142,85 +127,19 @@ def _read_merge(step: Step) -> dict[str, Any]:
     return content
 
 
-def _read_fisher(step: Step) -> FisherRecipe:
-    from moeft.planning.sizes import parse_bytes
-
-    recipe = FisherRecipe.from_content(step.content, f"stages.{step.name}", step.start)
-    parse_bytes(recipe.memory)
-    return recipe
-
-
-def _run_scenes(recipe: ScenesRecipe, out: Path, show: Show) -> None:
-    from moeft.runs.scenes import run
-
-    run(recipe, out, show)
-
-
-def _run_layout(recipe: LayoutRecipe, out: Path, show: Show) -> None:
-    from moeft.runs.layout import run
-
-    run(recipe, out, show)
-
-
-def _run_export(recipe: ExportRecipe, out: Path, show: Show) -> None:
-    from moeft.runs.export import run
-
-    run(recipe, out, show)
-
-
-def _run_evaluate(recipe: EvaluateRecipe, out: Path, show: Show) -> None:
-    from moeft.runs.evaluations import run
-
-    run(recipe, out, show)
-
-
 def _run_sft(recipe: SftRecipe, out: Path, show: Show) -> None:
-    from moeft.runs.results import show_results
-    from moeft.runs.sft import run
-
-    show_results(run(recipe, show), show)
-
-
-def _check_tuning(recipe: TuningRecipe) -> None:
-    from moeft.runs.preflight import check
-
-    check(recipe)
-
-
-def _dry_run_sft(recipe: SftRecipe, show: Show) -> None:
-    from moeft.runs.sft import dry_run
-
-    dry_run(recipe, show)
-
-
-def _dry_run_dpo(recipe: DpoRecipe, show: Show) -> None:
-    from moeft.runs.dpo import dry_run
-
-    dry_run(recipe, show)
-
-
-def _check_rounds(recipe: IterateRecipe) -> None:
-    from moeft.runs.iterate import check
-
-    check(recipe)
+    show_results(sft.run(recipe, show), show)
 
 
 def _run_dpo(recipe: DpoRecipe, out: Path, show: Show) -> None:
-    from moeft.runs.dpo import run
-
-    run(recipe, show)
+    dpo.run(recipe, show)
 
 
 def _run_iterate(recipe: IterateRecipe, out: Path, show: Show) -> None:
-    from moeft.runs.iterate import run
-
-    run(recipe, show)
+    iterate.run(recipe, show)
 
 
 def _run_hard_pairs(recipe: HardPairsRecipe, out: Path, show: Show) -> None:
-    from moeft.hard.targets import Targets
-    from moeft.runs.hard import BuildSettings, Toolbox, build_pairs
-
     build_pairs(
         Toolbox.read(recipe.tools, recipe.protocol),
         recipe.seeds,
@@ -233,19 +152,21 @@ def _run_hard_pairs(recipe: HardPairsRecipe, out: Path, show: Show) -> None:
     )
 
 
-def _run_fisher(recipe: FisherRecipe, out: Path, show: Show) -> None:
-    from moeft.planning.sizes import parse_bytes
-    from moeft.runs.fisher import FisherSettings, run
+def _check_fisher(recipe: FisherRecipe) -> None:
+    try:
+        parse_bytes(recipe.memory)
+    except ValueError as error:
+        raise RecipeError(f"memory: {error}") from error
 
+
+def _run_fisher(recipe: FisherRecipe, out: Path, show: Show) -> None:
     options = {name: value for name, value in recipe if name not in ("memory", "device")}
-    run(FisherSettings(**options), out, parse_bytes(recipe.memory), recipe.device, show)
+    fisher.run(fisher.FisherSettings(**options), out, parse_bytes(recipe.memory), recipe.device, show)
 
 
 def _run_subspace(recipe: SubspaceRecipe, out: Path, show: Show) -> None:
-    from moeft.runs.subspace import run
-
     out.mkdir(parents=True, exist_ok=True)
-    show(str(run(out=out / SUBSPACE, **dict(recipe))))
+    show(str(subspace.run(out=out / SUBSPACE, **dict(recipe))))
 
 
 def _run_quantize(recipe: QuantizeRecipe, out: Path, show: Show) -> None:
@@ -262,39 +183,27 @@ def _run_merge(recipe: dict[str, Any], out: Path, show: Show) -> None:
     show(str(merge(recipe, out)))
 
 
-def _run_compare(recipe: CompareRecipe, out: Path, show: Show) -> None:
-    from moeft.runs.compare import run
-
-    run(recipe, out, show)
-
-
-def _is_finished_run(out: Path) -> bool:
-    return (out / "run.json").is_file() and RunFolder.open(out).status == "finished"
-
-
-def _is_layout(out: Path) -> bool:
-    from moeft.runs.layout import report_file
-
-    return report_file(out).is_file()
-
-
 def _is_checkpoint(out: Path) -> bool:
     # Such a folder appears when it is complete.
     return (out / "config.json").is_file()
 
 
+def _metrics(out: Path) -> Path:
+    return out / "metrics.json"
+
+
 KINDS = {
-    "sft": Kind(_as_run(SftRecipe), _run_sft, _is_finished_run, _check_tuning, _dry_run_sft),
+    "sft": Kind(_as_run(SftRecipe), _run_sft, is_finished, preflight.check, sft.dry_run),
     "hard-pairs": Kind(_as(HardPairsRecipe), _run_hard_pairs, lambda out: (out / PAIRS).is_file()),
-    "dpo": Kind(_as_run(DpoRecipe), _run_dpo, _is_finished_run, _check_tuning, _dry_run_dpo),
-    "hard-rounds": Kind(_as_run(IterateRecipe), _run_iterate, _is_finished_run, _check_rounds),
-    "fisher": Kind(_read_fisher, _run_fisher, _is_finished_run),
+    "dpo": Kind(_as_run(DpoRecipe), _run_dpo, is_finished, preflight.check, dpo.dry_run),
+    "hard-rounds": Kind(_as_run(IterateRecipe), _run_iterate, is_finished, iterate.check),
+    "fisher": Kind(_as(FisherRecipe), _run_fisher, is_finished, _check_fisher),
     "subspace": Kind(_as(SubspaceRecipe), _run_subspace, lambda out: (out / SUBSPACE).is_file()),
     "quantize": Kind(_as(QuantizeRecipe), _run_quantize, _is_checkpoint),
     "merge": Kind(_read_merge, _run_merge, _is_checkpoint),
-    "scenes": Kind(_read_scenes, _run_scenes, _is_finished_run),
-    "layout": Kind(_as(LayoutRecipe), _run_layout, _is_layout),
-    "export": Kind(_read_export, _run_export, _is_finished_run),
-    "evaluate": Kind(_read_evaluate, _run_evaluate, _is_finished_run),
-    "compare": Kind(_as(CompareRecipe), _run_compare, _is_finished_run),
+    "scenes": Kind(_as(ScenesRecipe), scenes.run, is_finished, scenes.check, notes=_metrics),
+    "layout": Kind(_as(LayoutRecipe), layout.run, layout.is_done, notes=layout.report_file),
+    "export": Kind(_as(ExportRecipe), export.run, is_finished, export.check, notes=_metrics),
+    "evaluate": Kind(_as(EvaluateRecipe), evaluations.run, is_finished, evaluations.check),
+    "compare": Kind(_as(CompareRecipe), compare.run, is_finished),
 }

@@ -124,7 +124,7 @@ def build_task(
     if tool_protocol is not None and tool_protocol not in PROTOCOLS:
         raise DataError(f"there is no tool protocol {tool_protocol!r}, expected one of {', '.join(PROTOCOLS)}")
     examples = _examples(name, kind, file, data) if shots else None
-    file = file or (None if data is None else task_file(name, data))
+    file = task_file(name, file, data)
     rows = _rows(name, kind, file)
     if not rows:
         raise DataError(f"task {name}: {file or kind.hub} holds no row")
@@ -140,15 +140,23 @@ def build_task(
     return _subset(with_examples(task, shots, examples), limit, seed)
 
 
-def task_file(name: str, data: Path) -> Path | None:
-    """The file of a task below a data folder; None if the task has no usual place there.
+def task_file(name: str, file: Path | None, data: Path | None) -> Path | None:
+    """The file of a task's rows: the one that is given, else that below a data folder.
+
+    Args:
+        name: One of ``TASKS``.
+        file: What was given.
+        data: As of :func:`build_task`.
+
+    Returns:
+        None if neither is given, or the task has no usual place in the folder.
 
     Raises:
         DataError: If there is no such task, or the folder holds no file for it.
     """
     kind = _kind(name)
-    if not kind.files:
-        return None
+    if file is not None or data is None or not kind.files:
+        return file
     for pattern in kind.files:
         if matches := sorted(data.glob(pattern)):
             return matches[0]
