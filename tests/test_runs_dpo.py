@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moeft
+from moeft.cli import main
 from moeft.config.dpo import DpoRecipe
 from moeft.errors import DataError, RecipeError, RunFolderError
-from moeft.reports.markdown import write_report
 from moeft.runs.dpo import dry_run, run
 from moeft.training.trainer import MoeTrainer
 from tests.interruption import KilledError
@@ -100,8 +100,17 @@ def test_adapters_are_trained_saved_and_merged_as_the_recipe_says(base, sft_adap
         tuned = moeft.load_adapter(tuned, saved, name=f"part_{index}")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(tuned), rtol=1e-4, atol=1e-4)
-    text = write_report(folder).read_text()
-    assert "pairs whose chosen answer is preferred, against the reference" in text
+
+
+def test_the_command_ends_with_a_report_of_the_pairs(base, tmp_path, capsys):
+    path = write_recipe(tmp_path, base, merge={"output": str(tmp_path / "merged"), "out_dtype": "float32"})
+    with pytest.raises(SystemExit, match="0"):
+        main(["dpo", str(path), "training.max_steps=1"])
+    report = DpoRecipe.load(path).output / "report.md"
+    said = capsys.readouterr().out
+    assert f"report: {report}" in said
+    assert f"merged: {tmp_path / 'merged'}" in said
+    assert "pairs whose chosen answer is preferred, against the reference" in report.read_text()
 
 
 def test_precompute_only_fills_the_cache_and_the_next_start_goes_on(base, sft_adapter, tmp_path):

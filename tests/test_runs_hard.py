@@ -133,9 +133,11 @@ def test_the_capability_gate_of_a_round_ends_the_loop(files, tmp_path):
     general = write_pairs(tmp_path / "general.jsonl", sums(4))
     gate = {"divergence": {"path": str(general), "limit": 1e-12}, "every_steps": 1, "budget": None, "action": "stop"}
     said = []
+    template = tmp_path / "own.jinja"
+    template.write_text(tiny_tokenizer().chat_template)
     path = write_rounds(tmp_path, files, training_gate=gate, merge={"output": "merged"})
-    folder = run(IterateRecipe.load(path, ["training.max_steps=9"]), said.append)
-    assert "training_gate.divergence" in folder.record["inputs"]
+    folder = run(IterateRecipe.load(path, ["training.max_steps=9", f"data.chat_template={template}"]), said.append)
+    assert {"training_gate.divergence", "chat_template"} <= set(folder.record["inputs"])
     metrics = folder.read_json("metrics.json")
     assert metrics["ended"].startswith("the capability gate stopped round 1: divergence is ")
     assert metrics["rounds"][1]["stopped"]["step"] == 1

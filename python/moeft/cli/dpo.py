@@ -30,4 +30,10 @@ def dpo(
     if dry_run:
         runs.dry_run(loaded)
         return
-    print(f"Run folder: {runs.run(loaded, precompute_only=precompute_only).path}")
+    from moeft.runs.results import show_results
+
+    folder = runs.run(loaded, precompute_only=precompute_only)
+    if precompute_only:
+        print(f"Run folder: {folder.path}")
+    else:
+        show_results(folder, print)

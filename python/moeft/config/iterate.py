@@ -9,7 +9,7 @@ from moeft.config.dpo import Preference
 from moeft.config.gate import Gate as TrainingGate
 from moeft.config.recipe import Recipe, Section
 from moeft.config.sft import Dtype, Lora, Merge
-from moeft.config.sources import CallProtocol, PairLayout
+from moeft.config.sources import CallProtocol, ChatTemplateName, PairLayout
 
 
 class HardData(Section):
@@ -23,7 +23,7 @@ class HardData(Section):
     share: float = Field(default=0.3, gt=0, le=1, description="Share of hard pairs, with `easy`")
     pairs: int = Field(default=500, ge=1, description="Hard pairs of a round")
     probes: int = Field(default=200, ge=1, description="Seeds that are asked in a round to find failures")
-    chat_template: str | None = Field(default=None, description="Name of a template; null takes the tokenizer's own")
+    chat_template: ChatTemplateName | Path | None = Field(default=None, description="As in `moeft sft`")
     max_length: int = Field(default=4096, ge=2, description="Most tokens of prompt and answer")
     layout: PairLayout = Field(default="packed", description="As in `moeft dpo`")
     max_new_tokens: int = Field(default=128, ge=1, description="Longest reply")

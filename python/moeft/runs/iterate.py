@@ -47,6 +47,7 @@ def run(recipe: IterateRecipe, show: Show = print) -> RunFolder:
     data = recipe.data
     inputs = {"model": recipe.model, "tools": data.tools, "seeds": data.seeds, "heldout": data.heldout}
     inputs |= {} if data.easy is None else {"easy": data.easy}
+    inputs |= {"chat_template": data.chat_template} if isinstance(data.chat_template, Path) else {}
     inputs |= {} if recipe.sft is None else {"sft": recipe.sft}
     inputs |= {} if recipe.gate is None else {"gate": recipe.gate.rows}
     inputs |= {} if recipe.training_gate is None else gate_files(recipe.training_gate, "training_gate")

@@ -10,7 +10,7 @@ from moeft.reports import write_report
 
 
 def show_results(folder: RunFolder, show: Callable[[str], None]) -> None:
-    """Write the report of a run of ``moeft sft``, if pictures can be drawn, and name what the run left."""
+    """Write the report of a run that tuned a model, if pictures can be drawn, and name what the run left."""
     try:
         report = str(write_report(folder))
     except MissingExtraError as error:  # No reason to call a finished run failed.

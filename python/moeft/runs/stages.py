@@ -132,7 +132,7 @@ def _run_sft(recipe: SftRecipe, out: Path, show: Show) -> None:
 
 
 def _run_dpo(recipe: DpoRecipe, out: Path, show: Show) -> None:
-    dpo.run(recipe, show)
+    show_results(dpo.run(recipe, show), show)
 
 
 def _run_iterate(recipe: IterateRecipe, out: Path, show: Show) -> None:
