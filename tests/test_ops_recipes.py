@@ -154,10 +154,13 @@ def test_the_ops_recipe_runs_from_one_command_to_one_report(stand_in):
     assert rounds["ended"] == "held-out accuracy changed by +0.0%, no more than 0.5%"
     assert len(rounds["rounds"]) == 2
     assert (done.path / rounds["picture"]).stat().st_size > 1000
-    assert [(of["stage"], of["report"]) for of in metrics["trainings"]] == [("sft", "sft/report.md"), ("dpo", None)]
+    assert [(of["stage"], of["report"]) for of in metrics["trainings"]] == [
+        ("sft", "sft/report.md"),
+        ("dpo", "dpo/report.md"),
+    ]
     report = (done.path / "report.md").read_text("utf-8")
     assert "| [sft](sft/report.md) |" in report
-    assert "| dpo |" in report
+    assert "| [dpo](dpo/report.md) |" in report
     assert "## dpo: held-out pairs" in report
     assert "## rounds: rounds" in report
     merged = done.path / "rounds" / "merged" / "config.json"
