@@ -20,7 +20,7 @@ import yaml
 
 from moeft.config import document
 from moeft.config.pipeline import PipelineRecipe
-from moeft.data.rows import read_rows
+from moeft.data.reading import read_rows
 from moeft.demo import ops_agent, style_rows
 from moeft.demo.run import BASE
 from moeft.runs.pipeline import run

@@ -27,7 +27,8 @@ from harness import machine
 from moeft import checkpoint
 from moeft.config import SftRecipe
 from moeft.config.dpo import DpoRecipe
-from moeft.data.rows import Message, read_rows
+from moeft.data.reading import read_rows
+from moeft.data.rows import Message
 from moeft.demo import ops_agent
 from moeft.demo.ops_schema import ops_tools
 from moeft.demo.run import BASE, THREADS

@@ -74,7 +74,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 def load_recipe(args: argparse.Namespace, folder: Path) -> Any:
     """The recipe on these rows, of which the last are held out."""
     from moeft.config import SftRecipe
-    from moeft.data.rows import read_rows
+    from moeft.data.reading import read_rows
 
     rows = read_rows(args.rows, turns="trim").rows
     for name, part in (("train", rows[: args.steps * 16]), ("heldout", rows[-args.heldout :])):

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moeft.demo
-from moeft.data.rows import Row, read_rows
+from moeft.data.reading import read_rows
+from moeft.data.rows import Row
 from moeft.errors import DataError
 from moeft.evaluation.conversation import conversation_perplexity
 from moeft.evaluation.recall import Fact, facts, recall

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 import moeft.demo
 from moeft.data.chat import encode, encode_messages
-from moeft.data.rows import Row, read_rows
+from moeft.data.reading import read_rows
+from moeft.data.rows import Row
 from moeft.errors import DataError
 
 BASE = Path(moeft.demo.__file__).parent / "base"

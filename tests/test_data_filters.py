@@ -9,7 +9,7 @@ import pytest
 
 from moeft.config.filters import Filters
 from moeft.data.filters import build_filters
-from moeft.data.rows import RowReader, RowStream
+from moeft.data.reading import RowReader, RowStream
 from moeft.errors import DataError
 
 STORY = (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moeft.config.sources import FormatName
 from moeft.data.formats import FORMATS
 from moeft.data.preferences import read_preferences
-from moeft.data.rows import read_rows
+from moeft.data.reading import read_rows
 from moeft.errors import DataError
 from tests.shared_data import SHARED, needs_shared_data
 

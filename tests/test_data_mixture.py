@@ -14,7 +14,7 @@ from moeft.config.sources import Source
 from moeft.data.chat import encode
 from moeft.data.composition import compose
 from moeft.data.mixture import Share, interleave, rows_of_epoch
-from moeft.data.rows import read_rows
+from moeft.data.reading import read_rows
 from moeft.data.sources import Sources
 from moeft.errors import DataError, RecipeError
 from tests.tiny_training import adapter_weights, losses, packed_with_lora, sft_trainer, sums, tiny_tokenizer

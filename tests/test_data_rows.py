@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeft.data.reading import read_rows
 from moeft.data.rejects import Reject
-from moeft.data.rows import read_rows
 from moeft.errors import DataError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

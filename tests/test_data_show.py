@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import moeft.demo
 from moeft.cli import main
 from moeft.data.chat import encode
-from moeft.data.rows import read_rows
+from moeft.data.reading import read_rows
 from moeft.demo.ops_agent import generate
 
 BASE = Path(moeft.demo.__file__).parent / "base"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moeft.data.rows import read_rows
+from moeft.data.reading import read_rows
 from moeft.demo.ops_agent import generate, write_jsonl
 from moeft.demo.ops_vocabulary import TOOLS, VALUES
 from moeft.tool_protocols.bracket import canonical, parse_tool_call

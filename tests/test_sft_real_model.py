@@ -10,7 +10,8 @@ import pytest
 
 from moeft.config import SftRecipe
 from moeft.data.check import check_file
-from moeft.data.rows import Row, RowReader
+from moeft.data.reading import RowReader
+from moeft.data.rows import Row
 from moeft.runs.preview import load_tokenizer
 from moeft.runs.sft import run
 from moeft.runs.training_rows import sft_arguments, training_rows

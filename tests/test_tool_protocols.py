@@ -224,7 +224,7 @@ def test_schemas_that_cannot_be_used_say_why(tools, reason):
 
 @needs_shared_data
 def test_calls_of_real_dialogues_survive_every_protocol():
-    from moeft.data.rows import read_rows
+    from moeft.data.reading import read_rows
 
     rows = read_rows(SHARED / "toolcall" / "glaive_300.jsonl", turns="any").rows
     found = [call["function"] for row in rows for m in row.messages for call in m.get("tool_calls", [])]

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from moeft.config.sources import OnTooLong, Reasoning, TrainOn
 from moeft.data.example import Example, Examples, Tokens, check_length_options, fit
 from moeft.data.marks import Span
+from moeft.data.reading import RowStream
 from moeft.data.rendering import REFUSALS, Renderer
-from moeft.data.rows import Message, ReadSummary, Reject, Row, Rows, RowStream, write_rejects
+from moeft.data.rows import Message, ReadSummary, Reject, Row, Rows, write_rejects
 from moeft.data.tokens import as_written, fast_tokenizer, trained_tokens
 from moeft.data.trained_turns import check_options
 from moeft.errors import DataError

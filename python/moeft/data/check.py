@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moeft.config.sources import Turns
+from moeft.data.reading import RowReader
 from moeft.data.rejects import Reject, summary
-from moeft.data.rows import Row, RowReader
+from moeft.data.rows import Row
 
 
 @dataclass
@@ -62,9 +63,9 @@ def check_file(path: str | Path, format: str | None = None, turns: Turns = "stri
     """Read a file once and count what it holds.
 
     Args:
-        path: As for :class:`moeft.data.rows.RowReader`.
-        format: As for :class:`moeft.data.rows.RowReader`.
-        turns: As for :class:`moeft.data.rows.RowReader`.
+        path: As for :class:`moeft.data.reading.RowReader`.
+        format: As for :class:`moeft.data.reading.RowReader`.
+        turns: As for :class:`moeft.data.reading.RowReader`.
 
     Raises:
         DataError: If the file cannot be read as a whole.

@@ -49,7 +49,7 @@ def read_preferences(data: str | Path | Iterable[Any], *, max_reject_share: floa
     (text or messages), as ``conversations`` (LLaMA-Factory), or as the turns with which both answers begin.
 
     Args:
-        data: As for :func:`moeft.data.rows.read_rows`.
+        data: As for :func:`moeft.data.reading.read_rows`.
         max_reject_share: Largest share of rows that may be unusable; None for no limit.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moeft.data.files.tables import read_hub_dataset
 from moeft.data.filters import build_filters
 from moeft.data.filters.length import CountTokens
-from moeft.data.rows import RowReader, RowStream
+from moeft.data.reading import RowReader, RowStream
 
 if TYPE_CHECKING:
     from moeft.config.sft import Data

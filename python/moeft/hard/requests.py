@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moeft.data.filters.filter import words_of
+from moeft.data.reading import read_rows
 from moeft.data.rejects import Reject
-from moeft.data.rows import Message, Row, read_rows
+from moeft.data.rows import Message, Row
 from moeft.data.tool_schemas import ToolSchemas
 from moeft.errors import DataError
 from moeft.tool_protocols import ToolCall, ToolCallError, ToolProtocol

@@ -85,7 +85,7 @@ def _measure(recipe: CompareRecipe, path: Path, tasks: Sequence[Task], show: Cal
 
 def _rows(name: str, model: Any, tokenizer: Any, file: Path, recipe: CompareRecipe) -> TaskResult:
     """Mean loss over all assistant tokens of a file; its items are rows."""
-    from moeft.data.rows import read_rows
+    from moeft.data.reading import read_rows
     from moeft.evaluation.task import Metric
     from moeft.evaluation.turn_scores import score_turns
 

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from moeft.config import TuningRecipe
-from moeft.data.rows import Row, Rows, read_rows
+from moeft.data.reading import read_rows
+from moeft.data.rows import Row, Rows
 
 
 class Conversations:

@@ -128,7 +128,7 @@ def base_divergence(section: GateDivergence, trainer: MoeTrainer, seed: int) -> 
         DataError: If no row can be used.
     """
     from moeft.data.chat import encode
-    from moeft.data.rows import read_rows
+    from moeft.data.reading import read_rows
     from moeft.evaluation.divergence import BaseDivergence
 
     rows = read_rows(_own_replies(trainer) if section.path is None else section.path)

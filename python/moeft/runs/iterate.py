@@ -143,7 +143,7 @@ class _Rounds:
             "stopped": stopped,
         }
         if self.recipe.gate is not None:
-            from moeft.data.rows import read_rows
+            from moeft.data.reading import read_rows
 
             scores = score_turns(model, tokenizer, read_rows(self.recipe.gate.rows, turns="any").rows)
             turns = [turn for row in scores for turn in row]

@@ -47,7 +47,7 @@ def available_device() -> str:
 def encode(path: Path, tokenizer: Any, train_on: str, max_length: int) -> Encoded:
     """The rows of a file; longer ones are cut."""
     from moeft.data import chat
-    from moeft.data.rows import read_rows
+    from moeft.data.reading import read_rows
 
     return chat.encode(
         read_rows(path),

@@ -42,7 +42,7 @@ def preview(
         ValueError: If ``train_on`` makes no sense.
     """
     from moeft.data.preview import Preview, previews
-    from moeft.data.rows import read_rows
+    from moeft.data.reading import read_rows
     from moeft.data.trained_turns import check_options
 
     options: dict[str, Any] = {

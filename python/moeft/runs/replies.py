@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moeft.config.evaluation import Evaluation
-from moeft.data.rows import read_rows
+from moeft.data.reading import read_rows
 from moeft.errors import DataError
 
 SAMPLES = 4

@@ -46,7 +46,7 @@ def starting_adapters(recipe: IterateRecipe, folder: Path, held_out: HeldOutText
 
 def _check_rows(supervised: SftRecipe, held_out: HeldOutTexts) -> None:
     """Refuse files of supervised training in which a held-out request stands, whatever filters would leave out."""
-    from moeft.data.rows import read_rows
+    from moeft.data.reading import read_rows
 
     for source in supervised.data.train:
         if source.path is None:

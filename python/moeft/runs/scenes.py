@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moeft.config.stages import ScenesRecipe
+from moeft.data.reading import read_rows
 from moeft.data.rejects import Reject, summary, write_rejects
-from moeft.data.rows import Message, read_rows
+from moeft.data.rows import Message
 from moeft.data.tool_schemas import ToolSchemas
 from moeft.errors import DataError, RecipeError
 from moeft.provenance import RunFolder

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from moeft.config.sft import Data
     from moeft.data.chat import Encoded
     from moeft.data.composition import Composition
+    from moeft.data.reading import RowStream
     from moeft.data.rejects import Reject
-    from moeft.data.rows import Rows, RowStream
+    from moeft.data.rows import Rows
     from moeft.training.sft import SFTConfig
 
 Show = Callable[[str], None]
@@ -94,7 +95,7 @@ def training_rows(data: Data, tokenizer: Any, args: SFTConfig, show: Show) -> tu
 
 def heldout_rows(data: Data, show: Show) -> Rows | None:
     """Held-out rows, read as training rows are, and not filtered; None if the recipe names none."""
-    from moeft.data.rows import read_rows
+    from moeft.data.reading import read_rows
 
     if data.eval is None:
         return None

@@ -13,7 +13,8 @@ from moeft.data.chat import Encoded, encode
 from moeft.data.collate import PackingCollator, PaddingCollator
 from moeft.data.example import check_length_options
 from moeft.data.packing import Packed, pack
-from moeft.data.rows import Rows, RowStream, read_rows
+from moeft.data.reading import RowStream, read_rows
+from moeft.data.rows import Rows
 from moeft.data.trained_turns import check_options
 from moeft.data.vocabulary import check_ids, check_vocabulary
 from moeft.training.arguments import MoeConfig
