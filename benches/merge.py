@@ -45,6 +45,7 @@ LINEARS = {
     "mlp.down_proj": (HIDDEN, INNER),
 }
 POLL_SECONDS = 0.005
+READ_BYTES = 1 << 20
 RESUMED = "moeft lora, started again after a kill at half its time"
 MODEL = {"model": "b"}
 RECIPES = {
@@ -107,10 +108,22 @@ def save_adapter(folder: Path, layers: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
 
 
+def warm(folder: Path) -> None:
+    """Read all inputs, so that none of them has left the page cache."""
+    for file in folder.rglob("*.safetensors"):
+        with file.open("rb", buffering=0) as source:
+            while source.read(READ_BYTES):
+                pass
+
+
 def measure(words: list[str], folder: Path) -> tuple[float, float, float]:
     """Wall seconds with a sync at the end, CPU seconds and peak memory in MB of a command; its output is removed."""
+    warm(folder)
+    os.sync()
     started = time.perf_counter()
-    child = subprocess.Popen([*words], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / "log.txt"
+    with log.open("wb") as output:
+        child = subprocess.Popen([*words], cwd=folder, stdout=output, stderr=subprocess.STDOUT)
     peak = 0
     # The usage that the system reports for a child begins with the memory of its parent, so the peak is looked up.
     while (ended := os.wait4(child.pid, os.WNOHANG))[0] == 0:
@@ -120,7 +133,7 @@ def measure(words: list[str], folder: Path) -> tuple[float, float, float]:
     os.sync()
     seconds = time.perf_counter() - started
     if status != 0:
-        raise RuntimeError(f"{words} failed with {status}")
+        raise RuntimeError(f"{words} failed with {os.waitstatus_to_exitcode(status)}:\n{log.read_text()[-2000:]}")
     shutil.rmtree(folder / "out")
     return seconds, usage.ru_utime + usage.ru_stime, peak / 1000
 
@@ -155,7 +168,7 @@ def subjects(folder: Path, binary: str, peers: bool) -> dict[str, list[str]]:
             text = {"base_model": "a", "dtype": "float32", "out_dtype": "bfloat16", **RECIPES[name]}
             text["models"] = [model | {"parameters": {"weight": 1.0}} for model in text["models"]]
             (folder / f"mergekit-{name}.yaml").write_text(yaml.safe_dump(text))
-            words = [f"mergekit-{name}.yaml", "out", "--no-copy-tokenizer"]
+            words = [f"mergekit-{name}.yaml", "out", "--no-copy-tokenizer", "--no-write-model-card"]
             run = f"from mergekit.scripts.run_yaml import main; main({words})"
             commands[f"mergekit {name}"] = [sys.executable, "-c", run]
     return commands

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::adapters::{Delta, Patch};
-use super::low_rank::add_product;
+use super::low_rank::{add_product, Panels};
 use crate::adapter::{Adapter, Pair};
 use crate::checkpoint::{Tensor, CHUNK_BYTES};
 use crate::float::decode;
@@ -76,9 +76,10 @@ impl Factors {
 pub struct Sides {
     /// Tensor and matrix.
     at: Option<(u64, u64)>,
-    /// Per delta: A `[rank, in]`, and for a transposed matrix the transpose of B `[rank, out]`.
+    /// Per delta the factor that spans the columns: A `[rank, in]`, for a transposed matrix the transpose of B `[rank, out]`.
+    right: Vec<Panels>,
+    /// Per delta A `[rank, in]` of a transposed matrix.
     a: Vec<Vec<f32>>,
-    right: Vec<Vec<f32>>,
     left: Vec<f32>,
 }
 
@@ -121,8 +122,7 @@ impl Sides {
                     let rows = [patch.first_row + inside, rows];
                     factors.rows(adapter, delta, experts, rows, &mut self.left)?;
                 }
-                let right = if patch.transposed { &self.right[index] } else { &self.a[index] };
-                add_product(right, &self.left, rank, pair.scaling, cols, index == 0, part);
+                add_product(&self.right[index], &self.left, pair.scaling, index == 0, part);
             }
             row += rows;
             rest = later;
@@ -138,16 +138,19 @@ impl Sides {
         self.at = None;
         let expert = patch.first_expert + at.1;
         self.a.resize(patch.deltas.len(), Vec::new());
-        self.right.resize(patch.deltas.len(), Vec::new());
+        self.right.resize_with(patch.deltas.len(), Panels::default);
         for (index, &delta) in patch.deltas.iter().enumerate() {
             let adapter = &adapters[delta.adapter];
             let pair = &adapter.pairs[delta.pair];
             let inputs = if patch.transposed { patch.rows } else { patch.cols };
-            self.a[index] = read_a(adapter, pair, expert, inputs)?;
+            let (rank, a) = (pair.rank as usize, read_a(adapter, pair, expert, inputs)?);
             if patch.transposed {
                 let experts = [expert, patch.factor_experts];
                 factors.rows(adapter, delta, experts, [patch.first_row, patch.cols], &mut self.left)?;
-                self.right[index] = transpose(&self.left, pair.rank as usize);
+                self.right[index] = Panels::new(&transpose(&self.left, rank), rank);
+                self.a[index] = a;
+            } else {
+                self.right[index] = Panels::new(&a, rank);
             }
         }
         self.at = Some(at);

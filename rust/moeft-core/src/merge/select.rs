@@ -5,6 +5,7 @@
 //! k largest: those of the lowest indices do.
 
 use super::kernel::{Block, Gathered, Reads, Settings};
+use super::simd::vectorised;
 
 /// Bits of the second pass.
 const LOW_BITS: u32 = 15;
@@ -121,19 +122,38 @@ impl Largest {
         };
     }
 
-    /// Replaces each value of a block by `keep(value, whether it is among the largest)`.
-    pub fn among(&self, input: usize, cut: usize, start: u64, values: &mut [f32], keep: impl Fn(f32, bool) -> f32) {
+    /// Sets values of a block to zero: those that are not among the largest, or with `others` those that are.
+    pub fn keep(&self, input: usize, cut: usize, start: u64, others: bool, values: &mut [f32]) {
         let cut = &self.cuts[input][cut];
         if cut.is_trivial(self.elements) {
-            let is_among = cut.bits == 0 && cut.target > 0;
-            return values.iter_mut().for_each(|value| *value = keep(*value, is_among));
+            if others == (cut.target > 0) {
+                values.fill(0.0);
+            }
+            return;
         }
-        let mut seen = cut.before.get((start / self.block) as usize).copied().unwrap_or(0);
+        let block = (start / self.block) as usize;
+        let seen = cut.before.get(block).copied().unwrap_or(0);
+        let next = cut.before.get(block + 1).copied().unwrap_or(cut.ties);
+        // Values equal to the threshold belong to the largest up to a place, which lies in one block at most.
+        let left = cut.target.saturating_sub(seen);
+        let (taken, rest) = if left >= next - seen {
+            (values, [].as_mut_slice())
+        } else {
+            let is_tie = |value: &f32| magnitude(*value) == cut.bits;
+            let ties = (0..).zip(&*values).filter(|(_, value)| is_tie(value));
+            let end = ties.map(|(index, _)| index).nth(left as usize).expect("more ties than are left");
+            values.split_at_mut(end)
+        };
+        keep_by_magnitude(taken, cut.bits, others);
+        keep_by_magnitude(rest, cut.bits + 1, others);
+    }
+}
+
+vectorised! {
+    /// Sets values whose magnitude has bits below `least` to zero, or with `others` those from `least` on.
+    fn keep_by_magnitude(values: &mut [f32], least: u32, others: bool) {
         for value in values {
-            let found = magnitude(*value);
-            let is_tie = found == cut.bits;
-            *value = keep(*value, found > cut.bits || (is_tie && seen < cut.target));
-            seen += u64::from(is_tie);
+            *value = if (magnitude(*value) >= least) != others { *value } else { 0.0 };
         }
     }
 }
@@ -164,6 +184,7 @@ impl Cut {
 }
 
 /// The bits of |x|, which are ordered as the magnitudes are.
+#[inline(always)]
 fn magnitude(value: f32) -> u32 {
     value.to_bits() & 0x7fff_ffff
 }

@@ -41,8 +41,7 @@ impl Thin for ByMagnitude {
 
     fn thin(&self, input: usize, start: u64, delta: &mut [f32]) {
         for &(cut, keep) in self.cuts {
-            let stays = matches!(keep, Keep::Largest);
-            self.largest.among(input, cut, start, delta, |value, is_among| if is_among == stays { value } else { 0.0 });
+            self.largest.keep(input, cut, start, matches!(keep, Keep::Others), delta);
         }
     }
 }

@@ -78,16 +78,19 @@ impl Kernel for FisherDamped {
 
 vectorised! {
     fn range(values: &[f32]) -> [f32; 2] {
-        let mut lanes = [[f32::INFINITY; 16], [f32::NEG_INFINITY; 16]];
+        let (mut low, mut high) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
         let (whole, rest) = values.as_chunks::<16>();
         for values in whole {
+            // Two loops become vector code; the same in one does not.
             for lane in 0..16 {
-                lanes[0][lane] = if values[lane] < lanes[0][lane] { values[lane] } else { lanes[0][lane] };
-                lanes[1][lane] = if values[lane] > lanes[1][lane] { values[lane] } else { lanes[1][lane] };
+                low[lane] = if values[lane] < low[lane] { values[lane] } else { low[lane] };
+            }
+            for lane in 0..16 {
+                high[lane] = if values[lane] > high[lane] { values[lane] } else { high[lane] };
             }
         }
-        let low = lanes[0].into_iter().chain(rest.iter().copied()).fold(f32::INFINITY, f32::min);
-        [low, lanes[1].into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, f32::max)]
+        let low = low.into_iter().chain(rest.iter().copied()).fold(f32::INFINITY, f32::min);
+        [low, high.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, f32::max)]
     }
 }
 

@@ -7,6 +7,9 @@ use crate::merge::kernel::{Block, Gathered, Kernel, Reads, Settings};
 use crate::merge::keys::RecipeError;
 use crate::merge::simd::vectorised;
 
+/// Values whose signs are elected at once: sums stay in the L1 cache.
+const PIECE: usize = 256;
+
 /// Sets some values of a delta to zero.
 pub trait Thin: Send + Sync {
     /// As [`Kernel::pass`].
@@ -129,26 +132,27 @@ vectorised! {
 vectorised! {
     /// The sum of the weighted deltas that agree with the sign of the sum of all.
     fn elected_sum(inputs: &[Vec<f32>], weights: &[f32], normalize: bool, scale: f32, out: &mut [f32]) {
-        let len = out.len();
-        let mut sign = vec![0.0f32; len];
-        let mut divisor = vec![0.0f32; len];
-        for (input, &weight) in inputs.iter().zip(weights) {
-            for (sum, delta) in sign.iter_mut().zip(input) {
-                *sum += delta * weight;
+        for (start, out) in (0..).step_by(PIECE).zip(out.chunks_mut(PIECE)) {
+            let (mut sign, mut divisor) = ([0.0f32; PIECE], [0.0f32; PIECE]);
+            for (input, &weight) in inputs.iter().zip(weights) {
+                for (sum, delta) in sign.iter_mut().zip(&input[start..][..out.len()]) {
+                    *sum += delta * weight;
+                }
             }
-        }
-        out.fill(0.0);
-        for (input, &weight) in inputs.iter().zip(weights) {
-            for (((sum, divisor), delta), sign) in out.iter_mut().zip(&mut divisor).zip(input).zip(&sign) {
-                let weighted = delta * weight;
-                let agrees = (weighted > 0.0 && *sign >= 0.0) || (weighted < 0.0 && *sign < 0.0);
-                *sum += if agrees { weighted } else { 0.0 };
-                *divisor += if agrees { weight } else { 0.0 };
+            out.fill(0.0);
+            for (input, &weight) in inputs.iter().zip(weights) {
+                let deltas = input[start..].iter().zip(&sign);
+                for ((sum, divisor), (delta, sign)) in out.iter_mut().zip(&mut divisor).zip(deltas) {
+                    let weighted = delta * weight;
+                    let agrees = ((weighted > 0.0) & (*sign >= 0.0)) | ((weighted < 0.0) & (*sign < 0.0));
+                    *sum += if agrees { weighted } else { 0.0 };
+                    *divisor += if agrees { weight } else { 0.0 };
+                }
             }
-        }
-        for (sum, divisor) in out.iter_mut().zip(&divisor) {
-            let by = if normalize && divisor.abs() >= 1e-8 { *divisor } else { 1.0 };
-            *sum = *sum / by * scale;
+            for (sum, divisor) in out.iter_mut().zip(&divisor) {
+                let by = if normalize & (divisor.abs() >= 1e-8) { *divisor } else { 1.0 };
+                *sum = *sum / by * scale;
+            }
         }
     }
 }
