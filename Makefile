@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help build fmt lint test bench bench-rust docs demo ci clean
+.PHONY: help build fmt lint test bench bench-rust docs demo dist ci clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -63,8 +63,14 @@ docs: $(EXTENSION)  ## build the Rust documentation; warnings are errors
 demo: $(EXTENSION)  ## fine-tune, merge and prove the embedded MoE, in minutes
 	$(BIN)/moeft demo --out runs/demo
 
+dist: build  ## what a release consists of: wheel, source, and the moeft-merge binary in an archive of its own
+	rm -rf dist
+	$(BIN)/maturin build --release --sdist --quiet --out dist
+	bash rust/moeft-merge/package.sh target/release/moeft-merge dist
+	cd dist && sha256sum -- * > SHA256SUMS
+
 ci:  ## what the continuous integration runs
 	bash .ci/run
 
 clean:  ## remove everything that was built
-	rm -rf $(VENV) target runs python/moeft/*.so
+	rm -rf $(VENV) target runs dist python/moeft/*.so
