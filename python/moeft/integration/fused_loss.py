@@ -45,6 +45,7 @@ def head_states(model: Any, *args: Any, **kwargs: Any) -> Tensor:
     """
     hidden: Tensor = model.model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
     scale = _logit_scale(model)
+    assert scale is not None
     return hidden if scale == 1 else hidden * scale
 
 
