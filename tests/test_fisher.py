@@ -73,6 +73,15 @@ def test_fisher_equals_autograd_one_sequence_at_a_time(family, tmp_path):
         assert is_close(value, expected[name]), name
 
 
+def test_a_model_in_training_mode_is_measured_without_dropout(base, tmp_path):
+    model = load(base, attention_dropout=0.5).train()
+    model.gradient_checkpointing_enable()
+    found = measure(base, tmp_path / "out", model=model, dtype=torch.float32)
+    expected = naive(load(base), rows())
+    assert all(is_close(value, expected[name]) for name, value in found.items())
+    assert model.training
+
+
 def test_square_of_the_mean_gradient_is_another_thing(base):
     name = "model.layers.0.self_attn.q_proj.weight"
     model = load(base)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import moeft
+from moeft.errors import UnsupportedModelError
 from moeft.integration.fused_loss import fuse_loss
-from tests.tiny_models import randomise_lora, token_ids
+from moeft.integration.log_probs import linear_head
+from tests.tiny_models import randomise_lora, tiny_model, token_ids
 from tests.tiny_training import TARGETS, load, losses, sft_trainer
 
 
@@ -69,6 +71,25 @@ def test_loss_and_gradients_equal_those_of_transformers(checkpoint, kind, num_it
         # Sums of a few hundred float32 products in another order: 1e-5 leaves a factor of ten over what is seen.
         error = (ours[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
         assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_scaled_logits_give_the_loss_of_transformers():
+    model = tiny_model("granitemoe")
+    assert model.config.logits_scaling == 6
+    expected, theirs = loss_and_gradients(model, **batch())
+    assert fuse_loss(model)
+    loss, ours = loss_and_gradients(model, **batch())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (ours[name] - theirs[name]).norm() < 1e-5 * theirs[name].norm()
+
+
+def test_a_model_that_scales_its_logits_in_an_unknown_way_keeps_its_own_loss():
+    model = tiny_model("llama")
+    model.config.logit_scale = 0.25
+    assert not fuse_loss(model)
+    with pytest.raises(UnsupportedModelError, match="scaled in a way that moeft does not know"):
+        linear_head(model)
 
 
 def test_fused_model_returns_no_logits_with_labels_and_the_same_logits_without(checkpoint):

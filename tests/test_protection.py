@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +15,26 @@ from safetensors.torch import load_file, save_file
 
 import moeft
 from moeft import importance
-from moeft.config import Protection
+from moeft.config import Protection, SftRecipe
 from moeft.config.sft import Lora
-from moeft.errors import CheckpointError
+from moeft.errors import CheckpointError, RecipeError
+from moeft.integration.trained_roles import train_roles
 from moeft.planning import Settings, plan
+from moeft.runs import preflight
+from moeft.training.optim import HostAdamW
 from moeft.training.protection import SubspaceProtection
 from moeft.training.protection.projector import Projector, whole_float32
 from moeft.training.range_test import range_test
 from tests.tiny_models import save_tiny_model
-from tests.tiny_training import adapter_weights, load, packed_with_lora, sft_trainer
+from tests.tiny_training import (
+    adapter_weights,
+    arguments,
+    load,
+    packed_with_lora,
+    sft_trainer,
+    sums,
+    tiny_tokenizer,
+)
 
 EPS = 2**-24
 RANK = 5
@@ -203,6 +215,62 @@ def test_rounded_weights_follow_their_master_copies(instruct, tmp_path):
     assert torch.equal(b, master.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "adamw_moeft_stochastic"}, "is torch.bfloat16 and optim 'adamw_moeft_stochastic' keeps no float32"),
+        ({"optim": "adamw_moeft_host", "optim_args": "master_weights=false"}, "keeps no float32 master"),
+        ({"optim": "lomo"}, "changes weights in backward"),
+        ({"optim": "galore_adamw_layerwise"}, "changes weights in backward"),
+    ],
+)
+def test_optimizers_whose_updates_cannot_be_held_are_refused(instruct, tmp_path, changes, message):
+    model = packed_with_lora(instruct / "gemma4" / "it", dtype="bfloat16")
+    with pytest.raises(ValueError, match=message):
+        sft_trainer(model, tmp_path, protection=protection(instruct), **changes)
+    free = protection(instruct, strength=0.0)
+    assert sft_trainer(model, tmp_path, protection=free, **changes).protection is not None
+
+
+@pytest.mark.parametrize("has_masters", [True, False])
+def test_an_optimizer_that_is_given_is_asked_for_its_masters(instruct, tmp_path, has_masters):
+    model = packed_with_lora(instruct / "gemma4" / "it", dtype="bfloat16")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    given = HostAdamW(trained, master_weights=has_masters)
+    with nullcontext() if has_masters else pytest.raises(ValueError, match="optim 'HostAdamW' keeps no float32 master"):
+        moeft.SFTTrainer(
+            model=model,
+            args=moeft.SFTConfig(**arguments(tmp_path, optim="adamw_torch")),
+            train_dataset=sums(),
+            processing_class=tiny_tokenizer(),
+            optimizers=(given, None),
+            protection=protection(instruct),
+        )
+
+
+def test_gradients_of_rounded_weights_may_be_damped_without_masters(instruct, tmp_path):
+    model = packed_with_lora(instruct / "gemma4" / "it", dtype="bfloat16")
+    assert sft_trainer(model, tmp_path, protection=protection(instruct, mode="scale_mask")).protection is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_refused"),
+    [
+        ({"lora": {"dtype": "bfloat16"}}, True),
+        ({"lora": {"dtype": "bfloat16"}, "training": {"optim": "adamw_moeft_8bit"}}, False),
+        ({"train": ["attention"], "training": {"optim": "adamw_moeft_stochastic"}}, True),
+        ({"train": ["attention"]}, False),
+        ({"lora": {}}, False),
+        ({"lora": {"dtype": "bfloat16"}, "protection": {"subspace": "s", "mode": "scale_mask"}}, False),
+    ],
+)
+def test_a_recipe_whose_updates_would_be_rounded_is_refused_before_anything_is_loaded(tmp_path, changes, is_refused):
+    content = {"model": "it", "output": "run", "data": {"train": "rows.jsonl"}, "protection": {"subspace": "s"}}
+    recipe = SftRecipe.from_content(content | changes, "the recipe", tmp_path)
+    with pytest.raises(RecipeError, match="rounding leads them back") if is_refused else nullcontext():
+        preflight.check(recipe)
+
+
 def test_layer_importance_decides_the_share_of_each_layer(instruct, tmp_path):
     path = tmp_path / "layers.json"
     path.write_text(json.dumps({"format": "moeft-layer-importance-v1", "layers": {"0": 2.0, "1": 4.0, "2": 3.0}}))
@@ -304,6 +372,7 @@ def test_layer_importance_that_cannot_be_used_is_refused(instruct, tmp_path):
         ('{"format": "other", "layers": {}}', "format is 'other'"),
         ('{"format": "moeft-layer-importance-v1", "layers": {}}', "holds no layer importance"),
         ('{"format": "moeft-layer-importance-v1", "layers": {"0": 1.0}}', "lacks layer 1, which is trained"),
+        ('{"format": "moeft-layer-importance-v1", "layers": {"0": 1.0, "1": NaN, "2": 2}}', "layer 1 has nan"),
     ):
         path.write_text(content)
         with pytest.raises(CheckpointError, match=expected):
@@ -323,6 +392,19 @@ def test_a_plan_counts_the_bases_that_training_holds(instruct, family):
     callback.on_train_begin(None, None, None)
     planned = Settings(quantization=None, lora=Lora(rank=4, targets=targets), dtype="float32", protected_rank=RANK)
     assert plan(path, recipe=planned).bytes_of("instruct subspace") == events[0]["bytes"] > 0
+
+
+def test_a_plan_counts_the_bases_of_weights_that_train_in_full(instruct, tmp_path):
+    path = instruct / "gemma4" / "it"
+    model = load(path)
+    train_roles(model, ("attention", "norms"))
+    callback = SubspaceProtection(model, protection(instruct))
+    with callback.at_hand():
+        held = sum(protected.projector.nbytes for protected in callback._protected)
+    content = {"model": str(path), "output": "run", "data": {"train": "rows.jsonl"}, "train": ["attention", "norms"]}
+    content["protection"] = {"subspace": str(instruct / "gemma4" / "subspace")}
+    recipe = SftRecipe.from_content(content, "the recipe", tmp_path)
+    assert plan(path, recipe=recipe).bytes_of("instruct subspace") == held > 0
 
 
 def test_a_model_made_from_the_instruct_model_trains_if_the_recipe_says_so(instruct, tmp_path):

@@ -126,6 +126,7 @@ def test_recipes_that_train_nothing_twice_or_in_float16_are_refused(tmp_path, ch
     [
         ({"optim": "adamw_torch"}, "below 1/512 of a bfloat16 weight"),
         ({"optim": "adamw_moeft_host", "optim_args": "master_weights=false"}, "loses updates"),
+        ({"optim": "adamw_moeft_8bit", "optim_args": "master_weights=False"}, "loses updates"),
     ],
 )
 def test_optimizers_that_lose_updates_of_bfloat16_weights_are_refused(bases, tmp_path, training, message):

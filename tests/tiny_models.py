@@ -147,7 +147,13 @@ CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] =
     ),
     "granitemoe": (
         transformers.GraniteMoeConfig,
-        {"intermediate_size": 20, "num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
+        {
+            "intermediate_size": 20,
+            "num_hidden_layers": 2,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "logits_scaling": 6.0,
+        },
     ),
     "granitemoehybrid": (
         transformers.GraniteMoeHybridConfig,
@@ -161,6 +167,7 @@ CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] =
             "mamba_n_heads": 4,
             "mamba_d_head": 32,
             "mamba_d_state": 16,
+            "logits_scaling": 6.0,
         },
     ),
     "minimax": (

@@ -28,6 +28,17 @@ def default_optimizer(trains_in_full: bool, dtype: str) -> str | None:
     return "adamw_moeft_host" if trains_in_full and dtype == "bfloat16" else None
 
 
+def keeps_masters(optimizer: str | None, options: str | None) -> bool:
+    """Whether an optimiser, by its name and its ``optim_args``, holds float32 masters of 16-bit weights."""
+    is_off = "master_weights=false" in (options or "").replace(" ", "").lower()
+    return optimizer in HOST_STATE_BITS and not is_off
+
+
+def steps_in_backward(optimizer: str) -> bool:
+    """Whether an optimiser of transformers changes each weight as soon as its gradient is there."""
+    return "lomo" in optimizer or optimizer.endswith("_layerwise")
+
+
 def optimizer_problems(training: Mapping[str, Any]) -> list[str]:
     """What is wrong with ``optim``, ``lr_scheduler_type``, ``loraplus_lr_ratio`` and ``min_lr_ratio``.
 

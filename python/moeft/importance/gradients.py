@@ -24,7 +24,8 @@ class SquaredGradients:
     """Adds squared gradients to accumulators; a context manager that takes its hooks down.
 
     Args:
-        model: The model, all of whose parameters are frozen inside.
+        model: The model, all of whose parameters are frozen inside, and which is in evaluation mode there: dropout
+            would measure another model, and checkpointed layers would run twice.
         accumulators: Name of a linear layer or a stack of experts in the model -> float32 tensor of its shape.
         first_layer: The lowest decoder layer that holds one of them: backward stops below it.
     """
@@ -33,6 +34,7 @@ class SquaredGradients:
         self.model = model
         self._calls: dict[str, int] = defaultdict(int)
         self._handles: list[Any] = []
+        self._was_training = False
         self._trained = [p for p in model.parameters() if p.requires_grad]
         stacks: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, total in accumulators.items():
@@ -50,11 +52,14 @@ class SquaredGradients:
         self._calls.clear()
 
     def __enter__(self) -> Self:
+        self._was_training = self.model.training
+        self.model.eval()
         for parameter in self._trained:
             parameter.requires_grad_(False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.model.train(self._was_training)
         for handle in self._handles:
             handle.remove()
         for parameter in self._trained:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moeft.errors import UnsupportedModelError
-from moeft.integration.fused_loss import PlainHead, plain_head
+from moeft.integration.fused_loss import PlainHead, head_states, plain_head
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX, linear_log_probs
 
 Labels = Literal["data", "sampled"]
@@ -37,10 +37,10 @@ def log_likelihood(model: Any, row: dict[str, Any], labels: Labels, seed: int) -
         raise ValueError(f"labels is {labels!r}, expected one of {get_args(Labels)}")
     head = plain_head(model)
     if head is None:
-        raise UnsupportedModelError(f"the head of {type(model).__name__} is no linear layer without bias")
+        raise UnsupportedModelError(f"the head of {type(model).__name__} is no linear layer that moeft knows")
     device = model.get_input_embeddings().weight.device
     input_ids = torch.tensor([row["input_ids"]], device=device)
-    hidden_SH = model.model(input_ids, use_cache=False).last_hidden_state[0, :-1]
+    hidden_SH = head_states(model, input_ids)[0, :-1]
     targets_S = torch.tensor(row["labels"][1:], device=hidden_SH.device)
     if labels == "sampled":
         targets_S = _sample(hidden_SH.detach(), head, targets_S, seed)

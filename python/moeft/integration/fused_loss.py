@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+LOGIT_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
+"""Fields of configs by which models of transformers scale their logits."""
+
+
 class PlainHead(NamedTuple):
     """A head that is a matrix and perhaps a soft cap of its products."""
 
@@ -21,11 +25,40 @@ class PlainHead(NamedTuple):
 
 
 def plain_head(model: PreTrainedModel) -> PlainHead | None:
-    """Head of a causal language model of transformers; None if it is not a plain linear layer over ``model.model``."""
+    """Head of a causal language model of transformers, over :func:`head_states`.
+
+    Returns:
+        None if it is not a plain linear layer over ``model.model``, or its products are scaled in an unknown way.
+    """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or not hasattr(model, "model"):
         return None
+    if _logit_scale(model) is None:
+        return None
     return PlainHead(head.weight, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+
+
+def head_states(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """``[B, S, H]``, what goes into the head of a model that :func:`plain_head` knows, for arguments of its forward.
+
+    These are the last hidden states, times the factor by which some models scale their logits.
+    """
+    hidden: Tensor = model.model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+    scale = _logit_scale(model)
+    assert scale is not None
+    return hidden if scale == 1 else hidden * scale
+
+
+def _logit_scale(model: Any) -> float | None:
+    """Factor of a model's logits; None if its config names one whose meaning is not known."""
+    config = model.config.get_text_config()
+    named = {name: getattr(config, name, None) for name in LOGIT_SCALES}
+    scales = {name: float(value) for name, value in named.items() if value not in (None, 1)}
+    if not scales:
+        return 1.0
+    # Granite divides by what HyperCLOVA X, under the same name, multiplies by.
+    is_granite = scales.keys() == {"logits_scaling"} and config.model_type.startswith("granite")
+    return 1 / scales["logits_scaling"] if is_granite else None
 
 
 def fuse_loss(model: PreTrainedModel) -> bool:
@@ -40,7 +73,7 @@ def fuse_loss(model: PreTrainedModel) -> bool:
 
     Returns:
         False if the model computes its loss in a way that this cannot replace: a head that is not a plain linear
-        layer, or an auxiliary router loss.
+        layer, logits that are scaled in an unknown way, or an auxiliary router loss.
     """
     head = plain_head(model)
     if head is None or getattr(model.config.get_text_config(), "output_router_logits", False):
@@ -58,7 +91,7 @@ def fuse_loss(model: PreTrainedModel) -> bool:
             return original(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        hidden = model.model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        hidden = head_states(model, *args, **kwargs)
         labels = labels.to(hidden.device)[:, 1:]
         loss = linear_cross_entropy(hidden[:, :-1], model.get_output_embeddings().weight, labels, softcap)
         count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from moeft.errors import UnsupportedModelError
-from moeft.integration.fused_loss import PlainHead, plain_head
+from moeft.integration.fused_loss import PlainHead, head_states, plain_head
 from moeft.kernels import linear_log_probs
 
 
@@ -44,14 +44,15 @@ def linear_head(model: Any) -> PlainHead:
     head = plain_head(base)
     if head is None:
         raise UnsupportedModelError(
-            f"the head of {type(base).__name__} is no linear layer without bias; score its logits"
+            f"the head of {type(base).__name__} is no linear layer without bias, or its logits are scaled in a way "
+            "that moeft does not know; score its logits"
         )
     return head
 
 
 def hidden_states(model: Any, **inputs: Any) -> Tensor:
     """``[B, S, H]``, what goes into the head, for arguments of the model's forward."""
-    return _base(model).model(**inputs, use_cache=False).last_hidden_state
+    return head_states(_base(model), **inputs)
 
 
 def edge_log_probs(

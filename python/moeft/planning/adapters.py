@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from moeft.config.optimizer import HOST_STATE_BITS, STOCHASTIC
 from moeft.config.sft import Lora
@@ -13,6 +13,7 @@ HOST_OPTIMIZERS = tuple(HOST_STATE_BITS)
 ADAM_BYTES = 8.0  # two float32 moments
 ADAM_8BIT_BYTES = 2 + 2 * 4 / 256  # two moments of one byte, and a float32 scale per 256 values of each
 OPTIMIZER_BYTES = {"sgd": 0.0}
+PROTECTED = ("attention", "experts", "mlp")  # what files of `moeft subspace` hold
 
 
 def adapter_parameters(weights: Sequence[Weight], family: Family, lora: Lora) -> dict[str, int]:
@@ -28,12 +29,14 @@ def adapter_parameters(weights: Sequence[Weight], family: Family, lora: Lora) ->
     return found
 
 
-def subspace_bytes(weights: Sequence[Weight], family: Family, lora: Lora, rank: int) -> int:
-    """Bytes of the bases U and V, in float32, that ``protection`` holds beside the factors of every adapted weight.
+def subspace_bytes(weights: Sequence[Weight], family: Family, trained: Container[str], rank: int) -> int:
+    """Bytes of the bases U and V, in float32, that ``protection`` holds beside every matrix that trains.
+
+    Adapters on a weight and the weight itself take the same. ``trained`` names targets of adapters and roles in full.
 
     A matrix ``[F, K]`` has at most ``min(F, K)`` directions, a stack that many for each expert.
     """
-    found = [weight for target in lora.targets for weight in adapted(weights, family, target)]
+    found = [weight for target in PROTECTED if target in trained for weight in adapted(weights, family, target)]
     return 4 * sum(_factors(weight, min(rank, *weight.shape[-2:])) for weight in found)
 
 

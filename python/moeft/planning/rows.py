@@ -121,8 +121,9 @@ class Forecast:
         per_parameter, source = optimizer_bytes(settings.optimizer)
         yield PlanRow("optimizer state", settings.optimizer, round((adapted + own) * per_parameter), source)
         if settings.protected_rank is not None:
-            size = subspace_bytes(self.weights, family, settings.lora, settings.protected_rank)
-            source = f"U and V of rank {settings.protected_rank} for every adapted matrix"
+            trained = {*settings.lora.targets, *settings.train}
+            size = subspace_bytes(self.weights, family, trained, settings.protected_rank)
+            source = f"U and V of rank {settings.protected_rank} for every matrix that trains"
             yield PlanRow("instruct subspace", "float32", size, source)
 
     def trained_parameters(self) -> int:

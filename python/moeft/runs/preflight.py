@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moeft.config import SftRecipe, TuningRecipe, validate_optimizer, validate_training_fields
 from moeft.config.learning_rate import is_auto
-from moeft.config.optimizer import OWN_OPTIMIZERS
+from moeft.config.optimizer import OWN_OPTIMIZERS, default_optimizer, keeps_masters
 from moeft.config.trainer_values import validate_trainer_values
 from moeft.data import templates
 from moeft.errors import RecipeError
@@ -21,7 +21,8 @@ def check(recipe: TuningRecipe) -> None:
     Raises:
         DataError: If the chat template is neither a name nor a file.
         RecipeError: If ``training`` names an unknown field, policy or optimiser or an absent tracker, the optimiser
-            would lose updates of weights that train in full, or the merge would be refused.
+            would lose updates of weights that train in full or cannot hold what is protected, or the merge would be
+            refused.
     """
     validate_training_fields(recipe.training)
     _check_rate(recipe)
@@ -32,6 +33,7 @@ def check(recipe: TuningRecipe) -> None:
         templates.text_of(recipe.data.chat_template)
     _check_processes(recipe)
     _check_masters(recipe)
+    _check_protection(recipe)
     _check_merge(recipe)
     if isinstance(recipe, SftRecipe):
         _check_memory(recipe)
@@ -118,8 +120,25 @@ def _check_masters(recipe: TuningRecipe) -> None:
             "take adamw_moeft_host or adamw_moeft_8bit (float32 masters in host memory), adamw_moeft_stochastic "
             "(stochastic rounding), or dtype: float32"
         )
-    if "master_weights=false" in str(recipe.training.get("optim_args")).replace(" ", ""):
+    if "master_weights=false" in str(recipe.training.get("optim_args")).replace(" ", "").lower():
         raise RecipeError("training.optim_args: master_weights=false loses updates of bfloat16 weights that train")
+
+
+def _check_protection(recipe: TuningRecipe) -> None:
+    held, training = recipe.protection, recipe.training
+    if held is None or held.strength == 0:
+        return
+    if launched_sharded(training):
+        raise RecipeError("protection needs whole weights; train without DeepSpeed and FSDP, or without it")
+    dtypes = {recipe.dtype} if recipe.trained_roles() else set()
+    dtypes |= set() if recipe.lora is None else {recipe.lora.dtype}
+    optimizer = training.get("optim") or default_optimizer(bool(recipe.trained_roles()), recipe.dtype)
+    if held.mode == "project" and "bfloat16" in dtypes and not keeps_masters(optimizer, training.get("optim_args")):
+        raise RecipeError(
+            f"protection.mode is project, but training.optim {optimizer or 'adamw_torch'!r} keeps no float32 masters "
+            "of bfloat16 weights, so rounding leads them back into the subspace; take adamw_moeft_host or "
+            "adamw_moeft_8bit, float32 weights, or protection.mode: scale_mask"
+        )
 
 
 def _check_merge(recipe: TuningRecipe) -> None:

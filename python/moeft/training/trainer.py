@@ -49,8 +49,8 @@ class MoeTrainer(TrainableCheckpoints):
 
     Raises:
         ValueError: If ``compute_metrics`` is given: evaluation keeps no logits. If a plan does not fit the model or
-            the arguments. If weights are to be protected and are sharded, or the protection does not fit them. If the
-            optimiser is one of moeft's and weights are sharded.
+            the arguments. If weights are to be protected and are sharded, or the protection does not fit them or the
+            optimiser. If the optimiser is one of moeft's and weights are sharded.
         CheckpointError: If the protection's files do not belong to the model.
     """
 
@@ -99,6 +99,7 @@ class MoeTrainer(TrainableCheckpoints):
             if sharded:
                 raise ValueError("protection needs whole weights; train without DeepSpeed and FSDP, or without it")
             self.protection = SubspaceProtection(self.model, protection, events)
+            self.protection.check_optimizer(self.args, self.optimizer)
             self.add_callback(self.protection)  # after the guard drops bad gradients
         self.events = events
         self.forecast: out_of_memory.Forecast | None = None

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from moeft.config.optimizer import keeps_masters, steps_in_backward
 from moeft.config.protection import Protection
 from moeft.errors import CheckpointError
 from moeft.integration.lora import base_fingerprint
+from moeft.training.optim import HostAdamW
 from moeft.training.protection.files import SubspaceFile, normalised_layer_importance
 from moeft.training.protection.parameters import TrainedParameter, trained_parameters
 from moeft.training.protection.projector import Projector, whole_float32
 
 if TYPE_CHECKING:
     from moeft.training.progress import EventSink
+
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,33 @@ class SubspaceProtection(TrainerCallback):
             _check_room(trained, rank, share)
         self._protected: list[_Protected] = []
         self._held: list[tuple[_Protected, Tensor]] = []
+
+    def check_optimizer(self, args: Any, given: Any = None) -> None:
+        """Refuse an optimiser whose updates cannot be held.
+
+        Args:
+            args: Settings of the trainer, which name the optimiser.
+            given: One that is used in its place.
+
+        Raises:
+            ValueError: If it steps in backward, or updates of 16-bit weights without masters are to be projected.
+        """
+        name = args.optim if given is None else type(given).__name__
+        if self._shares and steps_in_backward(name):
+            raise ValueError(
+                f"optim {name!r} changes weights in backward, before protection sees a gradient; take adamw_torch"
+            )
+        if isinstance(given, HostAdamW):
+            has_masters = all(group["master_weights"] for group in given.param_groups)
+        else:
+            has_masters = given is None and keeps_masters(name, args.optim_args)
+        rounded = [trained for trained, _ in self._shares if trained.parameter.element_size() < FLOAT32_BYTES]
+        if self.settings.mode == "project" and rounded and not has_masters:
+            raise ValueError(
+                f"protection.mode is project, but {rounded[0].name} is {rounded[0].parameter.dtype} and optim {name!r} "
+                "keeps no float32 master of it, so rounding leads it back into the subspace; set optim to "
+                "adamw_moeft_host or adamw_moeft_8bit, train in float32, or set protection.mode to scale_mask"
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Bring the bases to the devices of their parameters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def normalised_layer_importance(path: Path) -> dict[int, float]:
         if content["format"] != LAYER_IMPORTANCE_FORMAT:
             raise ValueError(f"format is {content['format']!r}, expected {LAYER_IMPORTANCE_FORMAT!r}")
         layers = {int(layer): float(mean) for layer, mean in content["layers"].items()}
+        if unusable := [layer for layer, mean in layers.items() if not math.isfinite(mean)]:
+            raise ValueError(f"layer {unusable[0]} has {layers[unusable[0]]}")
         least, most = min(layers.values()), max(layers.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} holds no layer importance: {error}; make it with `moeft fisher`") from error
