@@ -88,8 +88,9 @@ def steps(
 def optimizer_step(
     bench: Bench, model: nn.Module, trained: list[nn.Parameter], sequences: int, length: int
 ) -> dict[str, Any]:
-    """Seconds of a step of AdamW on the host, and whether training goes on behind it: the loss before and after."""
+    """Seconds of a step of AdamW on the host, and losses before and behind it; the weights are put back."""
     inputs = inputs_of(bench, sequences, length)
+    before = [parameter.detach().to("cpu", copy=True) for parameter in trained]
     optimizer = HostAdamW(trained, lr=1e-4)
     losses, seconds = [], []
     try:
@@ -103,6 +104,9 @@ def optimizer_step(
             optimizer.zero_grad()
     finally:
         drop_gradients(trained)
+        with torch.no_grad():
+            for parameter, weights in zip(trained, before, strict=True):
+                parameter.copy_(weights)
     return {"optimizer_seconds": seconds[-1], "losses": [float(loss) for loss in losses]}
 
 

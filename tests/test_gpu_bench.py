@@ -110,19 +110,26 @@ def test_tables_take_a_file_with_failures(bench):
 )
 def test_whole_bench_runs_at_tiny_sizes_and_its_file_fills_every_table(tmp_path, monkeypatch):
     out = tmp_path / "found.jsonl"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "MOEFT_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHES / "gpu.py"), "--tiny", "--out", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    def run(*options, **variables):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+        command = [sys.executable, str(BENCHES / "gpu.py"), "--tiny", "--out", str(out), *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    kernels = ("limits", "restoring", "products", "tuning", "loss_head", "thin", "routes")
+    run("--only", *kernels, TRITON_INTERPRET="1", MOEFT_KERNELS="triton")
+    run("--unchecked", "--only", "model", "streaming")  # by the core, since the interpreter takes a minute
     records = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-    assert not [record for record in records if "error" in record or "skipped" in record]
+    assert not [record for record in records if record.keys() & {"error", "skipped", "out_of_memory"}]
     assert {record["passed"] for record in records if record["section"] == "correctness"} == {True}
     streamed = [r for r in records if r["section"] == "streaming" and "resident_seconds" in r]
-    resident = {(r["adapter"], r["sequences"]): r["loss"] for r in records if r["section"] == "streaming"}
+    alone = [r for r in records if r["section"] == "streaming" and "resident_seconds" not in r]
+    loss = {(r["adapter"], r["sequences"]): r["loss"] for r in alone}
     assert {r.get("cap_gib") for r in streamed} == {12, 16, None}
-    assert all(r["loss"] == pytest.approx(resident[r["adapter"], r["sequences"]], rel=1e-6) for r in streamed)
+    assert all(r["loss"] == loss[r["adapter"], r["sequences"]] for r in streamed)
     losses = [r["losses"] for r in records if r["section"] == "optimizer"]
-    assert losses
+    assert len(losses) == 2
     assert all(found[-1] < found[0] for found in losses)
     monkeypatch.syspath_prepend(str(BENCHES))
     import gpu_table

@@ -56,6 +56,18 @@ def test_step_on_packs_reads_no_number_of_the_device(checkpoints, name, policy, 
     assert "log_probs_kernel" in gpu_without_numbers
 
 
+def test_layers_share_masks_that_attention_adds_as_they_are(checkpoints, gpu_without_numbers):
+    """A bool mask would be converted, and kept for backward, in every layer of its own."""
+    model = trained(checkpoints["gemma4"]).to("meta")
+    seen = []
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["attention_mask"]), with_kwargs=True)
+    step(model)
+    assert {mask.dtype for mask in seen} == {model.get_input_embeddings().weight.dtype}
+    assert len(seen) == 3
+    assert len({id(mask) for mask in seen}) == 2  # one for each kind
+
+
 def test_masks_of_transformers_would_read_one(checkpoints, gpu_without_numbers):
     """That the test above can fail."""
     model = trained(checkpoints["gemma4"])

@@ -64,7 +64,8 @@ def masks_of(model: Any, visible_BSS: Tensor, position_ids_BS: Tensor) -> Any:
     if SLIDING in kinds:
         distance_BSS = position_ids_BS[:, :, None] - position_ids_BS[:, None, :]
         masks[SLIDING] = visible_BSS & (distance_BSS < config.sliding_window)
-    if config._attn_implementation == "eager":
+    if config._attn_implementation == "eager" or visible_BSS.device.type != "cpu":
+        # On a GPU, PyTorch would make this of a bool mask in every layer, and keep it there for backward.
         dtype = model.get_input_embeddings().weight.dtype
         made = {kind: as_added(masks[kind], dtype) for kind in kinds}
     else:
