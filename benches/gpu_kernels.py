@@ -38,11 +38,14 @@ def restoring(bench: Bench) -> None:
     weight = bench.packed(s.experts, 2 * s.inner, s.hidden)
     out = torch.empty(weight.shape, dtype=s.dtype, device=bench.device)
     moved = weight.nbytes + out.numel() * out.element_size()
-    for size, warps in ((4096, 4), (2048, 4), (8192, 8), (1024, 2)):
+    usual = nf4_gpu.SIZE, nf4_gpu.WARPS
+    for size, warps in (usual, (2048, 4), (8192, 8), (1024, 2)):
         nf4_gpu.SIZE, nf4_gpu.WARPS = size, warps
-        seconds = bench.seconds(lambda: nf4_gpu.dequantize(weight, out))
+        try:
+            seconds = bench.seconds(lambda: nf4_gpu.dequantize(weight, out))
+        finally:  # all that follows restores too
+            nf4_gpu.SIZE, nf4_gpu.WARPS = usual
         bench.write("dequantize", size=size, warps=warps, seconds=seconds, bytes_per_second=moved / seconds)
-    nf4_gpu.SIZE, nf4_gpu.WARPS = 4096, 4
 
 
 def routes(bench: Bench) -> None:
