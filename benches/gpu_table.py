@@ -39,6 +39,7 @@ def tables(records: Iterable[Record]) -> str:
     parts.append(_dequantize(by_section["dequantize"], copy))
     parts.append(_products(by_section["products"], dense))
     parts.append(_steps(by_section["step"]))
+    parts.append(_launches(by_section["launches"]))
     parts.append(_profiles(by_section["profile"]))
     parts.append(_streaming(by_section["streaming"]))
     parts.append(_optimizer(by_section["optimizer"]))
@@ -102,6 +103,13 @@ def _steps(records: Sequence[Record]) -> str:
     return _table("Training steps:", head, rows)
 
 
+def _launches(records: Sequence[Record]) -> str:
+    found = [f"{r['launches']} with {'NF4' if r['packed'] else 'bf16'} experts" for r in records]
+    return f"Launches of routing and experts of a layer, forward and backward (goal 60): {', '.join(found)}." * bool(
+        found
+    )
+
+
 def _profiles(records: Sequence[Record]) -> str:
     rows = [
         [
@@ -114,7 +122,11 @@ def _profiles(records: Sequence[Record]) -> str:
         if "launches" in r
     ]
     head = ["model", "tokens", "launches per layer", "host synchronisations"]
-    return _table("Launches of a step, forward and backward, and waits for the device:", head, rows)
+    return _table(
+        "A step, forward and backward: launches by its layers, attention and norms included, and waits for the device:",
+        head,
+        rows,
+    )
 
 
 def _streaming(records: Sequence[Record]) -> str:

@@ -95,12 +95,14 @@ def test_tables_take_a_file_with_failures(bench):
         {"section": "step", "setting": "nf4", "sequences": 1, "length": 8, "out_of_memory": "CUDA out of memory"},
         {"section": "streaming", "adapter": ["attention"], "skipped": "no time left"},
         {"section": "stopped", "reason": "no time left for thin"},
+        {"section": "launches", "what": "routing and experts of a layer", "packed": True, "launches": 41},
     ]
     text = gpu_table.tables(records)
     assert "| nf4 | full | 1 x 8 | out of memory |" in text
     assert "not measured: correctness" in text
     assert "**wrong: c, relative error 0.5**" in text
     assert "no time left for thin" in text
+    assert "(goal 60): 41 with NF4 experts." in text
 
 
 @pytest.mark.slow
