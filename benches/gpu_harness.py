@@ -49,6 +49,7 @@ class Bench:
         self.start = time.perf_counter()
         self.deadline_seconds = deadline_seconds
         self.failed: list[str] = []
+        self.is_lost = False  # an illegal access leaves a process without its device
 
     def write(self, section: str, **record: Any) -> None:
         """Append a line and print it."""
@@ -66,16 +67,29 @@ class Bench:
         except Exception as error:
             self.failed.append(name)
             self.write(name, error=f"{type(error).__name__}: {error}"[:2000], trace=traceback.format_exc()[-2000:])
+        self.give_memory_back()
+        self.write("time", of=name, seconds=round(time.perf_counter() - start, 2))
+
+    def give_memory_back(self) -> None:
+        """Leave the device to the next measurement, and find out whether it still answers."""
         release_workspaces()
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.write("time", of=name, seconds=round(time.perf_counter() - start, 2))
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                self.is_lost = True
 
     @property
     def is_late(self) -> bool:
         """Whether the time for all sections is used up."""
-        return time.perf_counter() - self.start > self.deadline_seconds
+        return self.seconds_left < 0
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the time is used up."""
+        return self.deadline_seconds - (time.perf_counter() - self.start)
 
     def seconds(self, run: Callable[[], object], rounds: int = 7) -> float:
         """Median of a function's times after two calls that warm up."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import profiler as torch_profiler
 
 from gpu_harness import Bench, dense
 from moeft.kernels import linear_cross_entropy
@@ -38,11 +40,14 @@ def restoring(bench: Bench) -> None:
     weight = bench.packed(s.experts, 2 * s.inner, s.hidden)
     out = torch.empty(weight.shape, dtype=s.dtype, device=bench.device)
     moved = weight.nbytes + out.numel() * out.element_size()
-    for size, warps in ((4096, 4), (2048, 4), (8192, 8), (1024, 2)):
+    usual = nf4_gpu.SIZE, nf4_gpu.WARPS
+    for size, warps in (usual, (2048, 4), (8192, 8), (1024, 2)):
         nf4_gpu.SIZE, nf4_gpu.WARPS = size, warps
-        seconds = bench.seconds(lambda: nf4_gpu.dequantize(weight, out))
+        try:
+            seconds = bench.seconds(lambda: nf4_gpu.dequantize(weight, out))
+        finally:  # all that follows restores too
+            nf4_gpu.SIZE, nf4_gpu.WARPS = usual
         bench.write("dequantize", size=size, warps=warps, seconds=seconds, bytes_per_second=moved / seconds)
-    nf4_gpu.SIZE, nf4_gpu.WARPS = 4096, 4
 
 
 def routes(bench: Bench) -> None:
@@ -54,28 +59,43 @@ def routes(bench: Bench) -> None:
             bench.write("routing", path=name, tokens=tokens, seconds=seconds)
 
 
-def tuning(bench: Bench) -> None:
-    """Choose the launches of a layer's products, forward and backward, and keep them for this GPU."""
+def _expert_block(bench: Bench, packed: bool) -> Callable[[], None]:
+    """Routing and a layer's experts, forward and backward, with factors on both stacks."""
     s = bench.shapes
     up, down = bench.packed(s.experts, 2 * s.inner, s.hidden), bench.packed(s.experts, s.hidden, s.inner)
+    stacks = (up, down) if packed else (dense(up, s.dtype), dense(down, s.dtype))
     factors = [
         gpu.Factors(bench.randn(s.experts * s.rank, columns), bench.randn(rows, s.rank * s.experts), 1.0)
         for rows, columns in ((2 * s.inner, s.hidden), (s.hidden, s.inner))
     ]
     tokens = s.tokens[-1]
     x, weights = bench.randn(tokens, s.hidden), bench.randn(tokens, s.top_k, dtype=torch.float32)
-    buckets = Buckets(*routing.bucket(bench.routing(tokens).flatten(), s.experts))
-    for stacks in ((up, down), (dense(up, s.dtype), dense(down, s.dtype))):
+    index = bench.routing(tokens).flatten()
 
-        def run(stacks=stacks) -> None:
-            _, saved = gpu.forward(x, weights, *stacks, *factors, buckets, "gelu_tanh", True)
-            gpu.backward(x, x, weights, *stacks, *factors, buckets, "gelu_tanh", saved)
+    def run() -> None:
+        buckets = Buckets(*routing.bucket(index, s.experts))
+        _, saved = gpu.forward(x, weights, *stacks, *factors, buckets, "gelu_tanh", True)
+        gpu.backward(x, x, weights, *stacks, *factors, buckets, "gelu_tanh", saved)
 
-        if bench.device.type != "cuda":  # nothing to time
+    return run
+
+
+def tuning(bench: Bench) -> None:
+    """Choose the launches of a layer's products, forward and backward, and keep them for this GPU; count them."""
+    for packed in (True, False):
+        run = _expert_block(bench, packed)
+        if bench.device.type != "cuda":  # nothing to time, nothing launched
             run()
             continue
         for key, seconds in kernel_tuning.tune(bench.device, run, 3).items():
-            bench.write("tuning", key=key, tokens=tokens, seconds={str(tuple(c)): t for c, t in seconds.items()})
+            found = {str(tuple(candidate)): time for candidate, time in seconds.items()}
+            bench.write("tuning", key=key, tokens=bench.shapes.tokens[-1], seconds=found)
+        run()
+        with torch_profiler.profile(activities=[torch_profiler.ProfilerActivity.CUDA]) as profiler:
+            run()
+            torch.cuda.synchronize()
+        launched = sum("CUDA" in str(event.device_type) for event in profiler.events())
+        bench.write("launches", what="routing and experts of a layer", packed=packed, launches=launched)
 
 
 def products(bench: Bench) -> None:

@@ -1,85 +1,130 @@
 """Training steps with experts streamed from host memory, beside the same model with all of them on the device.
 
-What streaming costs is read from seconds of a step beside ``resident``; the limit is the bus, timed here.
+What streaming costs is read from seconds of a step beside ``resident_seconds``; the limit is the bus, timed here.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import gpu_model
 from gpu_harness import Bench
-from gpu_steps import MemoryCap, attempt, steps
+from gpu_memory import GIB, memory_cap, workspace_of
+from gpu_training import attempt, optimizer_step, prepare, steps
 from moeft.config.memory import Memory
 from moeft.config.sft import Lora, Quantization
 from moeft.integration.checkpointing import apply_checkpointing
-from moeft.integration.fused_loss import fuse_loss
-from moeft.integration.lora import add_lora
 from moeft.integration.streaming import ExpertStream, stream_experts
 from moeft.modules import NF4Experts
 from moeft.modules.streaming import HostMemory
 from moeft.planning import Settings, plan
 
-CAPS_GIB = (16, 12)
+Load = tuple[int, int]
+"""Sequences of a step, and tokens of each."""
+
+
+class Case(NamedTuple):
+    """A stream, and what passes through it."""
+
+    loads: tuple[Load, ...]
+    resident: int | None = None  # layers whose experts stay; None for as many as a plan keeps under the cap
+    cap_gib: int | None = None
+
+
+class Adapter(NamedTuple):
+    """A model that trains, the card whose workspace it gets, and its cases, most telling first."""
+
+    targets: tuple[str, ...]
+    card_gib: int
+    cases: tuple[Case, ...]
+
+
+def adapters(bench: Bench) -> list[Adapter]:
+    """What is measured."""
+    length, layers = bench.shapes.sequences[-1], bench.shapes.layers
+    one, two, many = (1, length), (2, length), (bench.shapes.packed_sequences, length)
+    return [
+        Adapter(("attention", "experts"), 16, (Case((one,), cap_gib=16),)),
+        Adapter(
+            ("attention",),
+            12,
+            (Case((two,), cap_gib=12), Case(tuple(dict.fromkeys((many, two, one))), 0), Case((two,), layers // 2)),
+        ),
+    ]
 
 
 def run(bench: Bench) -> None:
-    """The bus, then steps: all experts resident, half of them, none; and what a plan gives under caps of memory."""
+    """The bus, then every case."""
     _bus(bench)
-    base = gpu_model.build(bench)
-    gpu_model.inject_routing(base, bench)
-    fuse_loss(base)
-    model = add_lora(base, bench.shapes.rank, targets=("attention",), dtype=bench.shapes.dtype)
-    apply_checkpointing(base, "full")
-    length, packed = bench.shapes.sequences[-1], bench.shapes.packed_sequences
-    loads = tuple(dict.fromkeys(((packed, length), (2, length), (1, length))))
-    seconds = {load: _step(bench, model, load, None, {}) for load in loads}
-    layers = bench.shapes.layers
-    for resident in dict.fromkeys((layers // 2, 0)):
-        with _streamed(bench, model, resident) as stream:
-            for load in loads:
-                if not bench.is_late:
-                    _step(bench, model, load, stream, {"resident_seconds": seconds[load]})
-    for cap in CAPS_GIB:
+    for adapter in adapters(bench):
         if bench.is_late:
-            return
-        with _streamed(bench, model, _planned(bench, cap, length)) as stream, MemoryCap(bench, cap):
-            _step(bench, model, (2, length), stream, {"cap_gib": cap, "resident_seconds": seconds[2, length]})
+            bench.write("streaming", adapter=adapter.targets, skipped="no time left")
+            continue
+        with bench.section(f"streaming: {', '.join(adapter.targets)}"), workspace_of(adapter.card_gib * GIB):
+            _measure(bench, adapter)
 
 
-def _step(
-    bench: Bench, model: nn.Module, load: tuple[int, int], stream: ExpertStream | None, record: dict[str, Any]
-) -> float | None:
-    """Write one line; its seconds, or None if the memory was not enough."""
+def _measure(bench: Bench, adapter: Adapter) -> None:
+    base = gpu_model.build(bench)
+    model = prepare(bench, base, "experts" in adapter.targets)
+    apply_checkpointing(base, "full")
+    alone: dict[Load, float] = {}
+    for load in dict.fromkeys(load for case in adapter.cases for load in case.loads):
+        record = _record(adapter, load) | {"resident": bench.shapes.layers}
+        attempt(bench, record, lambda n=load: _seconds_noted(bench, model, n, alone), "streaming")
+    for case in adapter.cases:
+        if bench.is_late:
+            bench.write("streaming", case=case._asdict(), skipped="no time left")
+            continue
+        with bench.section(f"stream: {case._asdict()}"), _streamed(bench, model, adapter, case) as stream:
+            for load in case.loads:
+                record = _record(adapter, load) | {"resident": len(stream.resident)}
+                record |= {"resident_seconds": alone.get(load)}
+                record |= {} if case.cap_gib is None else {"cap_gib": case.cap_gib}
+                attempt(bench, record, lambda n=load, s=stream: _through(bench, model, n, s), "streaming")
+            if case.cap_gib is not None:
+                record = _record(adapter, load) | {"cap_gib": case.cap_gib}
+                attempt(bench, record, lambda n=load: optimizer_step(bench, model, _trained(model), *n), "optimizer")
+
+
+def _record(adapter: Adapter, load: Load) -> dict[str, Any]:
     torch.manual_seed(7)  # the same tokens each time, so that losses can be compared
-    record |= {"sequences": load[0], "length": load[1]}
-    record |= {"resident": bench.shapes.layers if stream is None else len(stream.resident)}
-    found: dict[str, Any] = {}
+    return {"adapter": ", ".join(adapter.targets), "sequences": load[0], "length": load[1]}
 
-    def measured() -> dict[str, Any]:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        found.update(steps(bench, model, trained, *load))
-        if stream is not None:
-            before = stream.ring.traffic.copied_bytes, stream.ring.traffic.late
-            steps(bench, model, trained, *load, rounds=1)
-            found["copied_bytes_of_some_steps"] = stream.ring.traffic.copied_bytes - before[0]
-            found["late"] = stream.ring.traffic.late - before[1]
-            found["slot_bytes"], found["host_bytes"] = stream.ring.num_bytes, stream.host_bytes
-        return found
 
-    attempt(bench, record, measured, "streaming")
-    return found.get("seconds")
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _seconds_noted(bench: Bench, model: nn.Module, load: Load, seconds: dict[Load, float]) -> dict[str, Any]:
+    found = steps(bench, model, _trained(model), *load)
+    seconds[load] = found["seconds"]
+    return found
+
+
+def _through(bench: Bench, model: nn.Module, load: Load, stream: ExpertStream) -> dict[str, Any]:
+    """Steps, and what crossed the bus in one of them."""
+    traffic = stream.ring.traffic
+    copied, late = traffic.copied_bytes, traffic.late
+    found = steps(bench, model, _trained(model), *load)
+    found["copied_bytes_per_step"] = (traffic.copied_bytes - copied) / found["steps"]
+    found["late_layers_per_step"] = (traffic.late - late) / found["steps"]
+    return found | {"slot_bytes": stream.ring.num_bytes, "host_bytes": stream.host_bytes}
 
 
 @contextmanager
-def _streamed(bench: Bench, model: nn.Module, resident: int) -> Iterator[ExpertStream]:
-    """The model with all but some layers streamed; experts lie in host memory again behind it."""
+def _streamed(bench: Bench, model: nn.Module, adapter: Adapter, case: Case) -> Iterator[ExpertStream]:
+    """The model with most layers streamed; experts lie in host memory again behind it."""
+    resident = case.resident
+    if resident is None:
+        assert case.cap_gib is not None
+        resident = _planned(bench, adapter.targets, case.cap_gib, case.loads[0])
     modules = [module for module in model.modules() if isinstance(module, NF4Experts)]
     for module in modules:
         module.to("cpu")
@@ -87,21 +132,21 @@ def _streamed(bench: Bench, model: nn.Module, resident: int) -> Iterator[ExpertS
     try:
         model.to(bench.device)
         gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-        yield stream
+        with nullcontext() if case.cap_gib is None else memory_cap(bench, case.cap_gib):
+            yield stream
     finally:
         stream.close()
         for module in modules:
             module.to("cpu")
 
 
-def _planned(bench: Bench, cap_gib: int, length: int) -> int:
+def _planned(bench: Bench, targets: tuple[str, ...], cap_gib: int, load: Load) -> int:
     """Layers that stay resident under a cap, as ``moeft plan`` says."""
     settings = Settings(
         quantization=Quantization(attention=True, mlp=True, double_quant=True),
-        lora=Lora(rank=bench.shapes.rank, targets=("attention",), dtype="bfloat16"),
-        max_length=2 * length,
+        lora=Lora(rank=bench.shapes.rank, targets=targets, dtype="bfloat16"),
+        batch_size=load[0],
+        max_length=load[1],
         optimizer="adamw_moeft_host",
         memory=Memory(experts="stream"),
     )

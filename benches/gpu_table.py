@@ -26,8 +26,12 @@ def main() -> None:
 def tables(records: Iterable[Record]) -> str:
     """Markdown of all sections; rates beside the limits that were measured in the same run."""
     by_section: dict[str, list[Record]] = defaultdict(list)
+    problems = []
     for record in records:
-        by_section[record["section"]].append(record)
+        if "error" in record or "skipped" in record or record["section"] in ("stopped", "failed"):
+            problems.append(record)
+        else:
+            by_section[record["section"]].append(record)
     limits = {record["what"]: record for record in by_section["limits"]}
     copy = limits.get("copy", {}).get("bytes_per_second")
     dense = limits.get("dense product", {}).get("flops")
@@ -35,10 +39,13 @@ def tables(records: Iterable[Record]) -> str:
     parts.append(_dequantize(by_section["dequantize"], copy))
     parts.append(_products(by_section["products"], dense))
     parts.append(_steps(by_section["step"]))
+    parts.append(_launches(by_section["launches"]))
     parts.append(_profiles(by_section["profile"]))
     parts.append(_streaming(by_section["streaming"]))
+    parts.append(_optimizer(by_section["optimizer"]))
     failed = [record for record in by_section["correctness"] if not record["passed"]]
     parts += [f"**wrong: {record['kernel']}, relative error {record['relative_error']:.2g}**" for record in failed]
+    parts += [_problem(record) for record in problems]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -96,6 +103,13 @@ def _steps(records: Sequence[Record]) -> str:
     return _table("Training steps:", head, rows)
 
 
+def _launches(records: Sequence[Record]) -> str:
+    found = [f"{r['launches']} with {'NF4' if r['packed'] else 'bf16'} experts" for r in records]
+    return f"Launches of routing and experts of a layer, forward and backward (goal 60): {', '.join(found)}." * bool(
+        found
+    )
+
+
 def _profiles(records: Sequence[Record]) -> str:
     rows = [
         [
@@ -105,9 +119,14 @@ def _profiles(records: Sequence[Record]) -> str:
             r.get("host_synchronisations", "not counted"),
         ]
         for r in records
+        if "launches" in r
     ]
     head = ["model", "tokens", "launches per layer", "host synchronisations"]
-    return _table("Launches of a step, forward and backward, and waits for the device:", head, rows)
+    return _table(
+        "A step, forward and backward: launches by its layers, attention and norms included, and waits for the device:",
+        head,
+        rows,
+    )
 
 
 def _streaming(records: Sequence[Record]) -> str:
@@ -116,9 +135,43 @@ def _streaming(records: Sequence[Record]) -> str:
         alone = r.get("resident_seconds")
         cost = f"{r['seconds'] / alone - 1:+.0%}" if alone and "seconds" in r else ""
         cap = f"{r['cap_gib']} GiB" if "cap_gib" in r else ""
-        rows.append([r["resident"], cap, f"{r['sequences']} x {r['length']:,}", *_speed_and_peaks(r), cost])
-    head = ["resident layers", "cap", "tokens", "s/step", "tokens/s", "allocated GiB", "reserved GiB", "cost"]
-    return _table("Streamed experts, attention-only LoRA; cost beside all resident (goal 25 %):", head, rows)
+        rows.append(
+            [r["adapter"], r["resident"], cap, f"{r['sequences']} x {r['length']:,}", *_speed_and_peaks(r), cost]
+        )
+    head = [
+        "adapter",
+        "resident layers",
+        "cap",
+        "tokens",
+        "s/step",
+        "tokens/s",
+        "allocated GiB",
+        "reserved GiB",
+        "cost",
+    ]
+    return _table("Streamed experts; cost beside all resident with the same workspace (goal 25 %):", head, rows)
+
+
+def _optimizer(records: Sequence[Record]) -> str:
+    rows = [
+        [
+            r["adapter"],
+            f"{r['cap_gib']} GiB",
+            f"{r['sequences']} x {r['length']:,}",
+            f"{r['optimizer_seconds']:.3f}" if "optimizer_seconds" in r else "out of memory",
+            " ".join(f"{loss:.4f}" for loss in r.get("losses", ())),
+        ]
+        for r in records
+    ]
+    head = ["adapter", "cap", "tokens", "s", "losses of three steps on the same tokens"]
+    return _table("Steps of AdamW on the host, with experts streamed:", head, rows)
+
+
+def _problem(record: Record) -> str:
+    """What was not measured, and why."""
+    reason = record.get("error") or record.get("skipped") or record.get("reason") or record.get("sections")
+    about = {k: v for k, v in record.items() if k not in ("error", "trace", "skipped", "reason", "sections", "section")}
+    return f"not measured: {record['section']} {about or ''}: {reason}"
 
 
 def _speed_and_peaks(r: Record) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from moeft.integration import mapped_files
 from moeft.integration.mapped_files import MappedFiles
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, whose /proc tells what is resident")
@@ -55,3 +56,11 @@ def test_pages_are_released_every_step_bytes(mapped):
     assert resident_bytes(path) >= tensor.nbytes
     files.count_read(1)
     assert resident_bytes(path) == 0
+
+
+def test_pages_stay_where_nothing_says_whether_they_changed(mapped, monkeypatch):
+    path, tensor = mapped
+    monkeypatch.setattr(mapped_files, "PAGEMAP", "/proc/self/no-pagemap")
+    mapped_files.give_back([tensor])
+    MappedFiles([path]).release()
+    assert resident_bytes(path) >= tensor.nbytes

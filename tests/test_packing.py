@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moeft.data.collate import PackingCollator, PaddingCollator, count_tokens
 from moeft.data.packing import pack
 from moeft.errors import DataError, UnsupportedModelError
+from moeft.integration.document_masks import mask_documents
 from moeft.integration.fused_loss import fuse_loss
 from moeft.training.document_isolation import check_document_isolation
 from moeft.training.length_grouping import SeededLengthGroupedSampler
@@ -180,6 +181,33 @@ def test_model_whose_own_masks_ignore_positions_is_given_masks():
         assert torch.equal(model(**alone).logits, before)
         assert not torch.allclose(model(**packed).logits[:, 6:], leaking[:, 6:])
     assert len(model.model._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", [*SDPA_NAMES, "mixtral_window"])
+def test_our_masks_give_the_bits_of_the_models_own(name, attention):
+    model = model_of(name.removesuffix("_window"), attention)
+    if name.endswith("_window"):
+        model.config.sliding_window = 5  # without a list of layers, it holds for all
+    positions = torch.tensor([[*range(20), *range(3), 0, 0], [*range(1), *range(24)]])  # two of padding; a lone token
+    batch = {"input_ids": token_ids(2, 25), "position_ids": positions, "use_cache": False}
+    with torch.no_grad():
+        expected = model(**batch).logits
+        seen = []
+        assert mask_documents(model)
+        model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["attention_mask"]), with_kwargs=True)
+        assert torch.equal(model(**batch).logits, expected)
+    assert seen[0] is not None
+
+
+def test_masks_for_a_gpu_leave_the_cpu_to_the_models_own():
+    model = model_of("gemma4")
+    seen = []
+    assert mask_documents(model, on_host=False)
+    model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw.get("attention_mask")), with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=token_ids(1, 6), position_ids=torch.arange(6)[None], use_cache=False)
+    assert seen == [None]
 
 
 def test_model_with_linear_attention_is_refused_with_the_reason():

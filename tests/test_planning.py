@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from moeft.integration.cpu_linears import multiply_in_core
 from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels import linear_cross_entropy
+from moeft.kernels.grouped_linear import config as grouped_config
 from moeft.kernels.grouped_linear import pytorch
 from moeft.planning import Settings, plan, transients
 from moeft.planning.devices import DEVICES
@@ -201,6 +203,18 @@ def test_constants_are_those_of_the_kernels():
     assert pytorch.WORKSPACE_BYTES == transients.WORKSPACE_BYTES
 
 
+@pytest.mark.parametrize("gib", [4, 24])
+def test_workspace_is_that_of_a_card_of_this_size(gib, monkeypatch):
+    card = SimpleNamespace(total_memory=gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.delenv(grouped_config.WORKSPACE_VARIABLE, raising=False)
+    expected = grouped_config.workspace_bytes.__wrapped__(torch.device("cuda", 0))
+    model = {"model_type": "gemma4_text", **GEMMA_26B}
+    settings = Settings(quantization=Quantization(double_quant=False))
+    (row,) = (r for r in plan(model, f"{gib}GiB", settings).rows if r.component == "dequantise workspace")
+    assert row.bytes == expected
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_loss_chunk_is_as_large_as_forecast(softcap, chunks, monkeypatch):
@@ -221,7 +235,7 @@ def test_advice_says_what_a_second_plan_would(checkpoints):
     savings = [knob.saves_bytes for knob in forecast.advice]
     assert savings[:-1] == sorted(savings[:-1], reverse=True)
     knobs = {knob.name: knob for knob in forecast.advice}
-    changed = plan(checkpoint, recipe=Settings(checkpointing="full", batch_size=4))
+    changed = plan(checkpoint, vram="1MB", recipe=Settings(checkpointing="full", batch_size=4))
     knob = knobs["training.gradient_checkpointing: true"]
     assert knob.saves_bytes == forecast.device_bytes - changed.device_bytes > 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from moeft.training.routing_monitor import RoutingMonitor
 from tests.test_trainer_guard import Sink
 from tests.tiny_models import tiny_model, token_ids
 from tests.tiny_training import packed_with_lora, sft_trainer
+
+CPU = SimpleNamespace(device=torch.device("cpu"))
 
 
 class FlipOneBit(TrainerCallback):
@@ -97,7 +101,7 @@ def test_counts_are_those_of_the_router_without_padding(name):
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     monitor, state = RoutingMonitor(model), TrainerState()
-    monitor.on_train_begin(None, state, TrainerControl())
+    monitor.on_train_begin(CPU, state, TrainerControl())
     monitor.see_mask(mask)
     with monitor.paused():
         model(input_ids=ids, attention_mask=mask)
@@ -111,6 +115,18 @@ def test_counts_are_those_of_the_router_without_padding(name):
     loads = torch.stack([layer.double() for layer in expected])
     assert figures["load_imbalance"] == pytest.approx(float((loads.max(1).values / loads.mean(1)).mean()))
     assert figures["idle_experts"] == int((loads == 0).sum())
+
+
+def test_experts_that_lie_elsewhere_are_counted_where_their_tokens_are():
+    module = tiny_model("olmoe").train()
+    monitor, state = RoutingMonitor(module), TrainerState()
+    for experts in monitor._modules.values():
+        experts.to("meta")  # as streamed experts stay in host memory
+    monitor.on_train_begin(CPU, state, TrainerControl())
+    for name in monitor._modules:
+        monitor._count(name, torch.tensor([[0, 1], [1, 2]]), torch.full((2, 2), 0.5))
+    assert monitor.read()["load_imbalance"] == pytest.approx(2 / (4 / module.config.num_experts))
+    monitor.on_train_end(None, state, TrainerControl())
 
 
 def test_recomputation_changes_no_figure(checkpoints, tmp_path):

@@ -1,4 +1,7 @@
-"""Masks that keep the examples of a pack apart, for models of transformers that do not build them from positions."""
+"""Masks that keep the examples of a pack apart, made from positions without asking the device what they are.
+
+Shapes: B rows, S tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,59 +11,92 @@ import torch
 from torch import Tensor, nn
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+MASKED_ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that take a mask as a tensor."""
 
 
-def mask_documents(model: Any) -> bool:
+def mask_documents(model: Any, on_host: bool = True) -> bool:
     """Give a model masks from its ``position_ids`` when it is called without an attention mask and without a cache.
 
     transformers' mask functions tell examples apart by positions that start anew, but some models (gpt_oss in 5.23) do
-    not pass positions to them. A hook on the decoder calls the same functions with positions. Whether the model then
-    keeps examples apart is for the caller to find out.
+    not pass positions to them. And they ask whether a row holds several examples at all, for each kind of layer, so
+    that the host waits for the GPU in every forward pass. Whether the model keeps examples apart with masks of ours is
+    for the caller to find out.
 
     Args:
         model: A causal language model of transformers, without a PEFT wrapper.
+        on_host: Also where the model computes on the CPU, which waits for nothing.
 
     Returns:
-        False, with nothing done, if the model has layers of other kinds than full and sliding attention.
+        False, with nothing done, if the model has layers of other kinds than full and sliding attention, or attention
+        that takes no mask.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or [FULL])
-    if not kinds <= {FULL, SLIDING}:
+    if config._attn_implementation not in MASKED_ATTENTION or not set(attention_kinds(config)) <= {FULL, SLIDING}:
         return False
     decoder = model.base_model
-    if not getattr(decoder, "masks_documents", False):
-        decoder.masks_documents = True
+    if not hasattr(decoder, "masks_documents_on_host"):
+        decoder.masks_documents_on_host = False
         decoder.register_forward_pre_hook(_add_masks, with_kwargs=True)
+    decoder.masks_documents_on_host |= on_host
     return True
 
 
-def _add_masks(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    positions = kwargs.get("position_ids")
-    rows = args[0] if args else kwargs.get("input_ids")
-    rows = kwargs.get("inputs_embeds") if rows is None else rows
-    cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
-    if positions is None or rows is None or cached or kwargs.get("attention_mask") is not None or len(args) > 1:
-        return None
-    return args, {**kwargs, "attention_mask": _masks(decoder, rows, positions)}
+def attention_kinds(config: Any) -> list[str]:
+    """Kinds of attention layers; a model that does not list them has a window everywhere or nowhere."""
+    listed = getattr(config, "layer_types", None)
+    if listed:
+        return sorted(set(listed))
+    return [SLIDING if getattr(config, "sliding_window", None) is not None else FULL]
 
 
-def _masks(decoder: Any, rows: Tensor, positions: Tensor) -> Any:
-    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+def masks_of(model: Any, visible_BSS: Tensor, position_ids_BS: Tensor) -> Any:
+    """What to pass to a model as ``attention_mask``: ``[B, 1, S, S]``, or one for each kind of attention layer.
 
-    options = {
-        "config": decoder.config,
-        # Read for shape, dtype and device alone.
-        "inputs_embeds": torch.empty(*rows.shape[:2], 0, dtype=decoder.dtype, device=rows.device),
-        "attention_mask": None,
-        "past_key_values": None,
-        "position_ids": positions,
-    }
-    kinds = set(getattr(decoder.config, "layer_types", None) or [FULL])
-    if kinds == {FULL}:
-        return create_causal_mask(**options)
-    return {FULL: create_causal_mask(**options), SLIDING: create_sliding_window_causal_mask(**options)}
+    Args:
+        model: A causal language model of transformers, or its decoder.
+        visible_BSS: Which keys a query sees where there is no window.
+        position_ids_BS: Positions, in which a window counts.
+    """
+    config = model.config.get_text_config()
+    kinds = attention_kinds(config)
+    masks = {FULL: visible_BSS}
+    if SLIDING in kinds:
+        distance_BSS = position_ids_BS[:, :, None] - position_ids_BS[:, None, :]
+        masks[SLIDING] = visible_BSS & (distance_BSS < config.sliding_window)
+    if config._attn_implementation == "eager" or visible_BSS.device.type != "cpu":
+        # On a GPU, PyTorch would make this of a bool mask in every layer, and keep it there for backward.
+        dtype = model.get_input_embeddings().weight.dtype
+        made = {kind: as_added(masks[kind], dtype) for kind in kinds}
+    else:
+        made = {kind: masks[kind][:, None] for kind in kinds}
+    return made if len(kinds) > 1 else made[kinds[0]]
 
 
 def as_added(visible_BSS: Tensor, dtype: torch.dtype) -> Tensor:
     """What eager attention, and every other that takes a mask at all, adds to scores: ``[B, 1, S, S]`` of a dtype."""
     return torch.zeros_like(visible_BSS, dtype=dtype).masked_fill_(~visible_BSS, torch.finfo(dtype).min)[:, None]
+
+
+def causal(size: int, device: torch.device) -> Tensor:
+    """Which keys a query sees when all belong together, ``[S, S]``."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril_()
+
+
+def _add_masks(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    positions = kwargs.get("position_ids")
+    if positions is None or (positions.device.type == "cpu" and not decoder.masks_documents_on_host):
+        return None
+    cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
+    if positions.ndim != 2 or cached or kwargs.get("attention_mask") is not None or len(args) > 1:
+        return None
+    return args, {**kwargs, "attention_mask": masks_of(decoder, _visible(positions), positions)}
+
+
+def _visible(positions_BS: Tensor) -> Tensor:
+    """Keys before a query in the same example; an example begins where a position does not follow the last one."""
+    begins_BS = torch.ones_like(positions_BS)
+    begins_BS[:, 1:] = positions_BS.diff() != 1
+    example_BS = begins_BS.cumsum(-1)
+    same_BSS = example_BS[:, :, None] == example_BS[:, None, :]
+    return same_BSS.logical_and_(causal(positions_BS.shape[1], positions_BS.device))

@@ -13,12 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeft.integration.document_masks import FULL, SLIDING, as_added
+from moeft.integration.document_masks import (
+    FULL,
+    MASKED_ATTENTION,
+    SLIDING,
+    attention_kinds,
+    causal,
+    masks_of,
+)
 from moeft.integration.embedding_gradient import embedding_gradient
 
 PREFIX = 0
 """Segment of the prompt; every other number is an answer of its own."""
-_MASKED_ATTENTION = ("eager", "sdpa")
 PROBE_TOKENS = 4
 
 
@@ -33,17 +39,7 @@ def prefix_masks(model: Any, segments_BS: Tensor, position_ids_BS: Tensor) -> An
     Returns:
         A mask ``[B, 1, S, S]``, or one for each kind of attention layer.
     """
-    config = model.config.get_text_config()
-    is_eager = config._attn_implementation == "eager"
-    dtype = model.get_input_embeddings().weight.dtype if is_eager else None
-    kinds = _kinds(config)
-    full_BSS = _visible(segments_BS)
-    masks = {FULL: full_BSS}
-    if SLIDING in kinds:
-        distance_BSS = position_ids_BS[:, :, None] - position_ids_BS[:, None, :]
-        masks[SLIDING] = full_BSS & (distance_BSS < config.sliding_window)
-    made = {kind: masks[kind][:, None] if dtype is None else as_added(masks[kind], dtype) for kind in kinds}
-    return made if getattr(config, "layer_types", None) and len(kinds) > 1 else next(iter(made.values()))
+    return masks_of(model, _visible(segments_BS), position_ids_BS)
 
 
 def shares_prefix(model: Any) -> bool:
@@ -58,7 +54,7 @@ def shares_prefix(model: Any) -> bool:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
-    if config._attn_implementation not in _MASKED_ATTENTION or not set(_kinds(config)) <= {FULL, SLIDING}:
+    if config._attn_implementation not in MASKED_ATTENTION or not set(attention_kinds(config)) <= {FULL, SLIDING}:
         return False
     device = base.get_input_embeddings().weight.device
     segments = torch.arange(3, device=device).repeat_interleave(PROBE_TOKENS)[None]
@@ -73,16 +69,6 @@ def shares_prefix(model: Any) -> bool:
     return bool(prompt.any()) and not first_answer.any()
 
 
-def _kinds(config: Any) -> list[str]:
-    """Kinds of attention layers; a model that does not list them has a window everywhere or nowhere."""
-    listed = getattr(config, "layer_types", None)
-    if listed:
-        return sorted(set(listed))
-    return [SLIDING if getattr(config, "sliding_window", None) is not None else FULL]
-
-
 def _visible(segments_BS: Tensor) -> Tensor:
     of_query, of_key = segments_BS[:, :, None], segments_BS[:, None, :]
-    size = segments_BS.shape[1]
-    causal_SS = torch.ones(size, size, dtype=torch.bool, device=segments_BS.device).tril()
-    return causal_SS & ((of_key == PREFIX) | (of_key == of_query))
+    return causal(segments_BS.shape[1], segments_BS.device) & ((of_key == PREFIX) | (of_key == of_query))

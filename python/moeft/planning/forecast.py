@@ -56,6 +56,7 @@ def plan(
     vram_bytes = parse_bytes(size) if size is not None else None if card is None else card.memory_bytes
     found = read_model(model)
     settings, notes = resolve(found, asked, given=recipe is not None)
+    settings = replace(settings, card_bytes=vram_bytes)
     forecast = Forecast(found, settings)
     if device and card is None:
         notes.append(

@@ -42,6 +42,7 @@ class Settings:
         optimizer: Name as in ``TrainingArguments.optim``.
         memory: Where experts wait.
         protected_rank: Directions of the instruct subspace that ``protection`` holds for every matrix; None without it.
+        card_bytes: Memory of the card, of which its kernels take a share as workspace; None if it is not known.
     """
 
     quantization: Quantization | None = field(default_factory=Quantization)
@@ -59,6 +60,7 @@ class Settings:
     optimizer: str = TRANSFORMERS_OPTIMIZER
     memory: Memory = field(default_factory=Memory)
     protected_rank: int | None = None
+    card_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.checkpointing not in CHECKPOINTING:

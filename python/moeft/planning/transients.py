@@ -17,6 +17,7 @@ from moeft.planning.weights import FLOAT_BYTES, Weight
 LOSS_CHUNK_ELEMENTS = 1 << 25
 MOST_LOSS_CHUNK_ROWS = 1024
 WORKSPACE_BYTES = 64 << 20
+CARD_PER_WORKSPACE = 128  # of a card's memory, unless that is less
 LOGIT_BUFFERS = 2  # float32 buffers of a chunk of logits that serve all chunks
 
 
@@ -57,13 +58,14 @@ def workspace_bytes(weights: Sequence[Weight], quantization: Quantization | None
     """Buffer into which packed weights are restored: some experts at a time, a linear layer whole."""
     packed = [weight for weight in weights if weight.packed]
     element = FLOAT_BYTES[settings.dtype]
+    buffer = max(WORKSPACE_BYTES, (settings.card_bytes or 0) // CARD_PER_WORKSPACE)
     largest = 0
     for weight in packed:
         if len(weight.shape) == 2:
             size = element * weight.parameters
         else:
             one = element * weight.parameters // weight.shape[0]
-            size = min(element * weight.parameters, max(one, WORKSPACE_BYTES))
+            size = min(element * weight.parameters, max(one, buffer))
             if quantization is not None and quantization.double_quant:
                 size += 4 * weight.parameters // quantization.block_size  # the absmax of the stack in float32
         largest = max(largest, size)

@@ -24,6 +24,8 @@ def wants_flat_batches(model: Any) -> bool:
 def check_document_isolation(model: Any) -> None:
     """Make sure that no example of a pack is seen from another one: by the model's own masks, or else by ours.
 
+    On a GPU a language model gets ours from the start, since making its own waits for the device.
+
     Args:
         model: A causal language model of transformers, with or without adapters.
 
@@ -31,6 +33,8 @@ def check_document_isolation(model: Any) -> None:
         UnsupportedModelError: If an example is seen from another one all the same.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base.config.get_text_config() is base.config:  # a model of several kinds of input has more to mask
+        mask_documents(base, on_host=False)
     if _keeps_apart(base) or (mask_documents(base) and _keeps_apart(base)):
         return
     config = base.config.get_text_config()

@@ -46,7 +46,8 @@ class RoutingMonitor(TrainerCallback):
         self._remove()
         saved = state.stateful_callbacks.get(STATE_KEY, {})
         for name, module in self._modules.items():
-            options: Any = {"dtype": torch.float64, "device": next(module.parameters()).device}
+            # Not where the experts lie: those that are streamed stay in host memory.
+            options: Any = {"dtype": torch.float64, "device": args.device}
             experts = int(module.num_experts)  # type: ignore[arg-type]
             self._load[name] = torch.zeros(experts, **options)
             self._total[name] = torch.tensor(saved.get(name) or [0.0] * experts, **options)
@@ -123,6 +124,9 @@ class RoutingMonitor(TrainerCallback):
 
     @torch.no_grad()
     def _count(self, name: str, index_Tk: Tensor, weight_Tk: Tensor) -> None:
+        if self._load[name].device != index_Tk.device:  # a model whose layers lie on several
+            for figures in (self._load, self._total, self._entropy):
+                figures[name] = figures[name].to(index_Tk.device)
         load_E = self._load[name]
         counted_T = self._counted_T
         if counted_T is None or counted_T.numel() != index_Tk.shape[0]:
