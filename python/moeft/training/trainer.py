@@ -185,7 +185,7 @@ class MoeTrainer(TrainableCheckpoints):
             raise out_of_memory.explain(error, self.model, self.optimizer, step, self.forecast) from error
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; the loss is for the log, the last finite one instead of any other."""
+        """Forward and backward of one micro-batch; the loss for the log, the last finite one instead of any other."""
         self.throughput.add(number_of_tokens(inputs))
         if self.routing is not None:
             self.routing.see_mask(inputs.get("attention_mask"))
