@@ -8,6 +8,7 @@ from torch import Tensor
 from moeft.kernels.experts import gpu
 from moeft.kernels.linear_cross_entropy import gpu as head
 from moeft.kernels.nf4 import NESTED_BLOCK, Layout, NestedStatistics, NF4Weight
+from moeft.kernels.nf4 import gpu as nf4
 from moeft.kernels.routing import Buckets
 from moeft.kernels.routing import gpu as routing
 
@@ -33,27 +34,32 @@ def packed(*shape: int) -> NF4Weight:
     )
 
 
-def expert_block(tokens: int) -> None:
+def expert_block(tokens: int, dtype: torch.dtype = torch.bfloat16, rank: int = RANK) -> None:
     """Forward and backward of a layer's experts, with factors on both stacks."""
     rows = tokens * TOP_K
     buckets = Buckets(
         empty(rows, dtype=torch.int64), empty(rows, dtype=torch.int64), empty(EXPERTS + 1, dtype=torch.int32)
     )
-    x, weights = empty(tokens, HIDDEN), empty(tokens, TOP_K, dtype=torch.float32)
+    x, weights = empty(tokens, HIDDEN, dtype=dtype), empty(tokens, TOP_K, dtype=torch.float32)
     stacks = packed(EXPERTS, 2 * INNER, HIDDEN), packed(EXPERTS, HIDDEN, INNER)
     factors = [
         gpu.Factors(
-            empty(EXPERTS * RANK, columns, dtype=torch.float32), empty(rows, RANK * EXPERTS, dtype=torch.float32), 0.5
+            empty(EXPERTS * rank, columns, dtype=torch.float32), empty(rows, rank * EXPERTS, dtype=torch.float32), 0.5
         )
         for rows, columns in ((2 * INNER, HIDDEN), (HIDDEN, INNER))
     ]
     _, saved = gpu.forward(x, weights, *stacks, *factors, buckets, "gelu_tanh", True)
-    gpu.backward(empty(tokens, HIDDEN), x, weights, *stacks, *factors, buckets, "gelu_tanh", saved)
+    gpu.backward(torch.empty_like(x), x, weights, *stacks, *factors, buckets, "gelu_tanh", saved)
 
 
 def route(tokens: int) -> None:
     """Routing of a layer."""
     routing.sort_rows(empty(tokens * TOP_K, dtype=torch.int64), EXPERTS)
+
+
+def restore() -> None:
+    """A stack of experts from 4 bits."""
+    nf4.dequantize(packed(EXPERTS, HIDDEN, INNER), empty(EXPERTS, HIDDEN, INNER))
 
 
 def loss_head(tokens: int) -> None:

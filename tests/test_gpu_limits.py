@@ -72,7 +72,7 @@ def test_memory_is_explained_where_components_are_not_known(checkpoints):
 def test_gpus_before_sm_80_take_pytorch_and_say_so(monkeypatch, caplog, capability, obstacle):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    dispatch._obstacle.cache_clear()
+    dispatch._find_obstacle.cache_clear()
     try:
         with caplog.at_level("WARNING"):
             taken = dispatch.has_triton(torch.device("cuda", 0))
@@ -86,4 +86,4 @@ def test_gpus_before_sm_80_take_pytorch_and_say_so(monkeypatch, caplog, capabili
         with pytest.raises(ValueError, match=f"MOEFT_KERNELS is 'triton', but {obstacle}.*set it to 'pytorch'"):
             dispatch.has_triton(torch.device("cuda", 0))
     finally:
-        dispatch._obstacle.cache_clear()
+        dispatch._find_obstacle.cache_clear()

@@ -75,7 +75,8 @@ def test_block_can_be_captured_in_a_cuda_graph():
 
     def block():
         buckets = bucket(case.index, 8)
-        return fused.ExpertBlock.apply(case.x, case.weights, *case.factors, *buckets, weights, "gelu_tanh", (1.0, 1.0))
+        leaves = case.x, case.weights, *case.factors
+        return fused.ExpertBlock.apply(*leaves, *buckets, weights, "gelu_tanh", (1.0, 1.0), True)
 
     expected = block()
     stream = torch.cuda.Stream()

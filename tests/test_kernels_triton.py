@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -47,6 +48,7 @@ def launches(capability: int, tokens: int, only: str = "") -> list[tuple[int, tr
         if not only:
             meta_launches.route(tokens)
             meta_launches.loss_head(tokens)
+            meta_launches.restore()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "capability_of", lambda _: divmod(capability, 10))
@@ -93,6 +95,38 @@ def test_products_use_matrix_instructions(compiled):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "rank", "only"),
+    [
+        (torch.float32, 16, "linear_kernel[ROWS=2816,COLUMNS=704,TRANSPOSE=0"),
+        (torch.float32, 16, "gated"),
+        (torch.bfloat16, 512, "gated"),
+    ],
+    ids=str,
+)
+def test_exact_rows_and_large_ranks_fit_the_smallest_gpu(monkeypatch, dtype, rank, only):
+    monkeypatch.setattr(config, "capability_of", lambda _: (8, 6))
+    block = functools.partial(meta_launches.expert_block, 16384, dtype, rank)
+    (record,) = (record for record in triton_targets.launches(block) if only in record.name)
+    code = triton_targets.compile_for(record, 86)
+    assert code.shared_bytes <= MOST_SHARED[86] << 10
+    assert code.stack_bytes <= 8  # outside the loop
+
+
+@pytest.mark.slow
+def test_restoring_a_weight_reads_a_scale_once_for_a_run_of_values(compiled):
+    (code,) = (code for (capability, name), code in compiled.items() if capability == 86 and "dequantize" in name)
+    assert code.ptx.count("ld.global") <= 8  # codes, scale and its statistics, table: of 32 values a thread
+
+
+@pytest.mark.slow
+def test_logit_of_the_label_is_read_before_a_warp_that_is_ahead_can_overwrite_it(compiled):
+    ptx = compiled[86, "log_probs_kernel[]"].ptx
+    assert ptx.count("ld.global.b16") == 1  # other logits come four or more at a time
+    assert ptx.index("ld.global.b16") < ptx.rindex("bar.sync") < ptx.rindex("st.global")
+
+
+@pytest.mark.slow
 def test_main_loops_stay_in_their_instruction_budget(compiled):
     """The budgets are what Triton 3.9 compiles to and a tenth more: decoding must hide behind the matrix units."""
     budget = json.loads(BUDGET.read_text("utf-8"))
@@ -136,7 +170,7 @@ def test_layer_of_experts_takes_at_most_sixty_launches(monkeypatch, capability):
 
 
 def test_triton_on_a_gpu_that_is_too_old_is_said_once_and_not_used(monkeypatch, caplog):
-    dispatch._obstacle.cache_clear()
+    dispatch._find_obstacle.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     device = torch.device("cuda", 0)
@@ -146,15 +180,15 @@ def test_triton_on_a_gpu_that_is_too_old_is_said_once_and_not_used(monkeypatch, 
     monkeypatch.setenv("MOEFT_KERNELS", "triton")
     with pytest.raises(ValueError, match=r"MOEFT_KERNELS is 'triton', but Tesla T4 is sm_75"):
         dispatch.has_triton(device)
-    dispatch._obstacle.cache_clear()
+    dispatch._find_obstacle.cache_clear()
 
 
 def test_missing_triton_falls_back_to_pytorch(monkeypatch, caplog):
-    dispatch._obstacle.cache_clear()
+    dispatch._find_obstacle.cache_clear()
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: None)
     assert not dispatch.has_triton(torch.device("cuda", 0))
     assert "the package triton is not installed" in caplog.text
-    dispatch._obstacle.cache_clear()
+    dispatch._find_obstacle.cache_clear()
 
 
 def test_import_of_the_kernels_does_not_load_triton():
@@ -192,3 +226,23 @@ def test_way_through_a_stack_depends_on_gpu_and_rows(monkeypatch, capability, to
     assert config.path_of_weight(weight, tokens * 8, meta_launches.empty(1, 2816)) == path
     monkeypatch.setattr(config, "workspace_bytes", lambda _: 64 << 20)
     assert config.path_of_weight(weight, tokens * 8, meta_launches.empty(1, 2816)) != "grouped_mm"
+
+
+def test_compiler_asks_which_kernels_a_gpu_has_without_a_graph_break(monkeypatch):
+    dispatch._find_obstacle.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+
+    def add(x):
+        return x + dispatch.has_triton(torch.device("cuda", 0))
+
+    torch._dynamo.reset()
+    assert torch.compile(add, backend="eager", fullgraph=True)(torch.ones(1)) == 2
+    dispatch._find_obstacle.cache_clear()
+
+
+def test_chunks_of_experts_share_a_compiled_kernel(monkeypatch):
+    monkeypatch.setattr(config, "capability_of", lambda _: (8, 0))
+    monkeypatch.setattr(config, "workspace_bytes", lambda _: 192 << 20)  # 25 experts of gate_up, 50 of down
+    records = triton_targets.launches(lambda: meta_launches.expert_block(4096))
+    names = [record.name for record in records if "linear_kernel" in record.name]
+    assert len(names) == len(set(names)) > 4

@@ -139,6 +139,23 @@ def test_loss_head_equals_the_definition(vocabulary, softcap, chunk_rows):
     assert results[0][0][2] == 0
 
 
+def test_loss_head_reads_labels_that_do_not_lie_next_to_each_other():
+    hidden, head, labels = torch.randn(6, 8), torch.randn(20, 8), torch.randint(0, 20, (6, 2))[:, 0]
+    assert labels.stride() == (2,)
+    expected = head_reference.linear_log_probs(hidden, head, labels)
+    torch.testing.assert_close(linear_log_probs(hidden, head, labels), expected)
+
+
+def test_nothing_is_kept_for_backward_where_gradients_are_off():
+    case, calls = Case(torch.float32, hidden=16, inner=16, tokens=3, experts=3), []
+    x, forward = case.x.requires_grad_(), gpu.forward
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "forward", lambda *a: calls.append(forward(*a)) or calls[0])
+        experts(x, case.index, case.weights, case.gate_up, case.down, GELU)
+    ((_, saved),) = calls
+    assert [tensor.numel() for tensor in saved] == [0, 0, 0]
+
+
 def test_label_out_of_range_is_nan_and_no_stray_read():
     found = linear_log_probs(torch.randn(2, 8), torch.randn(20, 8), torch.tensor([3, 20]))
     assert torch.isfinite(found[0])
@@ -150,10 +167,11 @@ def operator_arguments(rank):
     factors = case.factors if rank else [None] * 4
     routing_tensors = routing.bucket(case.index.flatten(), 3)
     weights = fused.Weights(case.gate_up, case.down)
-    return (case.x, case.weights, *routing_tensors, *fused.stacks(weights), *factors, 0.5, 2.0, "silu")
+    leaves = (tensor.mT.contiguous().mT for tensor in (case.x, case.weights))  # rows do not lie next to each other
+    return (*leaves, *routing_tensors, *fused.stacks(weights), *factors, 0.5, 2.0, "silu")
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [0, 1, 4])
 def test_operators_pass_opcheck(rank):
     arguments = operator_arguments(rank)
     checks = ("test_schema", "test_faketensor")

@@ -58,6 +58,7 @@ class Compiled(NamedTuple):
     registers: int
     has_mma: bool
     loop_instructions: int  # of the longest loop, for one warp
+    ptx: str
 
 
 @contextmanager
@@ -106,9 +107,9 @@ def _record(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             divisible.append(position)
         elif not parameter.is_constexpr and isinstance(value, float):
             kind = "fp32"
-        elif not parameter.is_constexpr and isinstance(value, int) and value != 1:
+        elif not parameter.is_constexpr and isinstance(value, int) and (value != 1 or parameter.do_not_specialize):
             kind = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(position)
         if kind == "constexpr":
             constants[parameter.name] = value
@@ -138,6 +139,7 @@ def compile_for(record: LaunchRecord, capability: int) -> Compiled:
         int(found[1]),
         "mma.sync" in ptx or "wgmma.mma_async" in ptx or "tcgen05.mma" in ptx,
         _longest_loop(code),
+        ptx,
     )
 
 

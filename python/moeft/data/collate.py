@@ -95,12 +95,17 @@ class PackingCollator:
 
 
 def count_tokens(batch: dict[str, Tensor]) -> int:
-    """Tokens of a batch of either collator, without padding."""
+    """Tokens of a batch of either collator, without padding. Waits for the device of the batch."""
+    return int(number_of_tokens(batch))
+
+
+def number_of_tokens(batch: dict[str, Tensor]) -> Tensor | int:
+    """As :func:`count_tokens`, without waiting: a scalar on the device of the batch where values must be read."""
     if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
+        return batch["attention_mask"].sum()
     if "position_ids" in batch:
         # An example has a target after its first token, so it has a position 1, and padding has not.
-        return int((batch["position_ids"] > 0).sum() + (batch["position_ids"] == 1).sum())
+        return (batch["position_ids"] > 0).sum() + (batch["position_ids"] == 1).sum()
     return batch["input_ids"].numel()
 
 

@@ -67,9 +67,18 @@ def has_triton(device: torch.device) -> bool:
     return obstacle is None
 
 
-@functools.cache
 def _obstacle(device: torch.device) -> str | None:
     """Why a device cannot run Triton's kernels, said once in the log; None if it can."""
+    return _find_obstacle(device)
+
+
+# The compiler of PyTorch 2.11 cannot trace what happens in there, and is to call it instead. That is what
+# torch.compiler.assume_constant_result does, after it has imported the compiler, which takes a second.
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _find_obstacle(device: torch.device) -> str | None:
     obstacle = None
     if device.type != "cuda" or torch.version.hip:
         obstacle = f"Triton's kernels of moeft need an NVIDIA GPU, not {device.type} ({torch.version.hip or 'no HIP'})"

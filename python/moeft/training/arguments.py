@@ -45,6 +45,10 @@ class MoeConfig(TrainingArguments):
         default=False,
         metadata={"help": "Run float32 norms on the CPU in one pass; their last bits differ from transformers'."},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Trainer's filter, which waits for the device twice a micro-batch; ours needs no wait."},
+    )
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rows are ours and hold no others."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches in host memory; only a GPU gains."}
@@ -69,6 +73,9 @@ class MoeConfig(TrainingArguments):
         if problems := optimizer_problems(vars(self)):
             raise ValueError("; ".join(problems))
         given = dict(vars(self))
+        if given["accelerator_config"] is None and self.dataloader_pin_memory:
+            # A copy from pinned memory that blocks waits for all that the device was given before it.
+            self.accelerator_config: Any = {"non_blocking": True}
         is_ours = given["optim"] in OWN_OPTIMIZERS
         if given["optim"] in HOST_STATE_BITS:
             host_options(given["optim_args"])

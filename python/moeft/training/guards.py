@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from moeft.errors import TrainingError
 from moeft.training.diagnosis import Batch, Diagnosis
-from moeft.training.processes import any_process, local
+from moeft.training.processes import local, total
 
 STATE_KEY = "moeft.skipped_steps"
 
@@ -44,15 +44,26 @@ class NonFiniteGuard(TrainerCallback):
         self.skipped_steps = 0
         self.in_a_row = 0
         self._seen: list[tuple[Batch, Tensor]] = []
+        self._last_finite: Tensor | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start from zero, or from the counters of the checkpoint that is resumed."""
         self.skipped_steps, self.in_a_row = state.stateful_callbacks.get(STATE_KEY, (0, 0))
         self._seen = []
+        self._last_finite = None
 
-    def see_loss(self, loss: Tensor, batch: Batch) -> None:
-        """Take note of one micro-batch and its loss; nothing waits for the device."""
-        self._seen.append((batch, ~torch.isfinite(loss.detach()).all()))
+    def see_loss(self, loss: Tensor, batch: Batch) -> Tensor:
+        """Take note of one micro-batch and its loss; nothing waits for the device.
+
+        Returns:
+            The loss for a log's mean: if it is not finite, the last one that was, or 0.
+        """
+        loss = loss.detach()
+        good = torch.isfinite(loss).all()
+        self._seen.append((batch, ~good))
+        before = torch.zeros_like(loss) if self._last_finite is None else self._last_finite
+        self._last_finite = torch.where(good, loss, before)
+        return self._last_finite
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop all gradients if the loss or one of them is not finite.
@@ -88,8 +99,12 @@ class NonFiniteGuard(TrainerCallback):
         state.stateful_callbacks[STATE_KEY] = [self.skipped_steps, in_a_row]
 
     def _what_is_wrong(self, parameters: list[Tensor], device: torch.device) -> str | None:
-        if any_process(bool(self._seen) and bool(torch.stack([bad for _, bad in self._seen]).any()), device):
-            return "non-finite loss"
+        flags = [bad for _, bad in self._seen]
         gradients = [local(p.grad) for p in parameters]
-        bad = bool(gradients) and not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
-        return "non-finite gradient" if any_process(bad, device) else None
+        no = torch.zeros((), dtype=torch.bool, device=device)
+        bad_loss = torch.stack(flags).any() if flags else no
+        bad_gradient = ~torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all() if gradients else no
+        # The one place where a step waits for the device: both are read at once.
+        found = torch.stack((bad_loss.to(device), bad_gradient.to(device))).float()
+        loss_is_bad, gradient_is_bad = total(found).tolist()
+        return "non-finite loss" if loss_is_bad else "non-finite gradient" if gradient_is_bad else None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -34,27 +35,31 @@ def peak_bytes() -> int:
 class Throughput(TrainerCallback):
     """Tokens, of all processes, and seconds of training steps; not of loading data, evaluation and checkpoints.
 
+    Tokens are counted where the batches lie, and read when something is logged or saved: a step waits for no device.
     The totals travel in the state that Trainer saves with each checkpoint: after a resume they cover every step that
     the weights have seen, and none of those that were lost.
 
     Attributes:
-        total_tokens: Tokens of all steps, without padding.
+        total_tokens: Tokens of all steps, without padding, up to the last reading, checkpoint or end of training.
         total_seconds: Time of all steps.
     """
 
     def __init__(self) -> None:
         self.total_tokens = 0
         self.total_seconds = 0.0
-        self._step_tokens = 0
+        self._step_tokens: Tensor | int = 0
+        self._unread: Tensor | int = 0  # of finished steps that are not in the total yet, of this process
         self._read_at = (0, 0.0)
         self._step_began = 0.0
+        self._device: torch.device | str = "cpu"
 
-    def add(self, tokens: int) -> None:
-        """Count tokens that went through the model in this step."""
-        self._step_tokens += tokens
+    def add(self, tokens: Tensor | int) -> None:
+        """Count tokens that went through the model in this step; a scalar may lie on any device."""
+        self._step_tokens = self._step_tokens + tokens
 
     def read(self) -> float:
-        """Tokens per second of the steps since the last reading."""
+        """Tokens per second of the steps since the last reading. Every process must read."""
+        self._settle()
         tokens, seconds = self._read_at
         self._read_at = (self.total_tokens, self.total_seconds)
         return (self.total_tokens - tokens) / max(self.total_seconds - seconds, 1e-9)
@@ -63,6 +68,8 @@ class Throughput(TrainerCallback):
         """Start from zero, or from the totals of the checkpoint that is resumed."""
         self.total_tokens, self.total_seconds = state.stateful_callbacks.get(STATE_KEY, (0, 0.0))
         self._read_at = (self.total_tokens, self.total_seconds)
+        self._unread = 0
+        self._device = args.device
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -70,10 +77,27 @@ class Throughput(TrainerCallback):
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock; put the totals where Trainer saves them, if it is about to save."""
         self.total_seconds += time.perf_counter() - self._step_began
-        self.total_tokens += total_count(self._step_tokens, args.device)
+        self._unread = self._unread + self._step_tokens
+        if control.should_save:
+            self._save(state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the totals where Trainer saves them: it may save at the end of an epoch."""
+        self._save(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bring the totals up to date."""
+        self._save(state)
+
+    def _save(self, state: Any) -> None:
+        self._settle()
         state.stateful_callbacks[STATE_KEY] = [self.total_tokens, self.total_seconds]
+
+    def _settle(self) -> None:
+        self.total_tokens += total_count(int(self._unread), self._device)
+        self._unread = 0
 
 
 class ProgressBar(ProgressCallback):

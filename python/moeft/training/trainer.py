@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from moeft.config.optimizer import HOST_STATE_BITS, OWN_OPTIMIZERS, STOCHASTIC
 from moeft.config.protection import Protection
-from moeft.data.collate import count_tokens
+from moeft.data.collate import number_of_tokens
 from moeft.integration.cpu_linears import multiply_in_core
 from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
@@ -186,14 +186,13 @@ class MoeTrainer(TrainableCheckpoints):
             raise out_of_memory.explain(error, self.model, self.optimizer, step, self.forecast) from error
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch."""
-        self.throughput.add(count_tokens(inputs))
+        """Forward and backward of one micro-batch; the loss for the log, the last finite one instead of any other."""
+        self.throughput.add(number_of_tokens(inputs))
         if self.routing is not None:
             self.routing.see_mask(inputs.get("attention_mask"))
         with self.explained_memory():
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self.guard.see_loss(loss, inputs)
-        return loss
+        return self.guard.see_loss(loss, inputs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -89,7 +89,8 @@ def experts(
     if gate is not None and in_core(x):
         return cpu.ExpertBlock.apply(*leaves, buckets, weights, gate, lora.scalings).to(dtype)
     if gate is not None and in_triton(x) and fused.knows(weights, gate.name):
-        return fused.ExpertBlock.apply(*leaves, *buckets, weights, gate.name, lora.scalings).to(dtype)
+        keep = torch.is_grad_enabled()
+        return fused.ExpertBlock.apply(*leaves, *buckets, weights, gate.name, lora.scalings, keep).to(dtype)
     return function.ExpertBlock.apply(*leaves, buckets, weights, activation, lora.scalings).to(dtype)
 
 

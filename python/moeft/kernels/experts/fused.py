@@ -37,8 +37,10 @@ class ExpertBlock(torch.autograd.Function):
         weights: Weights,
         gate: str,
         scalings: tuple[float, float],
+        with_gradient: bool,
     ) -> Tensor:
-        keep = any(ctx.needs_input_grad[:6])
+        # Leaves that train are said to need a gradient where gradients are off, too.
+        keep = with_gradient and any(ctx.needs_input_grad[:6])
         factors = (a_up, b_up, a_down, b_down)
         routing = (permutation, inverse, offsets)
         with weights.in_place() as here:
@@ -70,7 +72,7 @@ class ExpertBlock(torch.autograd.Function):
                 *saved,
             )
         needed = zip(ctx.needs_input_grad, gradients, strict=False)
-        return *(gradient if wanted else None for wanted, gradient in needed), *([None] * 6)
+        return *(gradient if wanted else None for wanted, gradient in needed), *([None] * 7)
 
 
 def stacks(weights: Weights) -> tuple[list[Tensor], list[int], list[Tensor], list[int], str]:

@@ -173,7 +173,7 @@ def _gated(
         return h_R2I, act_RI
     h_kept = x_TH.new_empty(tiles.rows, rows_2I) if keep else None
     kind = "gated_packed" if path == "fused" else "gated"
-    launch = config.launch_of(kind, tiles.m, inner, hidden, x_TH.device)
+    launch = config.launch_of(kind, tiles.m, inner, hidden, x_TH)
     rank = low.rows.shape[1] if low else 0
     for first, stop, pointers in chunks(gate_up, path, x_TH.dtype):
         kernels.gated_linear_kernel[(tiles.map.shape[0] * -(-inner // launch.n),)](

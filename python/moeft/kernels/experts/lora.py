@@ -48,4 +48,4 @@ def split_b(b: Tensor, num_experts: int) -> Tensor:
 
 def join_b(b_Eor: Tensor) -> Tensor:
     """``[E, out, r]`` back to ``[out, r * E]``."""
-    return b_Eor.permute(1, 2, 0).reshape(b_Eor.shape[1], -1)
+    return b_Eor.permute(1, 2, 0).reshape(b_Eor.shape[1], -1).contiguous()

@@ -69,7 +69,7 @@ def _(x: Tensor, weights: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor,
 
     up_rank, down_rank = (0 if a is None else a.shape[0] // sizes[0] for a in (a_up, a_down))
     return (
-        torch.empty_like(x),
+        x.new_empty(x.shape),
         kept(sizes[1], keep),
         kept(up_rank, keep and a_up is not None),
         kept(down_rank, keep and a_down is not None),
@@ -118,5 +118,5 @@ def experts_backward(
 
 @experts_backward.register_fake
 def _(grad: Tensor, x: Tensor, weights: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    gradients = (x.new_empty(0) if factor is None else torch.empty_like(factor) for factor in others[8:12])
-    return torch.empty_like(x), torch.empty_like(weights), *gradients
+    gradients = (x.new_empty(0) if factor is None else factor.new_empty(factor.shape) for factor in others[8:12])
+    return x.new_empty(x.shape), weights.new_empty(weights.shape), *gradients

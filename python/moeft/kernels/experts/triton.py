@@ -28,7 +28,7 @@ def activate(gate, GATE: tl.constexpr):
         return gate * half, half + 2 * gate * half * (1 - half) * slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "stop_expert"])
 def gated_linear_kernel(
     x, h, act, tiles, offsets, permutation, top_k, first_expert, stop_expert,
     weight, absmax, absmax2, nested_offset, dynamic_map, codes,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moeft.kernels import tuning
 from moeft.kernels.nf4 import NF4Weight
+from moeft.kernels.power_of_two import power_of_two
 
 # Restored tile by tile inside the product; into a workspace, multiplied by our kernel; the same, by PyTorch's.
 Path = Literal["fused", "workspace", "grouped_mm"]
@@ -41,18 +42,29 @@ def rows_of_tile(rows: int, num_experts: int) -> int:
     return next((size for size, most in ((16, 16), (32, 64), (64, 192)) if mean <= most), 128)
 
 
-def launch_of(kind: str, m: int, outer: int, inner: int, device: torch.device) -> Launch:
+def launch_of(kind: str, m: int, outer: int, inner: int, x: Tensor) -> Launch:
     """The launch that was measured to be the fastest on this GPU, else a default that fits every one from sm_80 on.
 
-    ``kind`` is "packed", "dense" or "gated", with "_transposed" for a product with the weight itself.
+    ``kind`` is "packed", "dense" or "gated", with "_transposed" for a product with the weight itself; ``x`` are rows.
     """
-    return tuning.lookup(f"{kind}-{m}x{outer}x{inner}", device, candidates(kind, m, outer))
+    if x.dtype == torch.float32:
+        return tuning.lookup(f"{kind}-{m}x{outer}x{inner}-float32", x.device, candidates_of_float32(kind, m, outer))
+    return tuning.lookup(f"{kind}-{m}x{outer}x{inner}", x.device, candidates(kind, m, outer))
+
+
+def candidates_of_float32(kind: str, m: int, outer: int) -> tuple[Launch, ...]:
+    """As :func:`candidates`, for rows that no matrix unit multiplies exactly: each thread holds its operands."""
+    warps = 8 if m == 128 else 4
+    if outer <= NARROW:
+        return (Launch(max(16, power_of_two(outer)), 32, warps, 2),)
+    n = 32 if kind.startswith("gated") else 64
+    return Launch(n, 32, warps, 2), Launch(32, 16, warps, 3)
 
 
 def candidates(kind: str, m: int, outer: int) -> tuple[Launch, ...]:
     """Launches to choose from. The first, the default, fits 99 KiB of shared memory without spills (tests say so)."""
     if outer <= NARROW:  # a rank: few outputs, so that a long step keeps memory busy
-        n = max(16, 1 << (outer - 1).bit_length())
+        n = max(16, power_of_two(outer))
         return Launch(n, 64, 4, 3), Launch(n, 128, 4, 2)
     warps = 8 if m == 128 else 4
     if kind.startswith("gated"):  # two tiles of outputs
@@ -67,12 +79,15 @@ def path_of_weight(weight: NF4Weight | Tensor, rows: int, x: Tensor) -> Path:
 
     On GeForce cards decoding hides behind slower matrix units, so the product decodes; the A100 reads a restored weight
     faster once it serves more than 128 rows, sm_90 and sm_100 once it serves more than a tile. PyTorch's kernel needs
-    the whole stack restored; on other GPUs it waits for the device.
+    the whole stack restored; on other GPUs it waits for the device. Float32 rows leave a product no registers to
+    decode in.
     """
     datacenter = capability_of(x.device)[0] in DATACENTER
     by_pytorch = datacenter and fits_grouped_mm(weight, x.dtype)
     if not isinstance(weight, NF4Weight):
         return "grouped_mm" if by_pytorch else "workspace"
+    if x.dtype == torch.float32:
+        return "workspace"
     most_fused = 16 if datacenter else 128 if capability_of(x.device) == A100 else 256
     if rows <= most_fused * weight.shape[0]:
         return "fused"

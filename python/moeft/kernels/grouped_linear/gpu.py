@@ -134,7 +134,7 @@ class _Call(NamedTuple):
         outer, inner = (columns, rows) if self.transpose else (rows, columns)
         tiles, low = self.tiles, self.low_rank
         measured = f"{kind}_transposed" if self.transpose else kind
-        launch = config.launch_of(measured, tiles.m, outer, inner, self.x.device)
+        launch = config.launch_of(measured, tiles.m, outer, inner, self.x)
         rank = low.rows.shape[1] if low else 0
         kernels.grouped_linear_kernel[(tiles.map.shape[0] * -(-outer // launch.n),)](
             self.x,

@@ -62,16 +62,23 @@ def add_low_rank(
     total, low, factor, expert, rows, row_mask, out, out_mask, scaling,
     RANK: tl.constexpr, RANKS: tl.constexpr, OUT_STRIDE: tl.constexpr, RANK_STRIDE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Add ``scaling * low @ factor`` to a tile: ``low [R, RANK]``, ``factor`` of E experts, ``SIZE`` elements each."""
-    rank = tl.arange(0, RANKS)
-    mask = rank < RANK
-    left = tl.load(low + (rows * RANK)[:, None] + rank[None, :], mask=row_mask[:, None] & mask[None, :], other=0.0)
-    place = expert * SIZE + (out * OUT_STRIDE)[None, :] + (rank * RANK_STRIDE)[:, None]
-    right = tl.load(factor + place, mask=mask[:, None] & out_mask[None, :], other=0.0)
-    return total + tl.dot(left, right.to(left.dtype), input_precision="ieee") * scaling
+    """Add ``scaling * low @ factor`` to a tile: ``low [R, RANK]``, ``factor`` of E experts, ``SIZE`` elements each.
+
+    A large rank goes in parts, since a tile as wide as it would not fit shared memory.
+    """
+    STEP: tl.constexpr = min(RANKS, 32)
+    product = tl.zeros_like(total)
+    for first in tl.range(0, RANKS, STEP, num_stages=1):
+        rank = first + tl.arange(0, STEP)
+        mask = rank < RANK
+        left = tl.load(low + (rows * RANK)[:, None] + rank[None, :], mask=row_mask[:, None] & mask[None, :], other=0.0)
+        place = expert * SIZE + (out * OUT_STRIDE)[None, :] + (rank * RANK_STRIDE)[:, None]
+        right = tl.load(factor + place, mask=mask[:, None] & out_mask[None, :], other=0.0)
+        product = tl.dot(left, right.to(left.dtype), product, input_precision="ieee")
+    return total + product * scaling
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "stop_expert"])
 def grouped_linear_kernel(
     x, y, tiles, offsets, permutation, top_k, first_expert, stop_expert,
     weight, absmax, absmax2, nested_offset, dynamic_map, codes,

@@ -123,7 +123,7 @@ def _all_log_probs(
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         return gpu.LinearLogProbs.apply(
-            hidden_NH, head_weight, labels.reshape(-1), softcap, chunk_rows, torch.is_grad_enabled()
+            hidden_NH, head_weight, labels.reshape(-1).contiguous(), softcap, chunk_rows, torch.is_grad_enabled()
         )
 
 

@@ -33,6 +33,8 @@ def log_probs_kernel(
     counts = label != ignored
     valid = (label >= 0) & (label < V)
     logits += row * V
+    # Before the reductions: behind them, a warp that is ahead may have written its gradient here.
+    own, _own_square = capped(tl.load(logits + label, mask=valid, other=float("nan")).to(tl.float32), softcap, SOFTCAP)
     # Not -inf: lanes beyond the last column would subtract it from itself.
     largest = tl.full((SIZE,), LOWEST, tl.float32)
     total = tl.zeros((SIZE,), tl.float32)
@@ -45,7 +47,6 @@ def log_probs_kernel(
         largest = larger
     top = tl.max(largest, 0)
     log_z = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
-    own, _ = capped(tl.load(logits + label, mask=valid, other=float("nan")).to(tl.float32), softcap, SOFTCAP)
     log_prob = own - log_z
     tl.store(log_probs + row, tl.where(counts, log_prob, 0.0))
     if GRADIENT:

@@ -49,7 +49,7 @@ def tile(
         mask = row_mask[:, None] & (pair < COLUMNS // 2)[None, :]
         both = tl.load(packed + (row * (COLUMNS // 2))[:, None] + pair[None, :], mask=mask, other=0)
         # The even element of a pair is the high half of its byte.
-        restored = tl.join(lookup(codes, both >> 4), lookup(codes, both & 15))
+        restored = lookup(codes, tl.join(both >> 4, both & 15))
         run = column + 64 * tl.arange(0, RUNS)
         block = expert * BLOCKS + ((row * COLUMNS)[:, None] + run[None, :]) // BLOCK_SIZE
         run_mask = row_mask[:, None] & (run < COLUMNS)[None, :]
@@ -67,23 +67,21 @@ def tile(
         return tl.where(mask, lookup(codes, nibble) * scale, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_group"])
 def dequantize_kernel(
     out, packed, absmax, absmax2, offset, dynamic_map, codes, first_group,
     GROUP_LEN: tl.constexpr, BLOCK_SIZE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Restore ``SIZE`` elements of group ``first_group + program_id(1)``; ``out`` begins with ``first_group``."""
-    BLOCKS: tl.constexpr = (GROUP_LEN + BLOCK_SIZE - 1) // BLOCK_SIZE
     local = tl.program_id(1).to(tl.int64)
-    group = first_group + local
     values = tl.load(codes + tl.arange(0, 16))
     first = tl.program_id(0).to(tl.int64) * SIZE
-    pair = first // 2 + tl.arange(0, SIZE // 2)
-    mask = pair < (GROUP_LEN + 1) // 2
-    both = tl.load(packed + group * ((GROUP_LEN + 1) // 2) + pair, mask=mask, other=0)
-    # Blocks hold an even number of elements, so that both of a pair share a scale.
-    block = group * BLOCKS + (2 * pair) // BLOCK_SIZE
-    scale = scales(absmax, absmax2, offset, dynamic_map, block, mask)
-    restored = tl.reshape(tl.join(lookup(values, both >> 4) * scale, lookup(values, both & 15) * scale), [SIZE])
+    # A group is one row, so that 64 elements share a load of their scale.
+    row = tl.arange(0, 1)
+    restored = tile(
+        packed, absmax, absmax2, offset, dynamic_map, values, first_group + local, row, row == 0, first,
+        1, GROUP_LEN, BLOCK_SIZE, 1, SIZE,
+    )  # fmt: skip
     element = first + tl.arange(0, SIZE)
-    tl.store(out + local * GROUP_LEN + element, restored.to(out.dtype.element_ty), mask=element < GROUP_LEN)
+    restored = tl.reshape(restored, [SIZE]).to(out.dtype.element_ty)
+    tl.store(out + local * GROUP_LEN + element, restored, mask=element < GROUP_LEN)
