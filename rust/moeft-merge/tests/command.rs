@@ -84,22 +84,26 @@ fn the_signals_that_end_a_process_stop_the_merge_so_that_it_can_go_on() {
     save_zeros(&folder.path().join("a"), 512 << 20);
     save_zeros(&folder.path().join("b"), 512 << 20);
     fs::write(folder.path().join("recipe.yaml"), "merge_method: linear\nmodels: [{model: a}, {model: b}]").unwrap();
-    let shard = folder.path().join("out.partial/model.safetensors");
-    for (signal, earlier) in [("-TERM", 0), ("-INT", 4 << 20)] {
-        let child = Command::new(env!("CARGO_BIN_EXE_moeft-merge"))
-            .current_dir(folder.path())
-            .args(["recipe.yaml", "--out", "out"])
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        let out = folder.path().join(signal.trim_start_matches('-'));
+        let mut child = Command::new(env!("CARGO_BIN_EXE_moeft-merge"))
+            .arg(folder.path().join("recipe.yaml"))
+            .arg("--out")
+            .arg(&out)
             .stderr(std::process::Stdio::piped())
             .spawn()
             .unwrap();
-        while fs::metadata(&shard).map_or(0, |file| file.len()) <= earlier.max(1 << 20) {
+        while fs::metadata(out.with_extension("partial").join("model.safetensors")).map_or(0, |file| file.len())
+            < 1 << 20
+        {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before the signal");
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
         let done = child.wait_with_output().unwrap();
         assert_eq!(done.status.code(), Some(130), "{signal}: {done:?}");
         assert!(String::from_utf8(done.stderr).unwrap().contains("what is finished was kept"));
-        assert!(!folder.path().join("out").exists());
+        assert!(!out.exists());
     }
 }
 
