@@ -1,6 +1,7 @@
 """LoRA merge in Rust. Oracles: PEFT's ``merge_and_unload``, transformers' loader, safetensors' reader."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -294,11 +295,40 @@ def test_non_finite_result_is_refused_by_name_and_position(tmp_path, qwen):
     copy = shutil.copytree(adapter, tmp_path / "adapter")
     file = copy / "adapter_model.safetensors"
     tensors = load_file(file)
-    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][3, 0] = float("nan")
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors[f"{module}.lora_A.weight"][0, 0] = 10
+    tensors[f"{module}.lora_B.weight"][3, 0] = 3e38
     save_file(tensors, file)
-    with pytest.raises(AdapterError, match=r"model.layers.0.self_attn.q_proj.weight would become NaN at \[3, 0\]"):
+    with pytest.raises(AdapterError, match=r"model.layers.0.self_attn.q_proj.weight would become inf at \[3, 0\]"):
         merge(base, copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "ties"])
+@pytest.mark.parametrize(("key", "place"), [("self_attn.q_proj.lora_B", [3, 0]), ("experts.base_layer.lora_A", [5, 2])])
+def test_a_factor_that_is_not_finite_is_refused_by_its_key(tmp_path, qwen, method, key, place):
+    base, adapter = qwen
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    file = copy / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = f"base_model.model.model.layers.0.{'mlp.' if 'experts' in key else ''}{key}.weight"
+    tensors[name][tuple(place)] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match=re.escape(f"{name} has the non-finite value NaN at {place}")):
+        merge(base, copy, tmp_path / "out", merge_method=method)
+
+
+def test_a_copied_tensor_that_is_not_finite_is_refused_by_name(tmp_path, qwen):
+    base, adapter = qwen
+    copy = shutil.copytree(base, tmp_path / "base")
+    for value in ("inf", "nan"):
+        file = next(file for file in copy.glob("*.safetensors") if "model.norm.weight" in load_file(file))
+        tensors = load_file(file)
+        tensors["model.norm.weight"][3] = float(value)
+        save_file(tensors, file, {"format": "pt"})
+        for rest in ({}, {"out_dtype": "float32"}):
+            with pytest.raises(CheckpointError, match=r"model.norm.weight in .* has the non-finite value \w+ at \[3\]"):
+                merge(copy, adapter, tmp_path / f"out-{value}-{len(rest)}", **rest)
 
 
 def test_packed_base_is_refused(tmp_path, qwen):
@@ -330,6 +360,10 @@ def test_existing_output_is_never_overwritten(tmp_path, qwen):
         ({"out_dtype": "int8"}, "bfloat16 or float16 or float32"),
         ({"dtype": "bfloat16"}, "expected float32"),
         ({"rounding": "twice"}, "single or peft"),
+        ({"merge_method": None}, "merge_method is missing"),
+        ({"models": {"adapter": "a"}}, r'models is {"adapter":"a"}, expected a list'),
+        ({"models": [{"adapter": 3}]}, "adapter is 3, expected a path"),
+        ({"seed": -1}, "seed is -1, expected a whole number"),
     ],
 )
 def test_recipe_errors_say_what_is_known(tmp_path, recipe, message):

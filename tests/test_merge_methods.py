@@ -244,6 +244,57 @@ def test_a_fused_model_meets_one_tensor_per_expert(models, tmp_path):
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
+def test_weights_that_cancel_out_but_for_rounding_are_refused(models, tmp_path):
+    weights = [{"weight": 0.1}, {"weight": 0.2}, {"weight": -0.3}]
+    for method, rest in (("linear", "normalize: false"), ("fisher_damped", "divided by it$")):
+        made = recipe(models, method, "a", "b", "a")
+        made["models"] = [model | {"parameters": own} for model, own in zip(made["models"], weights, strict=True)]
+        with pytest.raises(RecipeError, match=f"the sum of the weights of .* is 0 but for rounding.*{rest}"):
+            plan(made)
+
+
+def test_fisher_values_of_another_model_are_refused(models, tmp_path):
+    save_file({"transformer.h.0.weight": torch.ones(3)}, tmp_path / "fisher.safetensors")
+    with pytest.raises(CheckpointError, match=r"transformer.h.0.weight.*no values for any of the \d+ merged tensors"):
+        plan(recipe(models, "fisher_damped", "a", fisher=str(tmp_path / "fisher.safetensors")))
+
+
+def test_floats_that_are_not_computed_are_refused_and_integers_are_those_of_the_base(tmp_path):
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text('{"model_type": "llama"}')
+    made = {"merge_method": "linear", "models": [{"model": str(tmp_path / name)} for name in ("one", "other")]}
+    for dtype in (torch.float64, torch.float8_e4m3fn, torch.int64):
+        for folder, value in (("one", 1), ("other", 2)):
+            save_file({"model.x": torch.full((4,), value).to(dtype)}, tmp_path / folder / "model.safetensors")
+        if dtype == torch.int64:
+            merge(made, tmp_path / "out", progress=False)
+            assert disk_tensors(tmp_path / "out")["model.x"].tolist() == [1, 1, 1, 1]
+        else:
+            with pytest.raises(CheckpointError, match=r"model.x is F\w+ \[4\], expected F32, BF16 or F16"):
+                plan(made)
+
+
+def test_the_plan_counts_factors_and_stays_below_the_promise(tmp_path):
+    rank, cols = 256, 16384
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    module = "model.layers.0.mlp.down_proj"
+    save_file({f"{module}.weight": torch.zeros(32, cols, dtype=torch.bfloat16)}, base / "model.safetensors")
+    factors = {"lora_A": torch.zeros(rank, cols, dtype=torch.bfloat16), "lora_B": torch.zeros(32, rank)}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(
+        {f"base_model.model.{module}.{side}.weight": value for side, value in factors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
+    made = {"merge_method": "lora", "base_model": str(base), "models": [{"adapter": str(adapter)}] * 4}
+    # At least two chunks are under way, each with the factors of four adapters in float32.
+    assert 2 * 4 * rank * cols * 4 < plan(made)["memory_bytes"] < 256 << 20
+
+
 def test_a_text_model_leaves_the_rest_of_a_multimodal_one_alone(tmp_path):
     text = save_base(tmp_path / "text", "gemma4", torch.float32)
     tuned = save_base(tmp_path / "tuned", "gemma4", torch.float32, seed=4)

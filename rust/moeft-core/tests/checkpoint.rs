@@ -95,3 +95,13 @@ fn stamping_keeps_tensors_and_replaces_entries() {
     assert_eq!(fingerprint(&opened).unwrap(), fingerprint_before);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }
+
+#[test]
+fn a_checkpoint_without_tensors_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = || Checkpoint::open(folder.path()).unwrap_err().to_string();
+    std::fs::write(folder.path().join("model.safetensors.index.json"), r#"{"weight_map": {}}"#).unwrap();
+    assert!(refused().contains("holds no tensors"));
+    common::save(&folder.path().join("model.safetensors"), &common::Tensors::new());
+    assert!(refused().contains("holds no tensors"));
+}

@@ -85,7 +85,14 @@ pub fn run(name: &'static str, words: Vec<OsString>, can_verify: bool, stop: &mu
         },
     };
     let mut output = std::io::stdout().lock();
-    let _ = output.write_all(&printed).and_then(|()| output.flush());
+    match output.write_all(&printed).and_then(|()| output.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("{name}: {}", Error::io("write", "standard output")(error));
+            return failed(3);
+        }
+        // Who closed the pipe has read what it wanted.
+        _ => {}
+    }
     let verify = match (arguments.recipe, arguments.out) {
         (Some(recipe), Some(out)) if arguments.verify => Some(Verify { recipe, out, json: arguments.json }),
         _ => None,

@@ -52,6 +52,62 @@ fn exit_codes_tell_what_was_wrong() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn a_report_that_cannot_be_printed_is_an_error() {
+    let folder = prepared();
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let done = Command::new(env!("CARGO_BIN_EXE_moeft-merge"))
+        .current_dir(folder.path())
+        .args(["recipe.yaml", "--dry-run", "--json"])
+        .stdout(full)
+        .output()
+        .unwrap();
+    assert_eq!(done.status.code(), Some(3));
+    assert!(String::from_utf8(done.stderr).unwrap().contains("cannot write standard output"));
+}
+
+/// A checkpoint of zeros, most of which is a hole in the file.
+fn save_zeros(folder: &Path, bytes: u64) {
+    fs::create_dir_all(folder).unwrap();
+    let entry = serde_json::json!({"dtype": "F32", "shape": [bytes / 4096, 1024], "data_offsets": [0, bytes]});
+    let header = serde_json::json!({"model.x": entry}).to_string();
+    let raw = [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat();
+    let path = folder.join("model.safetensors");
+    fs::write(&path, &raw).unwrap();
+    fs::OpenOptions::new().write(true).open(path).unwrap().set_len(raw.len() as u64 + bytes).unwrap();
+    fs::write(folder.join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
+}
+
+#[test]
+fn the_signals_that_end_a_process_stop_the_merge_so_that_it_can_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    save_zeros(&folder.path().join("a"), 512 << 20);
+    save_zeros(&folder.path().join("b"), 512 << 20);
+    fs::write(folder.path().join("recipe.yaml"), "merge_method: linear\nmodels: [{model: a}, {model: b}]").unwrap();
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        let out = folder.path().join(signal.trim_start_matches('-'));
+        let mut child = Command::new(env!("CARGO_BIN_EXE_moeft-merge"))
+            .arg(folder.path().join("recipe.yaml"))
+            .arg("--out")
+            .arg(&out)
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        while fs::metadata(out.with_extension("partial").join("model.safetensors")).map_or(0, |file| file.len())
+            < 1 << 20
+        {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before the signal");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        let done = child.wait_with_output().unwrap();
+        assert_eq!(done.status.code(), Some(130), "{signal}: {done:?}");
+        assert!(String::from_utf8(done.stderr).unwrap().contains("what is finished was kept"));
+        assert!(!out.exists());
+    }
+}
+
+#[test]
 fn a_dry_run_names_every_tensor_and_writes_nothing() {
     let folder = prepared();
     let done = run(folder.path(), &["recipe.yaml", "--dry-run", "--max-shard-size", "1KB"]);

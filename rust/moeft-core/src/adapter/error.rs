@@ -37,6 +37,8 @@ pub enum AdapterError {
     },
     #[error("{}: {key} is {dtype}, expected F32, BF16 or F16", path.display())]
     Dtype { path: PathBuf, key: String, dtype: String },
+    #[error("{}: {key} has the non-finite value {value} at {position:?}; the adapter is broken, train it again or take an earlier checkpoint of it", path.display())]
+    BrokenFactor { path: PathBuf, key: String, value: f32, position: Vec<u64> },
     #[error("{} was trained on another base: it carries {expected}, the base is {actual}; merge it into the checkpoint it was trained on", path.display())]
     WrongBase { path: PathBuf, expected: String, actual: String },
     #[error(

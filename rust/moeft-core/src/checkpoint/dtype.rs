@@ -58,6 +58,12 @@ impl Dtype {
     pub fn is_weight(self) -> bool {
         matches!(self, Self::F32 | Self::F16 | Self::BF16)
     }
+
+    /// Whether elements are whole numbers or booleans.
+    pub fn is_integer(self) -> bool {
+        use Dtype::*;
+        matches!(self, BOOL | U8 | I8 | U16 | I16 | U32 | I32 | U64 | I64)
+    }
 }
 
 impl fmt::Display for Dtype {

@@ -132,7 +132,8 @@ impl Checkpoint {
     /// file wins if both exist. A path to one `.safetensors` file opens that file alone.
     ///
     /// # Errors
-    /// [`CheckpointError`] says which file is missing or damaged, [`Error::Io`] which cannot be read.
+    /// [`CheckpointError`] says which file is missing or damaged, or that there are no tensors, [`Error::Io`] which cannot be
+    /// read.
     pub fn open(path: &Path) -> Result<Self> {
         if path.is_file() {
             return Self::from_shards(path, vec![Shard::open(path)?]);
@@ -193,6 +194,9 @@ impl Checkpoint {
                     return Err(CheckpointError::DuplicateTensor { name: tensor.name.clone(), first, second }.into());
                 }
             }
+        }
+        if places.is_empty() {
+            return Err(CheckpointError::NoWeights { path: path.into(), found: "holds no tensors".into() }.into());
         }
         Ok(Self { path: path.into(), shards, places })
     }

@@ -41,6 +41,17 @@ impl<'a> Assignment<'a> {
         let (name, dtype) = (tensor.info.name.clone(), tensor.info.dtype);
         let inputs = self.inputs(tensor)?;
         let out = if dtype.is_weight() { self.recipe.out_dtype.unwrap_or(dtype) } else { dtype };
+        let changes = inputs.iter().any(|input| input.values != Values::Base);
+        if changes && !dtype.is_weight() && !dtype.is_integer() {
+            // A copy of the base in the place of the merge would be a silent loss; of integers there is no merge.
+            return Err(CheckpointError::UnexpectedTensor {
+                name,
+                actual: format!("{dtype} {:?}", tensor.info.shape),
+                expected: "F32, BF16 or F16, as all that is computed".into(),
+                advice: "convert the models first",
+            }
+            .into());
+        }
         if inputs.is_empty() || !dtype.is_weight() || tensor.info.bytes == 0 {
             return Ok(Job { name, out, action: Action::Copy });
         }

@@ -184,29 +184,33 @@ impl Work<'_> {
 /// A piece of a tensor that is not computed, in the type of the output, into `slot.output`. `start` is a byte.
 ///
 /// # Errors
-/// [`crate::Error::Io`]; a value that is too large for the type.
+/// [`crate::Error::Io`]; a value that is not finite, or too large for the type.
 pub fn copy(tensor: Tensor<'_>, job: &Job, start: u64, slot: &mut Slot) -> Result<()> {
     let dtype = tensor.info.dtype;
     let count = (CHUNK_BYTES as u64).min(tensor.info.bytes - start) as usize;
-    if job.out == dtype {
-        slot.output.resize(count, 0);
-        return tensor.read_at(&mut slot.output, start);
+    let converts = job.out != dtype;
+    let read = if converts { &mut slot.base } else { &mut slot.output };
+    read.resize(count, 0);
+    tensor.read_at(read, start)?;
+    if !dtype.is_weight() {
+        return Ok(());
     }
-    slot.base.resize(count, 0);
-    tensor.read_at(&mut slot.base, start)?;
-    let elements = count * 8 / dtype.bits() as usize;
-    slot.values.resize(elements, 0.0);
-    slot.output.resize(elements * job.out.bits() as usize / 8, 0);
-    decode(dtype, &slot.base, &mut slot.values);
-    encode(job.out, &slot.values, &mut slot.output);
-    // An infinity of the base may stay one, but f16 must not make new ones.
-    match first_non_finite(job.out, &slot.output).filter(|&(place, _)| slot.values[place].is_finite()) {
-        Some((place, value)) => {
-            let position = unravel(start * 8 / u64::from(dtype.bits()) + place as u64, &tensor.info.shape);
-            Err(AdapterError::NonFinite { name: job.name.clone(), value, position }.into())
+    let first = start * 8 / u64::from(dtype.bits());
+    if let Some((place, value)) = first_non_finite(dtype, read) {
+        return Err(non_finite(tensor, first + place as u64, &[value]));
+    }
+    if converts {
+        let elements = count * 8 / dtype.bits() as usize;
+        slot.values.resize(elements, 0.0);
+        slot.output.resize(elements * job.out.bits() as usize / 8, 0);
+        decode(dtype, &slot.base, &mut slot.values);
+        encode(job.out, &slot.values, &mut slot.output);
+        if let Some((place, value)) = first_non_finite(job.out, &slot.output) {
+            let position = unravel(first + place as u64, &tensor.info.shape);
+            return Err(AdapterError::NonFinite { name: job.name.clone(), value, position }.into());
         }
-        None => Ok(()),
     }
+    Ok(())
 }
 
 fn read(checkpoint: &Checkpoint, source: &Source, first: u64, len: u64, raw: &mut Vec<u8>) -> Result<()> {
@@ -214,7 +218,7 @@ fn read(checkpoint: &Checkpoint, source: &Source, first: u64, len: u64, raw: &mu
     source.read_at(checkpoint, first, raw)
 }
 
-/// The error for a block of a tensor, from element `start` on, that has a value that is not finite.
+/// The error for values of a tensor, from element `start` on, of which one is not finite.
 fn non_finite(tensor: Tensor<'_>, start: u64, values: &[f32]) -> crate::Error {
     let (index, value) = (0..).zip(values).find(|(_, value)| !value.is_finite()).expect("one is not finite");
     CheckpointError::NonFinite {

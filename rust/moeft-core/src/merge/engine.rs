@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::chunk::Slot;
-use super::factors::Factors;
+use super::factors::{side_bytes, Factors};
 use super::files::{files, OutputFile};
 use super::group::write_group;
 use super::manifest;
@@ -144,7 +144,7 @@ fn write_file(
         reports.extend(finished.into_iter().filter_map(Task::report));
         let patches = tasks.iter().flat_map(|task| patches(task.job));
         factors.load(&plan.adapters, patches)?;
-        let largest = tasks.iter().map(|task| slot_bytes(task.job)).max().unwrap_or(0);
+        let largest = tasks.iter().map(|task| slot_bytes(plan, task.job)).max().unwrap_or(0);
         slots.resize_with(slot_count(largest), Slot::default);
         write_group(plan, tasks, factors, &mut slots, writer, progress, reports)?;
     }
@@ -186,10 +186,14 @@ fn model_count(job: &Job) -> usize {
     }
 }
 
-/// Memory of one chunk under way, if all inputs are F32: base, output and models, and as much again for what passes count.
-pub(super) fn slot_bytes(job: &Job) -> usize {
+/// Memory of one chunk under way, if all inputs are F32: base, output and models, and as much again for what passes count;
+/// and the factors of the matrix that it lies in.
+pub(super) fn slot_bytes(plan: &Plan, job: &Job) -> usize {
     match &job.action {
-        Action::Merge(merge) => merge.grid.chunk as usize * 4 * (2 + 2 * merge.inputs.len()),
+        Action::Merge(merge) => {
+            let factors: usize = patches(job).map(|patch| side_bytes(&plan.adapters, patch)).sum();
+            merge.grid.chunk as usize * 4 * (2 + 2 * merge.inputs.len()) + factors
+        }
         Action::Copy => 2 * CHUNK_BYTES,
     }
 }

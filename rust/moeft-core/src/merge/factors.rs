@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::adapters::{Delta, Patch};
+use super::floats::{decode, first_non_finite};
 use super::low_rank::{add_product, Panels};
-use crate::adapter::{Adapter, Pair};
-use crate::checkpoint::{Tensor, CHUNK_BYTES};
-use crate::float::decode;
+use crate::adapter::{Adapter, AdapterError, Pair};
+use crate::checkpoint::{unravel, Tensor, CHUNK_BYTES};
 use crate::Result;
 
 /// Decoded B factors kept for the tensors at hand: the experts of a layer on disk share two of them. 48 MiB; what does
@@ -81,6 +81,13 @@ pub struct Sides {
     /// Per delta A `[rank, in]` of a transposed matrix.
     a: Vec<Vec<f32>>,
     left: Vec<f32>,
+}
+
+/// Memory of the factors of one matrix that a patch is for.
+pub(super) fn side_bytes(adapters: &[Adapter], patch: &Patch) -> usize {
+    let values = patch.cols + if patch.transposed { patch.rows } else { 0 };
+    let ranks = patch.deltas.iter().map(|delta| adapters[delta.adapter].pairs[delta.pair].rank);
+    ranks.map(|rank| (4 * rank * values) as usize).sum()
 }
 
 impl Sides {
@@ -164,12 +171,17 @@ fn read_a(adapter: &Adapter, pair: &Pair, expert: u64, inputs: u64) -> Result<Ve
     read(&adapter.tensor(&pair.a), (expert * count) as usize, count as usize)
 }
 
-/// Values of a tensor from element `start` on.
+/// Values of a factor from element `start` on. What is not finite would vanish where a method drops values.
 fn read(tensor: &Tensor<'_>, start: usize, count: usize) -> Result<Vec<f32>> {
     let size = tensor.info.dtype.bits() as usize / 8;
     let (mut bytes, mut values) = (vec![0; count * size], vec![0.0; count]);
     tensor.read_at(&mut bytes, (start * size) as u64)?;
     decode(tensor.info.dtype, &bytes, &mut values);
+    if let Some((place, value)) = first_non_finite(tensor.info.dtype, &bytes) {
+        let (path, key) = (tensor.shard.path.clone(), tensor.info.name.clone());
+        let position = unravel((start + place) as u64, &tensor.info.shape);
+        return Err(AdapterError::BrokenFactor { path, key, value, position }.into());
+    }
     Ok(values)
 }
 

@@ -1,11 +1,12 @@
-//! How important each layer is, from a file.
+//! How important weights and layers are, from files.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::CheckpointError;
+use super::plan::{Action, Job};
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::{Error, Result};
 
 /// `format` of the file.
@@ -66,4 +67,21 @@ impl LayerImportance {
     pub fn of(&self, layer: Option<u64>) -> f64 {
         layer.and_then(|layer| self.0.get(&layer)).copied().unwrap_or(0.0)
     }
+}
+
+/// Refuses Fisher information of another model, which would hold nothing back.
+///
+/// # Errors
+/// [`CheckpointError::Config`].
+pub fn check_fisher(fisher: &Checkpoint, jobs: &[Job]) -> Result<(), CheckpointError> {
+    let merges: Vec<_> = jobs.iter().filter(|job| matches!(job.action, Action::Merge(_))).collect();
+    let has_values = |job: &&Job| matches!(&job.action, Action::Merge(merge) if merge.fisher.is_some());
+    if merges.is_empty() || merges.iter().any(has_values) {
+        return Ok(());
+    }
+    let first = fisher.tensors().next().map(|tensor| tensor.info.name.clone()).unwrap_or_default();
+    let count = merges.len();
+    let cause =
+        format!("it has {first:?}, but no values for any of the {count} merged tensors; measure it on this base");
+    Err(CheckpointError::Config { path: fisher.path.clone(), cause })
 }

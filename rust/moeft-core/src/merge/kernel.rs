@@ -134,6 +134,8 @@ pub struct Settings<'a> {
     pub entries: Vec<usize>,
     /// Sum of the weights of all models, those included that leave this tensor alone.
     pub total_weight: f64,
+    /// Sum of their magnitudes.
+    pub total_magnitude: f64,
     /// Type that a delta is rounded to before it is added, if it is.
     pub delta_dtype: Option<Dtype>,
     /// Importance of the layer, 0 to 1.

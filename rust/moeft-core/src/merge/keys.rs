@@ -1,5 +1,6 @@
 //! Names in a recipe: unknown ones are refused with the nearest known one.
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// A recipe has an unknown key, a missing key, or a value that cannot be used.
@@ -34,6 +35,14 @@ pub(super) fn check_keys(tree: &Value, place: &str, known: &[&str]) -> Result<()
             let (key, place, known) = (key.clone(), place.to_string(), known.join(", "));
             Err(RecipeError::UnknownKey { key, place, nearest, known })
         }
+    }
+}
+
+/// What stands under a key; `None` if nothing does.
+pub(super) fn field<T: DeserializeOwned>(tree: &Value, key: &str, expected: &str) -> Result<Option<T>, RecipeError> {
+    match tree.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => T::deserialize(value).map(Some).map_err(|_| RecipeError::value(key, value, expected)),
     }
 }
 

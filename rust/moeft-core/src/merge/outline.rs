@@ -60,7 +60,8 @@ pub fn outline(recipe: Recipe, options: Options) -> Result<Outline> {
     for file in &files {
         tensors.extend(file.jobs.iter().map(|job| tensor(&plan, job, &file.name)));
     }
-    let buffers = plan.jobs.iter().map(|job| slot_bytes(job) * slot_count(slot_bytes(job))).max().unwrap_or(0);
+    let buffers =
+        plan.jobs.iter().map(|job| slot_bytes(&plan, job)).map(|bytes| bytes * slot_count(bytes)).max().unwrap_or(0);
     let has_stacks = !plan.adapters.is_empty();
     Ok(Outline {
         method: plan.recipe.merge_method.spec().name,

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::adapters::{patches, Patch};
 use super::assignment::Assignment;
 use super::grid::Grid;
-use super::importance::LayerImportance;
+use super::importance::{check_fisher, LayerImportance};
 use super::kernel::{Kernel, Settings};
 use super::methods::Inputs;
 use super::recipe::{ModelSource, Parameters, Recipe, Rounding};
@@ -178,6 +178,9 @@ impl Plan {
             base.shards.iter().flat_map(|shard| shard.header.tensors.iter().map(move |info| Tensor { shard, info }));
         let jobs = tensors.map(|tensor| assignment.job(tensor)).collect::<Result<Vec<_>>>()?;
         assignment.check_leftovers(&checkpoints)?;
+        if let Some(fisher) = &fisher {
+            check_fisher(fisher, &jobs)?;
+        }
         let plan = Self { recipe, checkpoints, adapters, members, fisher, importance, jobs };
         // Every parameter of every tensor is looked at once, before anything is written.
         plan.jobs.iter().try_for_each(|job| plan.kernel(job).map(drop))?;
@@ -228,6 +231,7 @@ impl Plan {
             models: models().collect(),
             entries: merge.inputs.iter().map(|input| input.entry).collect(),
             total_weight: 0.0,
+            total_magnitude: 0.0,
             delta_dtype,
             layer_importance: self.importance.as_ref().map_or(0.0, |importance| importance.of(merge.layer)),
             fisher_range: merge.fisher_range,
@@ -238,7 +242,9 @@ impl Plan {
             let all: Vec<&Parameters> = self.recipe.models.iter().map(|model| &model.parameters).collect();
             let any = f64::NEG_INFINITY..=f64::INFINITY;
             for own in all {
-                settings.total_weight += settings.number_of(own, "weight", Some(1.0), any.clone())?;
+                let weight = settings.number_of(own, "weight", Some(1.0), any.clone())?;
+                settings.total_weight += weight;
+                settings.total_magnitude += weight.abs();
             }
         }
         Ok(Some((spec.kernel)(&settings)?))

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::Value;
 
-use super::keys::{check_keys, one_of, RecipeError};
+use super::keys::{check_keys, field, one_of, RecipeError};
 use super::methods::{BaseModel, Inputs, Method};
 use super::setting::Setting;
 use crate::checkpoint::Dtype;
@@ -86,31 +86,6 @@ const TOP: &[&str] = &[
 ];
 const MODEL: &[&str] = &["model", "adapter", "parameters"];
 
-#[derive(Deserialize)]
-struct Text {
-    merge_method: String,
-    base_model: Option<PathBuf>,
-    models: Vec<ModelText>,
-    #[serde(default)]
-    parameters: BTreeMap<String, Value>,
-    dtype: Option<String>,
-    out_dtype: Option<String>,
-    rounding: Option<String>,
-    #[serde(default)]
-    seed: u64,
-    fisher: Option<PathBuf>,
-    layer_importance: Option<PathBuf>,
-    missing_layers: Option<f64>,
-}
-
-#[derive(Deserialize)]
-struct ModelText {
-    model: Option<PathBuf>,
-    adapter: Option<PathBuf>,
-    #[serde(default)]
-    parameters: BTreeMap<String, Value>,
-}
-
 impl Recipe {
     /// Parses a recipe; relative paths start at `folder`.
     ///
@@ -132,9 +107,7 @@ impl Recipe {
         for (index, model) in tree.get("models").and_then(Value::as_array).into_iter().flatten().enumerate() {
             check_keys(model, &format!("models[{index}]"), MODEL)?;
         }
-        let text: Text =
-            serde_json::from_value(tree).map_err(|error| RecipeError::Syntax { cause: error.to_string() })?;
-        let mut recipe = resolve(text, folder)?;
+        let mut recipe = resolve(&tree, folder)?;
         recipe.take_out_base();
         check_models(&recipe)?;
         Ok(recipe)
@@ -162,34 +135,42 @@ impl Recipe {
     }
 }
 
-fn resolve(text: Text, folder: &Path) -> Result<Recipe, RecipeError> {
-    one_of("dtype", text.dtype.as_deref().unwrap_or("float32"), &[("float32", ())])?;
-    let merge_method = Method::parse(&text.merge_method)?;
+fn resolve(tree: &Value, folder: &Path) -> Result<Recipe, RecipeError> {
+    let word = |key: &str, expected: &str| field::<String>(tree, key, expected);
+    let file =
+        |tree: &Value, key: &str| field::<PathBuf>(tree, key, "a path").map(|path| path.map(|path| folder.join(path)));
+    one_of("dtype", word("dtype", "float32")?.as_deref().unwrap_or("float32"), &[("float32", ())])?;
+    let method = word("merge_method", "the name of a method")?;
+    let missing = || RecipeError::value("merge_method", "missing", "the name of a method, such as lora");
+    let merge_method = Method::parse(&method.ok_or_else(missing)?)?;
     let known = merge_method.spec().parameters();
-    let model = |(index, model): (usize, ModelText)| {
+    let model = |(index, model): (usize, &Value)| {
         let place = format!("models[{index}]");
-        let source = match (model.model, model.adapter) {
-            (Some(path), None) => ModelSource::Model(folder.join(path)),
-            (None, Some(path)) => ModelSource::Adapter(folder.join(path)),
+        let source = match (file(model, "model")?, file(model, "adapter")?) {
+            (Some(path), None) => ModelSource::Model(path),
+            (None, Some(path)) => ModelSource::Adapter(path),
             _ => return Err(RecipeError::value(place, "without one of model and adapter", "one of them, a folder")),
         };
-        let allowed: Vec<&str> = merge_method.spec().per_model.to_vec();
-        let parameters = parameters(model.parameters, &format!("{place}.parameters"), &allowed)?;
+        let parameters = parameters(model, &format!("{place}.parameters"), merge_method.spec().per_model)?;
         Ok(WeightedModel { source, parameters })
     };
+    let models: Vec<Value> =
+        field(tree, "models", "a list of {model: folder} or {adapter: folder}")?.unwrap_or_default();
     let dtypes = [("bfloat16", Dtype::BF16), ("float16", Dtype::F16), ("float32", Dtype::F32)];
     let roundings = [("single", Rounding::Single), ("peft", Rounding::Peft)];
+    let out_dtype = word("out_dtype", "bfloat16 or float16 or float32")?;
+    let rounding = word("rounding", "single or peft")?;
     Ok(Recipe {
         merge_method,
-        base_model: text.base_model.map(|path| folder.join(path)),
-        models: text.models.into_iter().enumerate().map(model).collect::<Result<_, RecipeError>>()?,
-        parameters: parameters(text.parameters, "parameters", &known)?,
-        out_dtype: text.out_dtype.map(|name| one_of("out_dtype", &name, &dtypes)).transpose()?,
-        rounding: one_of("rounding", text.rounding.as_deref().unwrap_or("single"), &roundings)?,
-        seed: text.seed,
-        fisher: text.fisher.map(|path| folder.join(path)),
-        layer_importance: text.layer_importance.map(|path| folder.join(path)),
-        missing_layers: text.missing_layers,
+        base_model: file(tree, "base_model")?,
+        models: models.iter().enumerate().map(model).collect::<Result<_, RecipeError>>()?,
+        parameters: parameters(tree, "parameters", &known)?,
+        out_dtype: out_dtype.map(|name| one_of("out_dtype", &name, &dtypes)).transpose()?,
+        rounding: one_of("rounding", rounding.as_deref().unwrap_or("single"), &roundings)?,
+        seed: field(tree, "seed", "a whole number from 0 on")?.unwrap_or_default(),
+        fisher: file(tree, "fisher")?,
+        layer_importance: file(tree, "layer_importance")?,
+        missing_layers: field(tree, "missing_layers", "a number from 0 to 1")?,
     })
 }
 
@@ -235,8 +216,9 @@ fn check_models(recipe: &Recipe) -> Result<(), RecipeError> {
     }
 }
 
-/// Parameters of one place. `lambda`, as other tools call it, is `scale`.
-fn parameters(found: BTreeMap<String, Value>, place: &str, known: &[&str]) -> Result<Parameters, RecipeError> {
+/// Parameters of the recipe or of one model. `lambda`, as other tools call it, is `scale`.
+fn parameters(tree: &Value, place: &str, known: &[&str]) -> Result<Parameters, RecipeError> {
+    let found: BTreeMap<String, Value> = field(tree, "parameters", "a map of parameters")?.unwrap_or_default();
     let rename = |key: String| if key == "lambda" { "scale".to_string() } else { key };
     let found: serde_json::Map<_, _> = found.into_iter().map(|(key, value)| (rename(key), value)).collect();
     let tree = Value::Object(found);

@@ -122,7 +122,8 @@ impl Largest {
         };
     }
 
-    /// Sets values of a block to zero: those that are not among the largest, or with `others` those that are.
+    /// Sets values of a block to zero: those that are not among the largest, or with `others` those that are. A wider cut
+    /// may have been through the block before: what it dropped comes behind all that this one takes.
     pub fn keep(&self, input: usize, cut: usize, start: u64, others: bool, values: &mut [f32]) {
         let cut = &self.cuts[input][cut];
         if cut.is_trivial(self.elements) {
@@ -141,8 +142,8 @@ impl Largest {
         } else {
             let is_tie = |value: &f32| magnitude(*value) == cut.bits;
             let ties = (0..).zip(&*values).filter(|(_, value)| is_tie(value));
-            let end = ties.map(|(index, _)| index).nth(left as usize).expect("more ties than are left");
-            values.split_at_mut(end)
+            let end = ties.map(|(index, _)| index).nth(left as usize);
+            values.split_at_mut(end.unwrap_or(values.len()))
         };
         keep_by_magnitude(taken, cut.bits, others);
         keep_by_magnitude(rest, cut.bits + 1, others);
@@ -188,3 +189,6 @@ impl Cut {
 fn magnitude(value: f32) -> u32 {
     value.to_bits() & 0x7fff_ffff
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,7 +23,8 @@ pub(super) const SPEC: Spec = Spec {
     common: &["scale"],
     per_model: &["weight"],
     kernel: |settings| {
-        let factor = settings.number("scale", Some(1.0), ANY)? * (1.0 - settings.layer_importance) / divisor(settings)?;
+        let scale = settings.number("scale", Some(1.0), ANY)?;
+        let factor = scale * (1.0 - settings.layer_importance) / divisor(settings, "")?;
         let weights = settings.numbers("weight", Some(1.0), ANY)?;
         Ok(Box::new(FisherDamped {
             weights: weights.into_iter().map(|weight| (weight * factor) as f32).collect(),

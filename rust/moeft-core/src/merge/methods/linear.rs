@@ -3,7 +3,7 @@
 //! Computed in float64 and rounded once, so equal inputs come out unchanged. Source: Wortsman et al., model soups,
 //! <https://arxiv.org/abs/2203.05482>.
 
-use super::{divisor, BaseModel, Inputs, Spec, ANY};
+use super::{divisor, BaseModel, Inputs, Spec, ANY, NOT_NORMALIZED};
 use crate::merge::kernel::{Block, Kernel};
 use crate::merge::simd::vectorised;
 
@@ -18,7 +18,7 @@ pub(super) const SPEC: Spec = Spec {
     common: &["normalize"],
     per_model: &["weight"],
     kernel: |settings| {
-        let by = if settings.flag("normalize", true)? { divisor(settings)? } else { 1.0 };
+        let by = if settings.flag("normalize", true)? { divisor(settings, NOT_NORMALIZED)? } else { 1.0 };
         let weights = settings.numbers("weight", Some(1.0), ANY)?;
         Ok(Box::new(Linear { weights: weights.into_iter().map(|weight| weight / by).collect() }))
     },

@@ -153,15 +153,23 @@ impl Serialize for Method {
     }
 }
 
+/// What is left of weights that cancel out but for rounding, as a part of their magnitudes: 0.1 + 0.2 - 0.3 is 5.6e-17.
+const CANCELLED: f64 = 1e-12;
+
 /// Refuses weights whose sum is zero, where they are divided by it.
-fn divisor(settings: &Settings<'_>) -> Result<f64, RecipeError> {
-    if settings.total_weight == 0.0 {
+///
+/// # Arguments
+/// * `otherwise`: what else would help, for the message.
+fn divisor(settings: &Settings<'_>, otherwise: &str) -> Result<f64, RecipeError> {
+    let sum = settings.total_weight;
+    if sum.abs() <= CANCELLED * settings.total_magnitude {
         let key = format!("the sum of the weights of {}", settings.name);
-        return Err(RecipeError::value(
-            key,
-            0,
-            "another number, as the weights are divided by it; or set normalize: false",
-        ));
+        let expected = format!("a number other than zero, as the weights are divided by it{otherwise}");
+        let value = if sum == 0.0 { "0" } else { "0 but for rounding" };
+        return Err(RecipeError::value(key, value, expected));
     }
-    Ok(settings.total_weight)
+    Ok(sum)
 }
+
+/// For methods that need not divide.
+const NOT_NORMALIZED: &str = "; or set normalize: false";

@@ -20,7 +20,7 @@ pub(super) const SPEC: Spec = Spec {
     per_model: &["weight"],
     kernel: |settings| {
         let weights = settings.numbers("weight", Some(1.0), ANY)?;
-        let t = weights[1] / divisor(settings)?;
+        let t = weights[1] / divisor(settings, "")?;
         let arc = Arc::new(settings, t, 1.0 - 1e-9, Unit::Tensor)?;
         Ok(Box::new(Nuslerp { arc, of_deltas: settings.of_deltas }))
     },

@@ -1,6 +1,6 @@
 //! What the methods on differences to the base share: thin them out, agree on signs or not, add them up.
 
-use super::{divisor, ANY};
+use super::{divisor, ANY, NOT_NORMALIZED};
 use crate::checkpoint::Dtype;
 use crate::float::round_trip;
 use crate::merge::kernel::{Block, Gathered, Kernel, Reads, Settings};
@@ -58,7 +58,7 @@ impl TaskVectors {
     /// The weighted sum of deltas that were thinned out. `normalize` is what holds if the recipe does not say.
     pub fn thinned(settings: &Settings<'_>, normalize: bool, thin: Box<dyn Thin>) -> Result<Self, RecipeError> {
         let factor = match settings.flag("normalize", normalize)? {
-            true => settings.number("scale", Some(1.0), ANY)? / divisor(settings)?,
+            true => settings.number("scale", Some(1.0), ANY)? / divisor(settings, NOT_NORMALIZED)?,
             false => settings.number("scale", Some(1.0), ANY)?,
         };
         let weights = settings.numbers("weight", Some(1.0), ANY)?;
