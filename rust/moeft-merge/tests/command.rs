@@ -78,33 +78,51 @@ fn save_zeros(folder: &Path, bytes: u64) {
     fs::write(folder.join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
 }
 
+/// A merge of large files, once it has begun to write.
+fn begun(folder: &Path, out: &Path, command: &mut Command) -> std::process::Child {
+    save_zeros(&folder.join("a"), 512 << 20);
+    save_zeros(&folder.join("b"), 512 << 20);
+    fs::write(folder.join("recipe.yaml"), "merge_method: linear\nmodels: [{model: a}, {model: b}]").unwrap();
+    command.arg(folder.join("recipe.yaml")).arg("--out").arg(out).stderr(std::process::Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let file = out.with_extension("partial").join("model.safetensors");
+    while fs::metadata(&file).map_or(0, |file| file.len()) < 1 << 20 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before the signal");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    child
+}
+
+fn send(signal: &str, child: &std::process::Child) {
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+}
+
 #[test]
 fn the_signals_that_end_a_process_stop_the_merge_so_that_it_can_go_on() {
     let folder = tempfile::tempdir().unwrap();
-    save_zeros(&folder.path().join("a"), 512 << 20);
-    save_zeros(&folder.path().join("b"), 512 << 20);
-    fs::write(folder.path().join("recipe.yaml"), "merge_method: linear\nmodels: [{model: a}, {model: b}]").unwrap();
     for signal in ["-INT", "-TERM", "-HUP"] {
         let out = folder.path().join(signal.trim_start_matches('-'));
-        let mut child = Command::new(env!("CARGO_BIN_EXE_moeft-merge"))
-            .arg(folder.path().join("recipe.yaml"))
-            .arg("--out")
-            .arg(&out)
-            .stderr(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        while fs::metadata(out.with_extension("partial").join("model.safetensors")).map_or(0, |file| file.len())
-            < 1 << 20
-        {
-            assert!(child.try_wait().unwrap().is_none(), "it ended before the signal");
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
-        Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        let child = begun(folder.path(), &out, &mut Command::new(env!("CARGO_BIN_EXE_moeft-merge")));
+        send(signal, &child);
         let done = child.wait_with_output().unwrap();
         assert_eq!(done.status.code(), Some(130), "{signal}: {done:?}");
         assert!(String::from_utf8(done.stderr).unwrap().contains("what is finished was kept"));
         assert!(!out.exists());
     }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_signal_that_nohup_hides_does_not_stop_the_merge() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_moeft-merge")]);
+    let child = begun(folder.path(), &out, &mut command);
+    send("-HUP", &child);
+    let done = child.wait_with_output().unwrap();
+    assert_eq!(done.status.code(), Some(0), "{done:?}");
+    assert!(out.join("model.safetensors").exists());
 }
 
 #[test]
