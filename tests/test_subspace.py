@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -144,6 +145,17 @@ def test_other_models_and_packed_ones_are_refused(pairs, tmp_path):
     moeft.checkpoint.quantize(it, tmp_path / "packed")
     with pytest.raises(CheckpointError, match="in 4 bit; give the 16-bit checkpoint"):
         importance.subspace(it, tmp_path / "packed", tmp_path / "s", rank=RANK)
+
+
+def test_weights_in_8_bit_are_refused(pairs, tmp_path):
+    it, pt = pairs["llama"]
+    shutil.copytree(it, tmp_path / "fp8")
+    tensors = load_file(it / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"holds {name} as F8_E4M3; give a 16- or 32-bit checkpoint"):
+        importance.subspace(tmp_path / "fp8", pt, tmp_path / "s", rank=RANK)
 
 
 def test_multimodal_checkpoint_gives_the_names_of_its_text_model(pairs, tmp_path):

@@ -11,6 +11,8 @@ from torch import Tensor
 from moeft.errors import CheckpointError
 from moeft.importance.disk import Disk, DiskWeight
 
+DTYPES = ("F16", "BF16", "F32", "F64")
+
 
 class MatrixReader:
     """Reads weights as ``[out, in]``, whichever way round they are stored.
@@ -27,10 +29,13 @@ class MatrixReader:
         """Experts of a stack or None, outputs, inputs.
 
         Raises:
-            CheckpointError: If the weight is packed.
+            CheckpointError: If the weight is packed, or held in 8 bit, whose scales lie elsewhere.
         """
         if weight.tensors[0] not in self.disk.shapes:
             raise CheckpointError(f"{self.disk.path} holds {weight.name} in 4 bit; give the 16-bit checkpoint")
+        dtype = self._file(weight.tensors[0]).get_slice(weight.tensors[0]).get_dtype()
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{self.disk.path} holds {weight.name} as {dtype}; give a 16- or 32-bit checkpoint")
         *experts, rows, columns = self.disk.shapes[weight.tensors[0]]
         if weight.experts is not None:
             return weight.experts, rows * (len(weight.tensors) // weight.experts), columns
