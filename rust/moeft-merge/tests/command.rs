@@ -71,7 +71,7 @@ fn save_zeros(folder: &Path, bytes: u64) {
     fs::create_dir_all(folder).unwrap();
     let entry = serde_json::json!({"dtype": "F32", "shape": [bytes / 4096, 1024], "data_offsets": [0, bytes]});
     let header = serde_json::json!({"model.x": entry}).to_string();
-    let raw = [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat();
+    let raw = [(header.len() as u64).to_le_bytes().as_slice(), header.as_bytes()].concat();
     let path = folder.join("model.safetensors");
     fs::write(&path, &raw).unwrap();
     fs::OpenOptions::new().write(true).open(path).unwrap().set_len(raw.len() as u64 + bytes).unwrap();
