@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from moeft.cli import main
@@ -20,6 +21,8 @@ from moeft.errors import DataError, RunFolderError
 from moeft.merging import merge
 from moeft.provenance import RunFolder
 from moeft.runs.fisher import FisherSettings, run
+from moeft.runs.measured import load
+from moeft.runs.own_replies import own_replies, read_prompts
 from moeft.runs.sft import run as run_sft
 from tests.tiny_models import save_tiny_model
 from tests.tiny_training import sums, tiny_tokenizer
@@ -174,6 +177,56 @@ def test_run_that_lacks_only_its_picture_draws_it(measured, tmp_path):
     (tmp_path / "run" / "layer_importance.png").unlink()
     run(FisherSettings(measured / "it", measured / "rows.jsonl", 5), tmp_path / "run", 1)
     assert (tmp_path / "run" / "layer_importance.png").exists()
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    lines = [{"key": i, "prompt": f"What is {i} + {i}?"} for i in range(8)]
+    lines.append({"messages": [*({"role": r, "content": r} for r in ("system", "user", "assistant"))]})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "prompts.jsonl"
+
+
+def test_fisher_of_prompts_alone_is_that_of_the_models_own_replies(measured, prompts, tmp_path):
+    settings = FisherSettings(measured / "it", prompts, 9, labels="generated", max_new_tokens=6)
+    run(settings, tmp_path / "run", 1 << 30, show=lambda line: None)
+    said = {
+        line["prompt"]: line["reply"]
+        for line in map(json.loads, (tmp_path / "run/replies.jsonl").read_text().splitlines())
+    }
+    assert said.keys() == set(range(9))
+    asked = [[{"role": "user", "content": f"What is {i} + {i}?"}] for i in range(8)]
+    asked.append([{"role": "system", "content": "system"}, {"role": "user", "content": "user"}])
+    rows = [{"messages": [*asked[i], {"role": "assistant", "content": said[i]}]} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(FisherSettings(measured / "it", tmp_path / "rows.jsonl", 9), tmp_path / "same", 1 << 30, show=lambda line: None)
+    found, expected = (load_file(tmp_path / name / FISHER_FILE) for name in ("run", "same"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    with safe_open(tmp_path / "run" / FISHER_FILE, "pt") as file:
+        assert file.metadata()["labels"] == "generated"
+
+
+def test_replies_that_are_kept_are_not_drawn_again(measured, prompts, tmp_path):
+    model, tokenizer = load(measured / "it", "float32", "cpu", print)
+    kept, options = tmp_path / "replies.jsonl", {"count": 5, "max_new_tokens": 4, "seed": 3}
+    asked = read_prompts(prompts)
+    first = own_replies(model, tokenizer, asked, kept, **options)
+    assert own_replies(model, tokenizer, asked, tmp_path / "other.jsonl", **options) == first
+    lines = [json.dumps(json.loads(line) | {"reply": "kept"}) for line in kept.read_text().splitlines()]
+    kept.write_text("\n".join([*lines[:3], lines[3][:10]]))  # the fourth was torn
+    second = own_replies(model, tokenizer, asked, kept, **options)
+    assert [row["messages"][-1]["content"] for row in second].count("kept") == 3
+    assert len(kept.read_text().splitlines()) == 5
+
+
+def test_prompts_that_cannot_be_used_are_named(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    for line in ({"question": "x"}, {"prompt": " "}, {"messages": [{"role": "assistant", "content": "x"}]}):
+        path.write_text('{"prompt": "fine"}\n' + json.dumps(line) + "\n")
+        with pytest.raises(DataError, match=r"prompts.jsonl line 2 has the keys .*; expected prompt, a text"):
+            read_prompts(path)
+    with pytest.raises(DataError, match="there are no prompts"):
+        own_replies(None, None, [], tmp_path / "kept.jsonl", count=1, max_new_tokens=1, seed=0)
 
 
 def test_command_says_what_is_wrong(measured, tmp_path, capsys):

@@ -17,12 +17,15 @@ class FisherRecipe(Recipe):
     model: Path = Field(description="Folder of a checkpoint, 16-bit or packed")
     prompts: Path = Field(description="File of rows")
     rows: int = Field(default=200, ge=1, description="Rows to measure")
-    labels: Literal["data", "sampled"] = Field(default="data", description="The rows' tokens, or the model's own")
+    labels: Literal["data", "sampled", "generated"] = Field(
+        default="data", description="The rows' tokens, the model's own in their places, or its own replies to prompts"
+    )
     targets: tuple[Target, ...] | None = Field(default=None, description="Weights to measure; null takes all")
     train_on: TrainOn = Field(default="assistant", description="Tokens whose likelihood counts")
     max_length: int = Field(default=4096, ge=2, description="Longer rows are cut to this many tokens")
+    max_new_tokens: int = Field(default=256, ge=1, description="Most tokens of a generated reply")
     dtype: Dtype = Field(default="bfloat16", description="Type of the weights that are not in 4 bit")
-    seed: int = Field(default=0, ge=0, description="Of the choice of rows and of sampled labels")
+    seed: int = Field(default=0, ge=0, description="Of the choice of rows, of sampled labels and of replies")
     memory: str = Field(default="4GiB", description="Most memory of the sums")
     device: str = Field(default="cpu", description="Where to compute")
 

@@ -91,7 +91,8 @@ def fisher(
         base: Folder that the model was loaded from.
         targets: Any of "attention", "experts", "mlp"; all that the model has by default.
         layers: Decoder layers, as numbers and ranges such as ``[0, "4-7"]``; all by default.
-        labels: "data", or "sampled" for tokens drawn from the model at the places of the data's labels.
+        labels: "data"; "sampled" for tokens drawn from the model at the places of the data's labels; "generated" for
+            rows whose labels are replies that the model drew, which the file's metadata then says.
         memory_bytes: Most memory of the float32 accumulators, besides that of model and activations.
         seed: Of the draw.
         dtype: Of the file, bfloat16 or float32; the mean is rounded once.

@@ -12,7 +12,7 @@ from moeft.errors import UnsupportedModelError
 from moeft.integration.fused_loss import PlainHead, head_states, plain_head
 from moeft.kernels.linear_cross_entropy import IGNORE_INDEX, linear_log_probs
 
-Labels = Literal["data", "sampled"]
+Labels = Literal["data", "sampled", "generated"]
 CHUNK_ROWS = 64
 
 
@@ -22,15 +22,16 @@ def log_likelihood(model: Any, row: dict[str, Any], labels: Labels, seed: int) -
     Args:
         model: A causal language model of transformers, without adapters.
         row: ``input_ids`` and ``labels``, lists of S tokens; -100 where a token does not count.
-        labels: "data" takes the labels of the row. "sampled" draws a token from the model's own distribution at every
-            place that counts, given the row's tokens before it.
+        labels: "data" takes the labels of the row, and so does "generated", which says that the model drew them.
+            "sampled" draws a token from the model's own distribution at every place that counts, given the row's tokens
+            before it.
         seed: Of the draw.
 
     Returns:
         Scalar, with a graph.
 
     Raises:
-        ValueError: If ``labels`` is neither.
+        ValueError: If ``labels`` is none of these.
         UnsupportedModelError: If the model's head is not a plain linear layer.
     """
     if labels not in get_args(Labels):

@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moeft.data import templates
+from moeft.data.chat import Encoded
 from moeft.progress_bar import step_bar
 from moeft.provenance import RunFolder
 from moeft.runs.measured import draw, encode, load
+from moeft.runs.own_replies import own_replies, read_prompts
 from moeft.runs.pictures import draw_picture
 
 PICTURE = "layer_importance.png"
@@ -28,6 +31,7 @@ class FisherSettings:
     chat_template: str | None = None
     train_on: str = "assistant"
     max_length: int = 4096
+    max_new_tokens: int = 256
     dtype: str = "bfloat16"
     seed: int = 0
 
@@ -44,7 +48,7 @@ def run(
     Args:
         settings: What to measure.
         out: Run folder: ``fisher.safetensors``, ``layer_importance.json`` and ``.png``, ``metrics.json``,
-            ``rejects.jsonl``, ``run.json``, ``events.jsonl``.
+            ``rejects.jsonl``, ``run.json``, ``events.jsonl``, and of generated labels ``replies.jsonl``.
         memory_bytes: Most memory of the sums; a second start may choose another.
         device: Where to compute.
         show: Where to print what is found.
@@ -75,7 +79,7 @@ def _measure(
     from moeft.importance import fisher
 
     model, tokenizer = load(settings.model, settings.dtype, device, show, settings.chat_template)
-    encoded = encode(settings.prompts, tokenizer, settings.train_on, settings.max_length)
+    encoded = _encode(settings, folder, model, tokenizer)
     encoded.write_rejects(folder.path / "rejects.jsonl")
     rows = draw(encoded.examples, settings.rows, settings.seed)
     show(f"{encoded}; {len(rows)} of them are measured")
@@ -94,3 +98,20 @@ def _measure(
     show(str(report))
     figures = {"samples": report.samples, "labels": report.tokens, "seconds": report.seconds, "layers": report.layers}
     folder.write_json("metrics.json", {"fisher": figures})
+
+
+def _encode(settings: FisherSettings, folder: RunFolder, model: Any, tokenizer: Any) -> Encoded:
+    if settings.labels != "generated":
+        return encode(settings.prompts, tokenizer, settings.train_on, settings.max_length)
+    with step_bar("fisher", True) as progress:
+        rows = own_replies(
+            model,
+            tokenizer,
+            read_prompts(settings.prompts),
+            folder.path / "replies.jsonl",
+            count=settings.rows,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            progress=progress,
+        )
+    return encode(rows, tokenizer, "last", settings.max_length)

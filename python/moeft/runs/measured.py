@@ -44,13 +44,13 @@ def available_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def encode(path: Path, tokenizer: Any, train_on: str, max_length: int) -> Encoded:
-    """The rows of a file; longer ones are cut."""
+def encode(rows: Path | Sequence[Any], tokenizer: Any, train_on: str, max_length: int) -> Encoded:
+    """The rows of a file, or those given; longer ones are cut."""
     from moeft.data import chat
     from moeft.data.reading import read_rows
 
     return chat.encode(
-        read_rows(path),
+        read_rows(rows),
         tokenizer,
         train_on=train_on,  # type: ignore[arg-type]  # checked there
         max_length=max_length,

@@ -9,9 +9,9 @@ use crate::adapter::{Adapter, AdapterError, Pair};
 use crate::checkpoint::{unravel, Tensor, CHUNK_BYTES};
 use crate::Result;
 
-/// Decoded B factors kept for the tensors at hand: the experts of a layer on disk share two of them. 48 MiB; what does
+/// Decoded B factors kept for the tensors at hand: the experts of a layer on disk share two of them. 96 MiB; what does
 /// not fit is read from the adapter where it is needed.
-pub(super) const CACHE_VALUES: usize = 12 << 20;
+pub(super) const CACHE_VALUES: usize = 24 << 20;
 
 /// B factors of experts, decoded, `[experts, out, rank]`: the rows of one expert lie together.
 #[derive(Debug, Default)]
