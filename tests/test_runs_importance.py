@@ -219,12 +219,15 @@ def test_replies_that_are_kept_are_not_drawn_again(measured, prompts, tmp_path):
     assert len(kept.read_text().splitlines()) == 5
 
 
-def test_prompts_that_cannot_be_used_are_named(tmp_path):
+def test_prompts_that_cannot_be_used_are_named(measured, tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
     for line in ({"question": "x"}, {"prompt": " "}, {"messages": [{"role": "assistant", "content": "x"}]}):
         path.write_text('{"prompt": "fine"}\n' + json.dumps(line) + "\n")
         with pytest.raises(DataError, match=r"prompts.jsonl line 2 has the keys .*; expected prompt, a text"):
             read_prompts(path)
+    path.write_text('{"prompt": "fine"}\n')
+    assert call("fisher", measured / "it", "--prompts", path, "--out", tmp_path / "out") == 1
+    assert "labels generated measures prompts without replies" in capsys.readouterr().err
     with pytest.raises(DataError, match="there are no prompts"):
         own_replies(None, None, [], tmp_path / "kept.jsonl", count=1, max_new_tokens=1, seed=0)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from moeft.data import templates
 from moeft.data.chat import Encoded
+from moeft.errors import DataError
 from moeft.progress_bar import step_bar
 from moeft.provenance import RunFolder
 from moeft.runs.measured import draw, encode, load
@@ -102,7 +103,10 @@ def _measure(
 
 def _encode(settings: FisherSettings, folder: RunFolder, model: Any, tokenizer: Any) -> Encoded:
     if settings.labels != "generated":
-        return encode(settings.prompts, tokenizer, settings.train_on, settings.max_length)
+        try:
+            return encode(settings.prompts, tokenizer, settings.train_on, settings.max_length)
+        except DataError as error:
+            raise DataError(f"{error}; labels generated measures prompts without replies") from error
     with step_bar("fisher", True) as progress:
         rows = own_replies(
             model,
