@@ -90,18 +90,35 @@ pub fn round_bf16(value: f32) -> u16 {
 /// Position of the first NaN or infinity, and its value.
 #[inline(always)]
 pub fn first_non_finite(dtype: Dtype, bytes: &[u8]) -> Option<(usize, f32)> {
+    // The first loop of each type has no early exit and becomes vector code; what it must find are bits above those of
+    // every finite magnitude. The second one runs only on bad weights.
     match dtype {
-        Dtype::F32 => find(bytes.as_chunks::<4>().0, |bytes| f32::from_le_bytes(*bytes)),
-        Dtype::BF16 => find(bytes.as_chunks::<2>().0, |bytes| bf16::from_le_bytes(*bytes).to_f32()),
-        Dtype::F16 => find(bytes.as_chunks::<2>().0, |bytes| f16::from_le_bytes(*bytes).to_f32()),
+        Dtype::F32 => {
+            let items = bytes.as_chunks::<4>().0;
+            let largest = items.iter().fold(0, |largest, bytes| largest.max(u32::from_le_bytes(*bytes) & 0x7fff_ffff));
+            find(largest < 0x7f80_0000, items, |bytes| f32::from_le_bytes(*bytes))
+        }
+        Dtype::BF16 => {
+            let items = bytes.as_chunks::<2>().0;
+            find(largest_16(items) < 0x7f80, items, |bytes| bf16::from_le_bytes(*bytes).to_f32())
+        }
+        Dtype::F16 => {
+            let items = bytes.as_chunks::<2>().0;
+            find(largest_16(items) < 0x7c00, items, |bytes| f16::from_le_bytes(*bytes).to_f32())
+        }
         other => panic!("{other} is not a type of weights"),
     }
 }
 
+/// The largest bits without the sign.
 #[inline(always)]
-fn find<T>(items: &[T], value: impl Fn(&T) -> f32) -> Option<(usize, f32)> {
-    // The first pass has no early exit and becomes vector code; the second one runs only on bad weights.
-    if items.iter().fold(true, |finite, item| finite & value(item).is_finite()) {
+fn largest_16(items: &[[u8; 2]]) -> u16 {
+    items.iter().fold(0, |largest, bytes| largest.max(u16::from_le_bytes(*bytes) & 0x7fff))
+}
+
+#[inline(always)]
+fn find<T>(all_finite: bool, items: &[T], value: impl Fn(&T) -> f32) -> Option<(usize, f32)> {
+    if all_finite {
         return None;
     }
     items.iter().map(value).enumerate().find(|(_, value)| !value.is_finite())
@@ -128,6 +145,29 @@ mod tests {
                 let mut back = [f32::NAN];
                 decode(dtype, &bytes, &mut back);
                 prop_assert_eq!(back[0].to_bits(), round_trip(dtype, value).to_bits());
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_not_finite_is_found_in_every_type(
+            bits in prop::collection::vec(any::<u32>(), 1..40), at in any::<prop::sample::Index>(),
+            broken in prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]),
+        ) {
+            for (dtype, largest) in [(Dtype::F32, f32::MAX), (Dtype::BF16, 3.38e38), (Dtype::F16, 65504.0)] {
+                let finite = bits.iter().map(|&bits| f32::from_bits(bits)).map(|value| {
+                    if value.is_finite() { value.clamp(-largest, largest) } else { -largest }
+                });
+                let mut values: Vec<f32> = finite.collect();
+                let mut bytes = vec![0; values.len() * dtype.bits() as usize / 8];
+                encode(dtype, &values, &mut bytes);
+                prop_assert_eq!(first_non_finite(dtype, &bytes), None);
+                let place = at.index(values.len());
+                values[place] = broken;
+                encode(dtype, &values, &mut bytes);
+                let found = first_non_finite(dtype, &bytes).map(|(place, value)| (place, value.is_nan(), value > 0.0));
+                prop_assert_eq!(found, Some((place, broken.is_nan(), broken > 0.0)));
             }
         }
     }

@@ -80,7 +80,8 @@ impl Adapted {
         let Some((number, patch)) = self.patches.get(&tensor.info.name) else { return Ok(()) };
         let dtype = tensor.info.dtype;
         scratch.delta.resize(values.len(), 0.0);
-        scratch.sides.delta(factors, &self.adapters, patch, *number, first, &mut scratch.delta)?;
+        let rows = [first, first + values.len() as u64 / patch.cols.max(1)];
+        scratch.sides.delta(factors, &self.adapters, patch, *number, rows, &mut scratch.delta)?;
         super::methods::add_base(values, &mut scratch.delta);
         for (value, sum) in values.iter_mut().zip(&scratch.delta) {
             *value = round_trip(dtype, *sum);

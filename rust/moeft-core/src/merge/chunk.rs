@@ -1,9 +1,9 @@
 //! What a thread does with one chunk of a tensor: read, decode, compute, encode.
 
 use super::factors::{Factors, Sides};
-use super::floats::{all_finite, decode, encode, first_non_finite, subtract};
+use super::floats::{decode, encode, first_non_finite, subtract};
 use super::kernel::{Block, Gathered, Kernel, Reads};
-use super::measure::{extremes, products};
+use super::measure::{largest_change, products};
 use super::plan::{Job, Merge, Plan, Values};
 use super::sources::Source;
 use crate::adapter::AdapterError;
@@ -58,7 +58,7 @@ impl Work<'_> {
     /// As [`Self::gather`]; a result that is not finite.
     pub fn combine(&self, kernel: &dyn Kernel, chunk: usize, slot: &mut Slot) -> Result<()> {
         let (out, size) = (self.job.out, self.job.out.bits() as usize / 8);
-        let (first, len) = self.merge.grid.chunk(chunk);
+        let (_, len) = self.merge.grid.chunk(chunk);
         let (mut values, mut output) = (std::mem::take(&mut slot.values), std::mem::take(&mut slot.output));
         output.resize(len as usize * size, 0);
         slot.gathered.clear();
@@ -67,23 +67,22 @@ impl Work<'_> {
             kernel.combine(block, &mut values);
             let found = products(&values, &block.base);
             gathered.sums(3).iter_mut().zip(found).for_each(|(sum, value)| *sum += value);
-            let [change, weight] = extremes(&values, &block.base);
+            let change = largest_change(&values, &block.base);
             // Both are magnitudes, so the range can hold them: the smallest is the change, negated.
-            gathered.range = [gathered.range[0].min(-change), gathered.range[1].max(weight)];
-            encode(out, &values, &mut output[offset * size..][..values.len() * size]);
-            Ok(())
-        });
-        let broken = first_non_finite(out, &output);
-        (slot.values, slot.output) = (values, output);
-        result?;
-        match broken {
-            Some((position, value)) => {
-                let name = self.job.name.clone();
-                let position = unravel(first + position as u64, &self.plan.tensor(self.job).info.shape);
-                Err(AdapterError::NonFinite { name, value, position }.into())
+            gathered.range = [gathered.range[0].min(-change), gathered.range[1].max(block.largest)];
+            let bytes = &mut output[offset * size..][..values.len() * size];
+            encode(out, &values, bytes);
+            match first_non_finite(out, bytes) {
+                None => Ok(()),
+                Some((place, value)) => {
+                    let name = self.job.name.clone();
+                    let position = unravel(block.start + place as u64, &self.plan.tensor(self.job).info.shape);
+                    Err(AdapterError::NonFinite { name, value, position }.into())
+                }
             }
-            None => Ok(()),
-        }
+        });
+        (slot.values, slot.output) = (values, output);
+        result
     }
 
     /// Reads a chunk and hands it on block by block, with its offset in the chunk.
@@ -124,8 +123,9 @@ impl Work<'_> {
             if with_models {
                 let size = tensor.info.dtype.bits() as usize / 8;
                 block.base.resize(count, 0.0);
-                decode(tensor.info.dtype, &slot.base[offset as usize * size..][..count * size], &mut block.base);
-                if !all_finite(&block.base) {
+                let bytes = &slot.base[offset as usize * size..][..count * size];
+                block.largest = decode(tensor.info.dtype, bytes, &mut block.base);
+                if !block.largest.is_finite() {
                     return Err(non_finite(tensor, place, &block.base));
                 }
                 block.inputs.resize(merge.inputs.len(), Vec::new());
@@ -142,9 +142,9 @@ impl Work<'_> {
                         }
                         Values::Patch(patch) => {
                             values.resize(count, 0.0);
-                            let row = place / patch.cols.max(1);
+                            let rows = [place, first + len].map(|element| element / patch.cols.max(1));
                             let adapters = &self.plan.adapters;
-                            slot.sides[index].delta(self.factors, adapters, patch, self.number, row, values)?;
+                            slot.sides[index].delta(self.factors, adapters, patch, self.number, rows, values)?;
                             if !of_deltas {
                                 super::methods::add_base(&block.base, values);
                             }
@@ -170,8 +170,8 @@ impl Work<'_> {
     ) -> Result<()> {
         let size = source.dtype.bits() as usize / 8;
         values.resize(count, 0.0);
-        decode(source.dtype, &raw[offset as usize * size..][..count * size], values);
-        if all_finite(values) {
+        let largest = decode(source.dtype, &raw[offset as usize * size..][..count * size], values);
+        if largest.is_finite() {
             return Ok(());
         }
         let index = source.pieces.partition_point(|piece| piece.start + piece.count <= place);

@@ -191,8 +191,9 @@ fn model_count(job: &Job) -> usize {
 pub(super) fn slot_bytes(plan: &Plan, job: &Job) -> usize {
     match &job.action {
         Action::Merge(merge) => {
-            let factors: usize = patches(job).map(|patch| side_bytes(&plan.adapters, patch)).sum();
-            merge.grid.chunk as usize * 4 * (2 + 2 * merge.inputs.len()) + factors
+            let chunk = merge.grid.chunk;
+            let factors: usize = patches(job).map(|patch| side_bytes(&plan.adapters, patch, chunk)).sum();
+            chunk as usize * 4 * (2 + 2 * merge.inputs.len()) + factors
         }
         Action::Copy => 2 * CHUNK_BYTES,
     }

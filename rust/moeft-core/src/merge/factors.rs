@@ -80,12 +80,22 @@ pub struct Sides {
     right: Vec<Panels>,
     /// Per delta A `[rank, in]` of a transposed matrix.
     a: Vec<Vec<f32>>,
-    left: Vec<f32>,
+    /// Per delta the rows of the factor that spans the rows.
+    left: Vec<Left>,
 }
 
-/// Memory of the factors of one matrix that a patch is for.
-pub(super) fn side_bytes(adapters: &[Adapter], patch: &Patch) -> usize {
-    let values = patch.cols + if patch.transposed { patch.rows } else { 0 };
+/// Rows `[rows, rank]` of a factor, from row `first` of the matrix on.
+#[derive(Debug, Default)]
+struct Left {
+    first: u64,
+    rows: u64,
+    values: Vec<f32>,
+}
+
+/// Memory of the factors of one matrix that a patch is for, and of `chunk` elements of it.
+pub(super) fn side_bytes(adapters: &[Adapter], patch: &Patch, chunk: u64) -> usize {
+    let rows = patch.rows.min(chunk.div_ceil(patch.cols.max(1)));
+    let values = patch.cols + if patch.transposed { patch.rows } else { rows };
     let ranks = patch.deltas.iter().map(|delta| adapters[delta.adapter].pairs[delta.pair].rank);
     ranks.map(|rank| (4 * rank * values) as usize).sum()
 }
@@ -94,6 +104,7 @@ impl Sides {
     /// Writes what a patch adds to rows `first..` of its tensor, counted through all its matrices, to `out`.
     ///
     /// # Arguments
+    /// * `until`: the row up to which more will be asked for; factors are read up to there at once.
     /// * `tensor`: a number for the tensor, so that factors are kept while it is the same.
     ///
     /// # Errors
@@ -104,7 +115,7 @@ impl Sides {
         adapters: &[Adapter],
         patch: &Patch,
         tensor: u64,
-        first: u64,
+        [first, until]: [u64; 2],
         out: &mut [f32],
     ) -> Result<()> {
         let cols = patch.cols as usize;
@@ -119,17 +130,23 @@ impl Sides {
                 let adapter = &adapters[delta.adapter];
                 let pair = &adapter.pairs[delta.pair];
                 let rank = pair.rank as usize;
-                if patch.transposed {
-                    let a = &self.a[index];
-                    let column = |row: u64| (0..rank).map(move |j| a[j * patch.rows as usize + row as usize]);
-                    self.left.clear();
-                    self.left.extend((inside..inside + rows).flat_map(column));
-                } else {
-                    let experts = [patch.first_expert + matrix, patch.factor_experts];
-                    let rows = [patch.first_row + inside, rows];
-                    factors.rows(adapter, delta, experts, rows, &mut self.left)?;
+                let left = &mut self.left[index];
+                if inside < left.first || inside + rows > left.first + left.rows {
+                    (left.first, left.rows) = (inside, 0);
+                    let ahead = (patch.rows - inside).min(until - row);
+                    if patch.transposed {
+                        let a = &self.a[index];
+                        let column = |row: u64| (0..rank).map(move |j| a[j * patch.rows as usize + row as usize]);
+                        left.values.clear();
+                        left.values.extend((inside..inside + ahead).flat_map(column));
+                    } else {
+                        let experts = [patch.first_expert + matrix, patch.factor_experts];
+                        factors.rows(adapter, delta, experts, [patch.first_row + inside, ahead], &mut left.values)?;
+                    }
+                    left.rows = ahead;
                 }
-                add_product(&self.right[index], &self.left, pair.scaling, index == 0, part);
+                let b = &left.values[(inside - left.first) as usize * rank..][..rows as usize * rank];
+                add_product(&self.right[index], b, pair.scaling, index == 0, part);
             }
             row += rows;
             rest = later;
@@ -146,6 +163,8 @@ impl Sides {
         let expert = patch.first_expert + at.1;
         self.a.resize(patch.deltas.len(), Vec::new());
         self.right.resize_with(patch.deltas.len(), Panels::default);
+        self.left.clear();
+        self.left.resize_with(patch.deltas.len(), Left::default);
         for (index, &delta) in patch.deltas.iter().enumerate() {
             let adapter = &adapters[delta.adapter];
             let pair = &adapter.pairs[delta.pair];
@@ -153,8 +172,9 @@ impl Sides {
             let (rank, a) = (pair.rank as usize, read_a(adapter, pair, expert, inputs)?);
             if patch.transposed {
                 let experts = [expert, patch.factor_experts];
-                factors.rows(adapter, delta, experts, [patch.first_row, patch.cols], &mut self.left)?;
-                self.right[index] = Panels::new(&transpose(&self.left, rank), rank);
+                let mut b = Vec::new();
+                factors.rows(adapter, delta, experts, [patch.first_row, patch.cols], &mut b)?;
+                self.right[index] = Panels::new(&transpose(&b, rank), rank);
                 self.a[index] = a;
             } else {
                 self.right[index] = Panels::new(&a, rank);

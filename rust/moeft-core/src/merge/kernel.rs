@@ -14,6 +14,8 @@ pub struct Block {
     pub start: u64,
     /// Weights of the base.
     pub base: Vec<f32>,
+    /// Largest magnitude in it.
+    pub largest: f32,
     /// Per model that has the tensor, in the order of the recipe: weights or deltas, as the method asks.
     pub inputs: Vec<Vec<f32>>,
     /// Fisher information, where the recipe names some.

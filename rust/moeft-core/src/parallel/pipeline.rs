@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
-use std::sync::mpsc::{channel, Receiver};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::channel;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Works on items `0..count` with `workers` threads and hands the results to `commit` in order, on this thread.
 ///
@@ -28,15 +28,15 @@ pub fn pipeline<Slot: Send, E: Send>(
         work(0, &mut slots[0])?;
         return commit(0, &mut slots[0]);
     }
-    let (give_back, free) = channel();
-    slots.drain(..).for_each(|slot| give_back.send(slot).expect("the receiver lives in this function"));
-    let line = Mutex::new(Line { next: 0, free });
+    let line = Line::new(count, std::mem::take(slots));
     let (done, arrived) = channel();
     let result = std::thread::scope(|scope| {
+        // However this closure ends, every worker stops at its next item.
+        let _end = EndOfLine(&line);
         for _ in 0..workers.clamp(1, count.max(1)) {
             let (done, line, work) = (done.clone(), &line, &work);
             scope.spawn(move || {
-                while let Some((item, mut slot)) = start(line, count) {
+                while let Some((item, mut slot)) = line.start() {
                     let result = catch_unwind(AssertUnwindSafe(|| work(item, &mut slot)));
                     if done.send((item, slot, result)).is_err() {
                         break;
@@ -44,8 +44,7 @@ pub fn pipeline<Slot: Send, E: Send>(
                 }
             });
         }
-        // Both ends are dropped when this closure returns early, and every worker stops at its next item.
-        let (give_back, arrived) = (give_back, arrived);
+        let arrived = arrived;
         let mut waiting = BTreeMap::new();
         for next in 0..count {
             let (mut slot, result) = loop {
@@ -60,31 +59,57 @@ pub fn pipeline<Slot: Send, E: Send>(
                 Err(panic) => resume_unwind(panic),
             }
             commit(next, &mut slot)?;
-            // The workers are gone after the last item; the slot still goes back.
-            let _ = give_back.send(slot);
+            line.give_back(slot);
         }
         Ok(())
     });
-    let line = line.into_inner().unwrap_or_else(PoisonError::into_inner);
-    slots.extend(line.free.try_iter());
+    *slots = line.state.into_inner().unwrap_or_else(PoisonError::into_inner).free;
     result
 }
 
 /// What is started next, and with what.
 struct Line<Slot> {
-    next: usize,
-    free: Receiver<Slot>,
+    state: Mutex<State<Slot>>,
+    given_back: Condvar,
 }
 
-/// The next item and a slot for it. Who waits for a slot holds the lock, so items start in order.
-fn start<Slot>(line: &Mutex<Line<Slot>>, count: usize) -> Option<(usize, Slot)> {
-    let mut line = line.lock().unwrap_or_else(PoisonError::into_inner);
-    if line.next == count {
-        return None;
+struct State<Slot> {
+    left: std::ops::Range<usize>,
+    /// The last one given back goes first, as it may still lie in the caches.
+    free: Vec<Slot>,
+}
+
+impl<Slot> Line<Slot> {
+    fn new(count: usize, free: Vec<Slot>) -> Self {
+        Self { state: Mutex::new(State { left: 0..count, free }), given_back: Condvar::new() }
     }
-    let slot = line.free.recv().ok()?;
-    line.next += 1;
-    Some((line.next - 1, slot))
+
+    /// The next item and a slot for it, after waiting for one; `None` if there are no more items.
+    fn start(&self) -> Option<(usize, Slot)> {
+        let is_short = |state: &mut State<Slot>| state.free.is_empty() && !state.left.is_empty();
+        let waited = self.given_back.wait_while(self.lock(), is_short);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
+        Some((state.left.next()?, state.free.pop()?))
+    }
+
+    fn give_back(&self, slot: Slot) {
+        self.lock().free.push(slot);
+        self.given_back.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<Slot>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lets no item start after it is dropped.
+struct EndOfLine<'l, Slot>(&'l Line<Slot>);
+
+impl<Slot> Drop for EndOfLine<'_, Slot> {
+    fn drop(&mut self) {
+        self.0.lock().left = 0..0;
+        self.0.given_back.notify_all();
+    }
 }
 
 #[cfg(test)]

@@ -34,21 +34,27 @@ impl Kernel for Linear {
     }
 }
 
+/// Values whose sums stay in registers.
+const PIECE: usize = 32;
+
 vectorised! {
     /// `out = sum_i weights[i] * inputs[i]`, summed in float64, in the order of i.
     pub(super) fn weighted_average(inputs: &[Vec<f32>], weights: &[f64], out: &mut [f32]) {
-        let mut sums = [0.0f64; 256];
-        for (start, out) in (0..).step_by(256).zip(out.chunks_mut(256)) {
-            let sums = &mut sums[..out.len()];
-            sums.fill(0.0);
+        let (pieces, rest) = out.as_chunks_mut::<PIECE>();
+        let start_of_rest = pieces.len() * PIECE;
+        for (start, out) in (0..).step_by(PIECE).zip(pieces) {
+            let mut sums = [0.0f64; PIECE];
             for (input, &weight) in inputs.iter().zip(weights) {
-                for (sum, &value) in sums.iter_mut().zip(&input[start..]) {
-                    *sum += f64::from(value) * weight;
+                let input: &[f32; PIECE] = input[start..][..PIECE].try_into().expect("inputs are as long as the output");
+                for lane in 0..PIECE {
+                    sums[lane] += f64::from(input[lane]) * weight;
                 }
             }
-            for (out, &sum) in out.iter_mut().zip(&*sums) {
-                *out = sum as f32;
-            }
+            *out = sums.map(|sum| sum as f32);
+        }
+        for (place, out) in (start_of_rest..).zip(rest) {
+            let terms = inputs.iter().zip(weights).map(|(input, &weight)| f64::from(input[place]) * weight);
+            *out = terms.fold(0.0, |sum, term| sum + term) as f32;
         }
     }
 }

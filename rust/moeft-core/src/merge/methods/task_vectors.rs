@@ -109,12 +109,13 @@ impl Kernel for TaskVectors {
 vectorised! {
     /// `out = sum_i weights[i] * inputs[i]`, in the order of i.
     pub fn weighted_sum(inputs: &[Vec<f32>], weights: &[f32], out: &mut [f32]) {
-        out.fill(0.0);
-        for (index, (input, &weight)) in inputs.iter().zip(weights).enumerate() {
-            for (sum, delta) in out.iter_mut().zip(input) {
-                let weighted = delta * weight;
-                *sum = if index == 0 { weighted } else { *sum + weighted };
-            }
+        let mut weighted = inputs.iter().zip(weights);
+        match weighted.next() {
+            Some((input, weight)) => out.iter_mut().zip(input).for_each(|(sum, delta)| *sum = delta * weight),
+            None => out.fill(0.0),
+        }
+        for (input, weight) in weighted {
+            out.iter_mut().zip(input).for_each(|(sum, delta)| *sum += delta * weight);
         }
     }
 }
