@@ -92,6 +92,23 @@ struct Left {
     values: Vec<f32>,
 }
 
+impl Left {
+    /// Rows `[first, count, ahead]`: `count` of them from `first` on. If they are not there, `read` gets `ahead` at once.
+    fn rows(
+        &mut self,
+        [first, count, ahead]: [u64; 3],
+        rank: usize,
+        read: impl FnOnce(&mut Vec<f32>) -> Result<()>,
+    ) -> Result<&[f32]> {
+        if first < self.first || first + count > self.first + self.rows {
+            self.rows = 0;
+            read(&mut self.values)?;
+            (self.first, self.rows) = (first, ahead);
+        }
+        Ok(&self.values[(first - self.first) as usize * rank..][..count as usize * rank])
+    }
+}
+
 /// Memory of the factors of one matrix that a patch is for, and of `chunk` elements of it.
 pub(super) fn side_bytes(adapters: &[Adapter], patch: &Patch, chunk: u64) -> usize {
     let rows = patch.rows.min(chunk.div_ceil(patch.cols.max(1)));
@@ -130,22 +147,18 @@ impl Sides {
                 let adapter = &adapters[delta.adapter];
                 let pair = &adapter.pairs[delta.pair];
                 let rank = pair.rank as usize;
-                let left = &mut self.left[index];
-                if inside < left.first || inside + rows > left.first + left.rows {
-                    (left.first, left.rows) = (inside, 0);
-                    let ahead = (patch.rows - inside).min(until - row);
+                let ahead = (patch.rows - inside).min(until - row);
+                let a = &self.a[index];
+                let b = self.left[index].rows([inside, rows, ahead], rank, |into| {
                     if patch.transposed {
-                        let a = &self.a[index];
                         let column = |row: u64| (0..rank).map(move |j| a[j * patch.rows as usize + row as usize]);
-                        left.values.clear();
-                        left.values.extend((inside..inside + ahead).flat_map(column));
-                    } else {
-                        let experts = [patch.first_expert + matrix, patch.factor_experts];
-                        factors.rows(adapter, delta, experts, [patch.first_row + inside, ahead], &mut left.values)?;
+                        into.clear();
+                        into.extend((inside..inside + ahead).flat_map(column));
+                        return Ok(());
                     }
-                    left.rows = ahead;
-                }
-                let b = &left.values[(inside - left.first) as usize * rank..][..rows as usize * rank];
+                    let experts = [patch.first_expert + matrix, patch.factor_experts];
+                    factors.rows(adapter, delta, experts, [patch.first_row + inside, ahead], into)
+                })?;
                 add_product(&self.right[index], b, pair.scaling, index == 0, part);
             }
             row += rows;
