@@ -201,6 +201,12 @@ class MoeTrainer(TrainableCheckpoints):
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self.guard.settle(self.state)  # whatever is written next is to tell of this step too
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a micro-batch; Trainer would count the parameters again for each."""
         tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
