@@ -11,8 +11,9 @@ import moeft
 from moeft.integration.checkpointing import POLICIES, apply_checkpointing
 from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels import dispatch
+from moeft.training import readback
 from moeft.training.document_isolation import check_document_isolation
-from tests.tiny_training import load
+from tests.tiny_training import load, sft_trainer
 
 triton_targets = pytest.importorskip("tests.triton_targets", reason="needs Triton: pip install triton")
 TOKENS = 24
@@ -54,6 +55,50 @@ def test_step_on_packs_reads_no_number_of_the_device(checkpoints, name, policy, 
     assert loss.shape == ()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert "log_probs_kernel" in gpu_without_numbers
+
+
+class Unread(readback.Readback):
+    """Numbers that a device without numbers sends, and nobody reads."""
+
+    def send(self, values):
+        assert values.device.type == "meta"
+
+
+BATCHES = {
+    "packs": {"position_ids": torch.arange(TOKENS // 2, device="meta").repeat(2).expand(2, -1)},
+    "padded rows": {"attention_mask": torch.ones(2, TOKENS, dtype=torch.int64, device="meta")},
+}
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
+def test_step_of_the_trainer_reads_no_number_of_the_device(
+    checkpoints, tmp_path, name, rows, gpu_without_numbers, monkeypatch
+):
+    """All that runs between two readings: routing counts, throughput, clipping, the guard, the optimiser, the schedule."""
+    monkeypatch.setattr(readback, "reads_late", lambda device: True)
+    monkeypatch.setattr(readback, "Readback", Unread)
+    options = {"optim": "adamw_moeft_stochastic", "check_frozen_base": False, "gradient_accumulation_steps": 2}
+    trainer = sft_trainer(trained(checkpoints[name]), tmp_path, packing=rows == "packs", **options)
+    monkeypatch.setattr(moeft.SFTConfig, "device", torch.device("meta"))
+    model = trainer.model.to("meta")
+    trainer.create_optimizer_and_scheduler(2)
+    handler, run = trainer.callback_handler, (trainer.args, trainer.state, trainer.control)
+    handler.optimizer, handler.model = trainer.optimizer, model
+    handler.on_train_begin(*run)
+    handler.on_step_begin(*run)
+    ids = torch.ones(2, TOKENS, dtype=torch.int64, device="meta")
+    batch = {"input_ids": ids, "labels": ids, **BATCHES[rows]}
+    steps = [trainer.training_step(model, batch, num_items_in_batch=4 * TOKENS) for _ in range(2)]
+    assert sum(steps).device.type == "meta"
+    assert trainer._clip_grad_norm(model).device.type == "meta"
+    handler.on_pre_optimizer_step(*run)
+    trainer.optimizer.step()
+    handler.on_optimizer_step(*run)
+    trainer.lr_scheduler.step()
+    handler.on_step_end(*run)
+    assert len(trainer.optimizer.state) == len([p for p in model.parameters() if p.requires_grad])
+    assert trainer.guard._unread.step == 1
 
 
 def test_layers_share_masks_that_attention_adds_as_they_are(checkpoints, gpu_without_numbers):
