@@ -13,7 +13,7 @@ from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels import dispatch
 from moeft.training import readback
 from moeft.training.document_isolation import check_document_isolation
-from tests.tiny_preferences import dpo_trainer, policy
+from tests.tiny_preferences import dpo_trainer
 from tests.tiny_training import load, sft_trainer
 
 triton_targets = pytest.importorskip("tests.triton_targets", reason="needs Triton: pip install triton")
@@ -123,11 +123,10 @@ def test_masks_of_transformers_would_read_one(checkpoints, gpu_without_numbers):
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
-def test_preference_pairs_read_no_number_of_the_device(tmp_path, layout, gpu_without_numbers, monkeypatch):
-    trainer = dpo_trainer(policy(), tmp_path, layout=layout, check_frozen_base=False)
+def test_preference_pairs_read_no_number_of_the_device(checkpoints, tmp_path, layout, gpu_without_numbers, monkeypatch):
+    trainer = dpo_trainer(trained(checkpoints["gemma4"]), tmp_path, layout=layout, check_frozen_base=False)
     assert trainer.layout == layout
     monkeypatch.setattr(moeft.DPOConfig, "device", torch.device("meta"))
-    trainer.model.get_base_model().config._experts_implementation = "moeft"
     batch = trainer.data_collator([trainer.train_dataset[place] for place in range(2)])
     batch = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     loss = trainer.training_step(trainer.model.to("meta"), batch, num_items_in_batch=2)
