@@ -132,7 +132,11 @@ def parameters():
 )
 def test_only_optimizers_that_can_get_the_verdict_on_the_device(make, reads):
     optimizer = make()
-    assert reads_found_inf(optimizer) is (optimizer if reads else None)
+    assert reads_found_inf(optimizer, torch.device("cpu")) is (optimizer if reads else None)
+
+
+def test_number_on_a_gpu_is_not_given_to_kernels_of_the_host():
+    assert reads_found_inf(torch.optim.AdamW(parameters(), fused=True), torch.device("cuda", 0)) is None
 
 
 def test_others_are_told_by_having_no_gradients(checkpoints, tmp_path, late):

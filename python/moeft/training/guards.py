@@ -102,7 +102,7 @@ class NonFiniteGuard(TrainerCallback):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         found = self._what_is_wrong(parameters, args.device)
         seen, self._seen = self._seen, []
-        reader = reads_found_inf(optimizer) if readback.reads_late(found.device) else None
+        reader = reads_found_inf(optimizer, found.device) if readback.reads_late(found.device) else None
         if reader is not None:
             reader.found_inf = found.amax()
             self._readback.send(found)
@@ -158,9 +158,9 @@ class NonFiniteGuard(TrainerCallback):
 
     def _what_is_wrong(self, parameters: list[Tensor], device: torch.device) -> Tensor:
         """Whether the loss and whether a gradient is bad in any process, ``[2]`` of 0 and 1, on the device."""
-        flags = [bad.to(device, non_blocking=True) for _, bad in self._seen]
+        flags = [bad.to(device) for _, bad in self._seen]
         gradients = [local(p.grad) for p in parameters]
-        norms = [norm.to(device, non_blocking=True) for norm in torch._foreach_norm(gradients)] if gradients else []
+        norms = [norm.to(device) for norm in torch._foreach_norm(gradients)] if gradients else []
         no = torch.zeros((), dtype=torch.bool, device=device)
         bad_loss = torch.stack(flags).any() if flags else no
         bad_gradient = ~torch.isfinite(torch.stack(norms)).all() if norms else no

@@ -132,7 +132,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             generator.manual_seed(((group["seed"] * 1_000_003 + step) * 1_000_003 + index) % (1 << 63))
             param.copy_(round_stochastically(weight, generator))
         if self.found_inf is not None:
-            is_void = self.found_inf.to(param.device, non_blocking=True) > 0
+            is_void = self.found_inf.to(param.device) > 0
             for changed, old in zip((mean, square, param), before, strict=True):
                 torch.where(is_void, old, changed, out=changed)
 

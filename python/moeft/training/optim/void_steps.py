@@ -10,13 +10,17 @@ from torch import Tensor
 from moeft.training.optim.stochastic_adamw import StochasticAdamW
 
 
-def reads_found_inf(optimizer: Any) -> Any:
+def reads_found_inf(optimizer: Any, device: torch.device) -> Any:
     """The optimiser, out of accelerate's wrapper, if 1 in its ``found_inf`` keeps a step from changing anything.
 
     ``found_inf`` is the name, and a float32 scalar on the device the form, in which ``torch.amp.GradScaler`` tells an
     optimiser. torch's fused Adam and AdamW read it in their kernel and take it off their step counts, which lie on the
     device; :class:`StochasticAdamW` puts back what it changed. Others count steps on the host (bitsandbytes, torch
     without ``fused``), work there (:class:`HostAdamW`), or keep state of an unknown kind.
+
+    Args:
+        optimizer: One of torch, or accelerate's wrapper of one.
+        device: Where the number lies.
 
     Returns:
         None if the optimiser has to be told by having no gradients, or if a scaler tells it already.
@@ -28,9 +32,11 @@ def reads_found_inf(optimizer: Any) -> Any:
         is_able = all(group["fused"] for group in inner.param_groups)
     else:
         is_able = isinstance(inner, StochasticAdamW)
-    # The kernels take no plain scalar beside tensors that FSDP sharded.
-    is_whole = is_able and not any(hasattr(p, "to_local") for group in inner.param_groups for p in group["params"])
-    return inner if is_whole else None
+    if not is_able:
+        return None
+    # The kernels take no plain scalar beside tensors that FSDP sharded, and the host would read it before it is there.
+    trained = (p for group in inner.param_groups for p in group["params"])
+    return inner if all(p.device.type == device.type and not hasattr(p, "to_local") for p in trained) else None
 
 
 def nothing_if_void(change: Tensor, optimizer: Any) -> Tensor:
@@ -38,5 +44,5 @@ def nothing_if_void(change: Tensor, optimizer: Any) -> Tensor:
     found_inf = getattr(getattr(optimizer, "optimizer", optimizer), "found_inf", None)
     if found_inf is None:
         return change
-    is_void = found_inf.to(change.device, non_blocking=True) > 0
+    is_void = found_inf.to(change.device) > 0
     return torch.where(is_void, torch.zeros_like(change), change)
