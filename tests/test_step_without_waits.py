@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import moeft
 from moeft.integration.checkpointing import POLICIES, apply_checkpointing
 from moeft.integration.fused_loss import fuse_loss
-from moeft.kernels import dispatch
+from moeft.kernels import dispatch, tuning
+from moeft.kernels.grouped_linear import config, gpu
+from moeft.kernels.nf4 import gpu as nf4_gpu
 from moeft.training import readback
 from moeft.training.document_isolation import check_document_isolation
 from tests.tiny_preferences import dpo_trainer
@@ -132,3 +138,73 @@ def test_preference_pairs_read_no_number_of_the_device(checkpoints, tmp_path, la
     loss = trainer.training_step(trainer.model.to("meta"), batch, num_items_in_batch=2)
     assert loss.device.type == "meta"
     assert all(p.grad is not None for p in trainer.model.parameters() if p.requires_grad)
+
+
+class FromHost(TorchDispatchMode):
+    """Operations that bring numbers from host memory to a GPU, which waits for it; single numbers go with a launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), keywords=None):
+        result = function(*args, **(keywords or {}))
+        given, made = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, keywords), result))
+        if any(t.device.type == "cpu" and t.ndim for t in given) and any(t.device.type == "cuda" for t in made):
+            self.found.append(str(function))
+        return result
+
+
+def as_if_on_a_gpu(model):
+    """Replace all tensors of a model by fake ones on a GPU; inside of a mode that makes such."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cuda")
+                    tensors[name] = torch.nn.Parameter(new, old.requires_grad) if tensors is module._parameters else new
+
+
+def forget_tensors():
+    """Those that kernels keep on a device: fake ones are not for other tests, nor real ones for these."""
+    gpu.release_workspaces()
+    nf4_gpu.code_values.cache_clear()
+    nf4_gpu._dynamic_map.cache_clear()
+
+
+@pytest.fixture
+def nothing_kept():
+    forget_tensors()
+    yield
+    forget_tensors()
+
+
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.skipif(torch.version.cuda is None, reason="fake tensors on a GPU need a build of PyTorch for CUDA")
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe", "gpt_oss"])
+def test_forward_brings_nothing_from_host_memory(checkpoints, name, rows, gpu_without_numbers, monkeypatch):
+    """What the meta device cannot show: there, a copy from the host is free."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr(config, "workspace_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(tuning, "lookup", lambda key, device, candidates: candidates[0])
+    model = trained(checkpoints[name])
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        as_if_on_a_gpu(model)
+        ids = torch.ones(2, TOKENS, dtype=torch.int64, device="cuda")
+        batch = {key: torch.ones(2, TOKENS, dtype=torch.int64, device="cuda") for key in BATCHES[rows]}
+        batch |= {"input_ids": ids, "labels": ids, "num_items_in_batch": 2 * TOKENS}
+        assert model(**batch).loss.device.type == "cuda"  # tables of codes come once
+        with FromHost() as copies:
+            model(**batch)
+    assert copies.found == []
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="fake tensors on a GPU need a build of PyTorch for CUDA")
+def test_copies_from_host_memory_would_be_found():
+    """That the test above can fail."""
+    with FakeTensorMode(), FromHost() as copies:
+        torch.tensor([1, 2], device="cuda")
+        torch.ones(2).to("cuda")
+    assert len(copies.found) == 2
