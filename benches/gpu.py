@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gpu_harness import Bench
 
 # Most telling first: what comes last falls to the limit of time.
-SECTIONS = ("limits", "restoring", "products", "tuning", "model", "streaming", "loss_head", "thin", "routes")
+SECTIONS = ("limits", "restoring", "products", "tuning", "model", "guard", "streaming", "loss_head", "thin", "routes")
 
 
 def main() -> int:
@@ -77,6 +77,10 @@ def run_section(section: str, bench: Bench) -> None:
         import gpu_steps
 
         gpu_steps.run(bench)
+    elif section == "guard":
+        import gpu_guard
+
+        gpu_guard.run(bench)
     elif section == "streaming":
         import gpu_streaming
 

@@ -23,8 +23,8 @@ def profile(bench: Bench, model: nn.Module, trained: list[nn.Parameter], sequenc
     try:
         step(model, *inputs)
         if is_cuda:
-            waits = _waits(lambda: step(model, *inputs))
-            record |= {"host_synchronisations": waits.total(), "waits_at": dict(waits.most_common(10))}
+            found = waits(lambda: step(model, *inputs))
+            record |= {"host_synchronisations": found.total(), "waits_at": dict(found.most_common(10))}
         with torch_profiler.profile(
             activities=[torch_profiler.ProfilerActivity.CUDA if is_cuda else torch_profiler.ProfilerActivity.CPU]
         ) as profiler:
@@ -42,7 +42,7 @@ def profile(bench: Bench, model: nn.Module, trained: list[nn.Parameter], sequenc
     return record | {"microseconds_by_kernel": {name[:80]: round(time) for name, time in longest}}
 
 
-def _waits(run: Callable[[], object]) -> Counter[str]:
+def waits(run: Callable[[], object]) -> Counter[str]:
     """Places at which a function waits for the device, as PyTorch warns of them, with how often."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")

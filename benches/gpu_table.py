@@ -41,6 +41,7 @@ def tables(records: Iterable[Record]) -> str:
     parts.append(_steps(by_section["step"]))
     parts.append(_launches(by_section["launches"]))
     parts.append(_profiles(by_section["profile"]))
+    parts.append(_guard(by_section["guard"]))
     parts.append(_streaming(by_section["streaming"]))
     parts.append(_optimizer(by_section["optimizer"]))
     failed = [record for record in by_section["correctness"] if not record["passed"]]
@@ -125,6 +126,18 @@ def _profiles(records: Sequence[Record]) -> str:
     return _table(
         "A step, forward and backward: launches by its layers, attention and norms included, and waits for the device:",
         head,
+        rows,
+    )
+
+
+def _guard(records: Sequence[Record]) -> str:
+    rows = [
+        [r["optimizer"], f"{r['seconds'] * 1e3:.2f}", r.get("host_synchronisations", "not counted")] for r in records
+    ]
+    values = f"{records[0]['values'] / 1e6:,.1f} M" if records else ""
+    return _table(
+        f"Clipping, guard and step of {values} values in float32; a bad step changed no bit:",
+        ["optimizer", "ms", "host synchronisations"],
         rows,
     )
 

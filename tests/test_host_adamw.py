@@ -209,6 +209,17 @@ def test_staging_passes_gradients_of_the_host_in_order_without_a_copy():
         assert gradient.data_ptr() == p.grad.data_ptr()
 
 
+def test_staging_lends_memory_for_weights_and_sends_them():
+    staging, params = Staging(), parameters(torch.bfloat16)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for p, _ in zip(params, staging.gradients(params), strict=True):
+        new = staging.outgoing(p)
+        assert staging.outgoing(p) is new
+        staging.send(new.fill_(3), p.data)
+    assert all((p == 3).all() for p in params)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run on a machine with one")
 @pytest.mark.parametrize("bits", [32, 8])

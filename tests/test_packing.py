@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moeft.data.collate import PackingCollator, PaddingCollator, count_tokens
 from moeft.data.packing import pack
 from moeft.errors import DataError, UnsupportedModelError
-from moeft.integration.document_masks import mask_documents
+from moeft.integration.document_masks import as_added, mask_documents
 from moeft.integration.fused_loss import fuse_loss
 from moeft.training.document_isolation import check_document_isolation
 from moeft.training.length_grouping import SeededLengthGroupedSampler
@@ -198,6 +198,36 @@ def test_our_masks_give_the_bits_of_the_models_own(name, attention):
         model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["attention_mask"]), with_kwargs=True)
         assert torch.equal(model(**batch).logits, expected)
     assert seen[0] is not None
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", [*SDPA_NAMES, "mixtral_window", "gpt_oss"])
+def test_our_masks_of_padded_rows_give_the_bits_of_the_models_own(name, attention, side):
+    model = model_of(name.removesuffix("_window"), "eager" if name == "gpt_oss" else attention)
+    if name.endswith("_window"):
+        model.config.sliding_window = 5
+    mask = torch.ones(3, 25, dtype=torch.int64)
+    for row, padding in enumerate((0, 3, 22)):  # more than a window of 16, whose tokens would see nothing
+        mask[row, 25 - padding :] = 0
+    mask = mask if side == "right" else mask.flip(1)
+    batch = {"input_ids": token_ids(3, 25), "attention_mask": mask, "use_cache": False}
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert mask_documents(model)
+        seen = []
+        model.model.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["attention_mask"]), with_kwargs=True)
+        ours = model(**batch).logits
+    assert torch.equal(ours[mask != 0], expected[mask != 0])
+    assert ours.isfinite().all()
+    assert seen[0] is not mask
+
+
+def test_added_masks_are_stored_as_attention_on_a_gpu_wants_them():
+    added = as_added(torch.ones(2, 13, 13, dtype=torch.bool).tril(), torch.bfloat16)
+    assert added.shape == (2, 1, 13, 13)
+    assert all(stride % 8 == 0 for stride in added.stride()[:-1])
+    assert torch.equal(added == 0, torch.ones(2, 1, 13, 13, dtype=torch.bool).tril())
 
 
 def test_masks_for_a_gpu_leave_the_cpu_to_the_models_own():

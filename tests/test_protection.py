@@ -21,10 +21,12 @@ from moeft.errors import CheckpointError, RecipeError
 from moeft.integration.trained_roles import train_roles
 from moeft.planning import Settings, plan
 from moeft.runs import preflight
+from moeft.training import readback
 from moeft.training.optim import HostAdamW
 from moeft.training.protection import SubspaceProtection
 from moeft.training.protection.projector import Projector, whole_float32
 from moeft.training.range_test import range_test
+from tests.test_trainer_guard import Fault, equal
 from tests.tiny_models import save_tiny_model
 from tests.tiny_training import (
     adapter_weights,
@@ -115,6 +117,19 @@ def test_projected_updates_never_enter_the_subspace(instruct, tmp_path):
             assert float(((a - a0) @ v).norm()) <= STEPS["max_steps"] * 4 * EPS * v.shape[0] ** 0.5 * float(a.norm())
             assert float((u.T @ (b @ a)).norm()) <= bound * float(b.norm()) * float(a.norm()) + 1e-30
     assert moved > 1
+
+
+def test_bad_step_that_only_the_device_knows_of_leaves_the_same_bits(instruct, tmp_path, monkeypatch):
+    ends = []
+    for late in (False, True):
+        monkeypatch.setattr(readback, "reads_late", lambda device, late=late: late)
+        model = packed_with_lora(instruct / "gemma4" / "it")
+        trainer = sft_trainer(model, tmp_path, protection=protection(instruct), **STEPS)
+        trainer.add_callback(Fault(model, "gradient", {1, 3}))
+        trainer.train()
+        assert trainer.skipped_steps == 2
+        ends.append(adapter_weights(model))
+    assert equal(*ends)
 
 
 def test_rates_are_tried_outside_of_the_subspace_too(instruct, tmp_path):

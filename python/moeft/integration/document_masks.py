@@ -1,4 +1,4 @@
-"""Masks that keep the examples of a pack apart, made from positions without asking the device what they are.
+"""Masks of packs and of padded rows, made from positions and padding without asking the device what they are.
 
 Shapes: B rows, S tokens.
 """
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 FULL, SLIDING = "full_attention", "sliding_attention"
 MASKED_ATTENTION = ("eager", "sdpa")
 """Implementations of attention that take a mask as a tensor."""
+ALIGNMENT = 8
+"""Elements, of which the rows of a mask are to be multiples in memory."""
 
 
 def mask_documents(model: Any, on_host: bool = True) -> bool:
-    """Give a model masks from its ``position_ids`` when it is called without an attention mask and without a cache.
+    """Give a model masks of ours when it is called without a cache: of packs, and of padded rows.
 
-    transformers' mask functions tell examples apart by positions that start anew, but some models (gpt_oss in 5.23) do
-    not pass positions to them. And they ask whether a row holds several examples at all, for each kind of layer, so
-    that the host waits for the GPU in every forward pass. Whether the model keeps examples apart with masks of ours is
-    for the caller to find out.
+    Packs are rows with ``position_ids`` and without an attention mask, padded rows those with one that says which
+    tokens are no padding. transformers' mask functions tell examples apart by positions that start anew, but some
+    models (gpt_oss in 5.23) do not pass positions to them. And they ask whether a row holds several examples, or any
+    padding, at all, for each kind of layer, so that the host waits for the GPU in every forward pass. Whether the model
+    keeps examples apart with masks of ours is for the caller to find out.
 
     Args:
         model: A causal language model of transformers, without a PEFT wrapper.
@@ -56,7 +59,7 @@ def masks_of(model: Any, visible_BSS: Tensor, position_ids_BS: Tensor) -> Any:
     Args:
         model: A causal language model of transformers, or its decoder.
         visible_BSS: Which keys a query sees where there is no window.
-        position_ids_BS: Positions, in which a window counts.
+        position_ids_BS: Positions, in which a window counts; one row if they are the same in all.
     """
     config = model.config.get_text_config()
     kinds = attention_kinds(config)
@@ -75,7 +78,10 @@ def masks_of(model: Any, visible_BSS: Tensor, position_ids_BS: Tensor) -> Any:
 
 def as_added(visible_BSS: Tensor, dtype: torch.dtype) -> Tensor:
     """What eager attention, and every other that takes a mask at all, adds to scores: ``[B, 1, S, S]`` of a dtype."""
-    return torch.zeros_like(visible_BSS, dtype=dtype).masked_fill_(~visible_BSS, torch.finfo(dtype).min)[:, None]
+    *rows, keys = visible_BSS.shape
+    # Of rows that are no multiple of this, PyTorch's attention makes a copy in every layer, and keeps it for backward.
+    stored = visible_BSS.new_zeros(*rows, -(-keys // ALIGNMENT) * ALIGNMENT, dtype=dtype)
+    return stored[..., :keys].masked_fill_(~visible_BSS, torch.finfo(dtype).min)[:, None]
 
 
 def causal(size: int, device: torch.device) -> Tensor:
@@ -84,13 +90,25 @@ def causal(size: int, device: torch.device) -> Tensor:
 
 
 def _add_masks(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    positions = kwargs.get("position_ids")
-    if positions is None or (positions.device.type == "cpu" and not decoder.masks_documents_on_host):
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    told_by = positions if mask is None else mask
+    if not isinstance(told_by, Tensor) or told_by.ndim != 2 or len(args) > 1:
         return None
-    cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
-    if positions.ndim != 2 or cached or kwargs.get("attention_mask") is not None or len(args) > 1:
+    if told_by.device.type == "cpu" and not decoder.masks_documents_on_host:
         return None
-    return args, {**kwargs, "attention_mask": masks_of(decoder, _visible(positions), positions)}
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        return None
+    visible = _visible(told_by) if mask is None else _visible_beside_padding(told_by)
+    # Inside an example places are as far apart as positions, and the same in every row.
+    places = torch.arange(told_by.shape[1], device=told_by.device)[None]
+    return args, {**kwargs, "attention_mask": masks_of(decoder, visible, places)}
+
+
+def _visible_beside_padding(mask_BS: Tensor) -> Tensor:
+    """Keys before a query that are no padding, and itself: attention of a row that sees nothing is not defined."""
+    size, device = mask_BS.shape[1], mask_BS.device
+    itself = torch.eye(size, dtype=torch.bool, device=device)
+    return mask_BS.bool()[:, None, :].logical_and(causal(size, device)).logical_or_(itself)
 
 
 def _visible(positions_BS: Tensor) -> Tensor:

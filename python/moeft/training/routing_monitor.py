@@ -6,7 +6,7 @@ T tokens, k experts per token, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,8 +58,9 @@ class RoutingMonitor(TrainerCallback):
         """Put the counts where Trainer saves them, if it is about to save."""
         if control.should_save:
             # Trainer logs after this, so what was counted since the last reading stays where it is.
-            counted = {name: self._total[name] + total(load) for name, load in self._load.items()}
-            state.stateful_callbacks[STATE_KEY] = {name: count.tolist() for name, count in counted.items()}
+            before, since = _on_host(self._total.values(), summed=True), _on_host(self._load.values())
+            counted = [(a + b).tolist() for a, b in zip(before, since, strict=True)]
+            state.stateful_callbacks[STATE_KEY] = dict(zip(self._total, counted, strict=True))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take down the hooks."""
@@ -89,11 +90,10 @@ class RoutingMonitor(TrainerCallback):
             ``router_entropy``: entropy of a token's chosen weights over its largest value, mean over tokens and layers.
             ``idle_experts``: experts of all layers that have had no token since training began.
         """
-        layers = [total(load).cpu() for load in self._load.values()]
-        layers = [load for load in layers if load.sum() > 0]
+        layers = [load for load in _on_host(self._load.values()) if load.sum() > 0]
         if not layers:
             return {}
-        entropy, tokens = torch.stack([total(entropy).cpu() for entropy in self._entropy.values()]).sum(0).tolist()
+        entropy, tokens = torch.stack(_on_host(self._entropy.values())).sum(0).tolist()
         figures = {
             "load_imbalance": _mean(float(load.max() / load.mean()) for load in layers),
             "load_entropy": _mean(_normalised_entropy(load) for load in layers),
@@ -104,7 +104,8 @@ class RoutingMonitor(TrainerCallback):
     def idle_experts(self) -> dict[str, list[int]]:
         """Experts that have had no token since training began, by layer; layers that used all are left out."""
         self._settle()
-        idle = {name: (total == 0).nonzero().flatten().tolist() for name, total in self._total.items()}
+        totals = dict(zip(self._total, _on_host(self._total.values(), summed=True), strict=True))
+        idle = {name: (total == 0).nonzero().flatten().tolist() for name, total in totals.items()}
         return {name: experts for name, experts in idle.items() if experts}
 
     def summary(self) -> dict[str, Any] | None:
@@ -163,6 +164,17 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         innermost = isinstance(getattr(module, "num_experts", None), int) and not hasattr(module, "base_layer")
         if innermost and family.experts and family.below_layer(name) == family.experts:
             yield name, module
+
+
+def _on_host(figures: Iterable[Tensor], summed: bool = False) -> list[Tensor]:
+    """Figures of all layers in one copy to the host, summed over processes unless they are already."""
+    figures = list(figures)
+    if not figures:
+        return []
+    # A copy for each layer would wait for each; layers may lie on several devices.
+    together = torch.cat([figure.to(figures[0].device) for figure in figures])
+    together = (together if summed else total(together)).cpu()
+    return list(together.split([len(figure) for figure in figures]))
 
 
 def _mean(values: Iterator[float]) -> float:

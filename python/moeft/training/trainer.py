@@ -14,10 +14,12 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from moeft import families
 from moeft.config.optimizer import HOST_STATE_BITS, OWN_OPTIMIZERS, STOCHASTIC
 from moeft.config.protection import Protection
 from moeft.data.collate import number_of_tokens
 from moeft.integration.cpu_linears import multiply_in_core
+from moeft.integration.document_masks import mask_documents
 from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
 from moeft.integration.fused_norms import fuse_norms
@@ -73,6 +75,7 @@ class MoeTrainer(TrainableCheckpoints):
         super().__init__(**kwargs)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         multiply_in_core(base)
+        _mask_padding(base)
         self.loss_is_fused = fuse_loss(base)
         sharded = self.is_sharded
         if not sharded:  # else the modules of the factors must be called, which gathers them
@@ -201,6 +204,12 @@ class MoeTrainer(TrainableCheckpoints):
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self.guard.settle(self.state)  # whatever is written next is to tell of this step too
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a micro-batch; Trainer would count the parameters again for each."""
         tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
@@ -271,3 +280,10 @@ class MoeTrainer(TrainableCheckpoints):
 
         with nullcontext() if self.routing is None else self.routing.paused():
             return diagnose(self.model, loss_of, batches, self.train_dataset, backward=backward)
+
+
+def _mask_padding(base: Any) -> None:
+    """Give a text model of a known family masks of ours where it computes on a GPU, which its own would wait for."""
+    is_known = any(base.config.model_type in family.model_types for family in families.all_families())
+    if is_known and base.config.get_text_config() is base.config:
+        mask_documents(base, on_host=False)

@@ -115,7 +115,7 @@ class HostAdamW(torch.optim.Optimizer):
         on_host = param.device.type == "cpu"
         rounded = None
         if weight.dtype != param.dtype:
-            rounded = param if on_host else torch.empty_like(param, device="cpu")
+            rounded = param if on_host else self._staging.outgoing(param)
         adamw.step(
             weight,
             grad,

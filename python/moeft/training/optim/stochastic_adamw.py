@@ -45,6 +45,10 @@ class StochasticAdamW(torch.optim.Optimizer):
     The randomness depends on seed, step and parameter alone: a run that resumes equals one that did not stop, and
     replicas of a weight in several processes stay equal.
 
+    Attributes:
+        found_inf: As ``torch.amp.GradScaler`` sets it: a float32 scalar on the device, 1 if the coming steps are to
+            change nothing. The counts of steps lie on the host, so whoever sets it calls :meth:`forget_step` later.
+
     Args:
         params: Parameters or groups of them, float32 or bfloat16.
         lr: Learning rate.
@@ -56,6 +60,9 @@ class StochasticAdamW(torch.optim.Optimizer):
     Raises:
         ValueError: If a parameter has another dtype.
     """
+
+    found_inf: Tensor | None = None
+    _stepped: tuple[Tensor, ...] = ()
 
     def __init__(
         self,
@@ -90,13 +97,18 @@ class StochasticAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        index = 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                index += 1
-                if param.grad is not None:
-                    self._step(group, param, index)
+        numbered = enumerate(((group, p) for group in self.param_groups for p in group["params"]), 1)
+        work = [(index, group, param) for index, (group, param) in numbered if param.grad is not None]
+        for index, group, param in work:
+            self._step(group, param, index)
+        self._stepped = tuple(param for _, _, param in work)
         return loss
+
+    def forget_step(self) -> None:
+        """Count the last step, which ``found_inf`` made void, as none; before the next one or a ``state_dict``."""
+        for param in self._stepped:
+            self.state[param]["step"] -= 1
+        self._stepped = ()
 
     def _step(self, group: dict[str, Any], param: Tensor, index: int) -> None:
         state = self.state[param]
@@ -107,6 +119,8 @@ class StochasticAdamW(torch.optim.Optimizer):
         state["step"] += 1
         (beta1, beta2), step, grad = group["betas"], state["step"], param.grad.float()  # type: ignore[union-attr]
         mean, square = state["exp_avg"], state["exp_avg_sq"]
+        # A product with zero would keep NaN.
+        before = [] if self.found_inf is None else [t.clone() for t in (mean, square, param)]
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         weight = param.float() if param.dtype == torch.bfloat16 else param
@@ -117,6 +131,10 @@ class StochasticAdamW(torch.optim.Optimizer):
             generator = torch.Generator(param.device)
             generator.manual_seed(((group["seed"] * 1_000_003 + step) * 1_000_003 + index) % (1 << 63))
             param.copy_(round_stochastically(weight, generator))
+        if self.found_inf is not None:
+            is_void = self.found_inf.to(param.device) > 0
+            for changed, old in zip((mean, square, param), before, strict=True):
+                torch.where(is_void, old, changed, out=changed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; the moments stay float32, where torch would round them as the weights."""

@@ -15,7 +15,7 @@ from moeft.config.optimizer import keeps_masters, steps_in_backward
 from moeft.config.protection import Protection
 from moeft.errors import CheckpointError
 from moeft.integration.lora import base_fingerprint
-from moeft.training.optim import HostAdamW
+from moeft.training.optim import HostAdamW, nothing_if_void
 from moeft.training.protection.files import SubspaceFile, normalised_layer_importance
 from moeft.training.protection.parameters import TrainedParameter, trained_parameters
 from moeft.training.protection.projector import Projector, whole_float32
@@ -151,7 +151,7 @@ class SubspaceProtection(TrainerCallback):
         for protected, before in self._held:
             parameter, view = protected.trained.parameter, protected.trained.view
             weight = _weight(parameter, optimizer)
-            moved = protected.projector.coordinates(view(weight)) - before
+            moved = nothing_if_void(protected.projector.coordinates(view(weight)) - before, optimizer)
             protected.projector.subtract_(view(weight), moved, protected.share)
             if weight is not parameter:
                 _master(parameter, optimizer).copy_(weight)
