@@ -21,8 +21,8 @@ from moeft.errors import UnsupportedModelError
 from moeft.integration.document_masks import DOCUMENT_ATTENTION, SLIDING, attention_kinds
 from moeft.kernels.document_attention import Documents, attend_documents, gpu
 
-UNKNOWN = ("s_aux", "softcap", "position_bias")
-"""Arguments of attention that change scores in ways that the kernels do not know."""
+UNKNOWN_TO_SDPA = ("s_aux", "softcap")
+"""Sinks and a cap of scores: transformers' ``sdpa`` leaves some of them out without a word."""
 
 
 def document_attention(
@@ -40,9 +40,11 @@ def document_attention(
     """An attention function of transformers: ``[B, heads, S, width]`` in, ``[B, S, heads, width]`` out.
 
     Raises:
-        UnsupportedModelError: If documents are given, and this attention is more than causal attention with a window.
+        UnsupportedModelError: If the scores of this attention have sinks or a cap, or if documents are given and it is
+            more than causal attention with a window.
     """
-    if documents is None:
+    unknown = [name for name in UNKNOWN_TO_SDPA if kwargs.get(name) is not None]
+    if documents is None and not unknown:
         return sdpa_attention_forward(
             module,
             query,
@@ -55,12 +57,13 @@ def document_attention(
             **kwargs,
         )
     is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None] + ["is_causal=False"] * (not is_causal)
-    if unknown or key.shape[2] != query.shape[2]:
+    unknown += [] if getattr(module, "is_causal", True) and is_causal in (True, None) else ["is_causal=False"]
+    unknown += [] if kwargs.get("position_bias") is None else ["position_bias"]
+    unknown += [] if key.shape[2] == query.shape[2] else ["keys of other tokens"]
+    if unknown:
         raise UnsupportedModelError(
-            f"{type(module).__name__} attends with {', '.join(unknown) or 'keys of other tokens'}, which attention "
-            f"inside documents does not know; give no documents, or train with document_attention: false"
+            f"{type(module).__name__} attends with {', '.join(unknown)}, which {DOCUMENT_ATTENTION} does not know; "
+            "load the model with its own attention"
         )
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value))
     out = attend_documents(q, k, v, documents, window=sliding_window, scale=scaling, dropout=dropout)
@@ -103,8 +106,8 @@ def take_documents(model: Any) -> None:
 
 
 def refuse_documents(model: Any) -> None:
-    """Undo :func:`take_documents`, with ``sdpa`` attention."""
-    model.set_attn_implementation("sdpa")
+    """Undo :func:`take_documents`, with the attention that transformers would choose."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     decoder = model.base_model
     if hasattr(decoder, "takes_documents"):
         decoder.takes_documents.remove()

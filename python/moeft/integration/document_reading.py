@@ -26,7 +26,7 @@ def attend_inside_documents(model: Any, dtype: torch.dtype | None = None) -> str
         dtype: Type in which attention will compute, where autocast sets another than that of the embeddings.
 
     Returns:
-        Why it does not; the model is then as it was, with ``sdpa`` if it had this attention. None if it does.
+        Why it does not; the model is then as it was, with transformers' attention if it had this one. None if it does.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     weight = base.get_input_embeddings().weight
