@@ -1,6 +1,6 @@
-"""PyTorch's attention kernels for sequences of varied length, as their documentation defines them, where there is no GPU.
+"""PyTorch's attention kernels for sequences of varied length, as its documentation defines them, without a GPU.
 
-Inside :class:`LibraryAttention` the operators that a GPU would run compute on the CPU, pair by pair, with their derivatives.
+Inside :class:`LibraryAttention` the operators that a GPU would run compute on the CPU, pair by pair; derivatives too.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def document_attention(
         UnsupportedModelError: If the scores of this attention have sinks or a cap, or if documents are given and it is
             more than causal attention with a window.
     """
-    unknown = [name for name in UNKNOWN_TO_SDPA if kwargs.get(name) is not None]
-    if documents is None and not unknown:
+    _refuse(module, [name for name in UNKNOWN_TO_SDPA if kwargs.get(name) is not None])
+    if documents is None:
         return sdpa_attention_forward(
             module,
             query,
@@ -56,21 +56,25 @@ def document_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    is_causal = kwargs.get("is_causal")
-    unknown += [] if getattr(module, "is_causal", True) and is_causal in (True, None) else ["is_causal=False"]
+    is_causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") in (True, None)
+    unknown = [] if is_causal else ["is_causal=False"]
     unknown += [] if kwargs.get("position_bias") is None else ["position_bias"]
     unknown += [] if key.shape[2] == query.shape[2] else ["keys of other tokens"]
-    if unknown:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} attends with {', '.join(unknown)}, which {DOCUMENT_ATTENTION} does not know; "
-            "load the model with its own attention"
-        )
+    _refuse(module, unknown)
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value))
     out = attend_documents(q, k, v, documents, window=sliding_window, scale=scaling, dropout=dropout)
     if isinstance(documents, WatchedDocuments):
         documents.windows.append(sliding_window)
         documents.has_kernel &= gpu.has_kernel(q, k, v, is_causal=sliding_window is None)
     return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
+
+
+def _refuse(module: nn.Module, unknown: Sequence[str]) -> None:
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends with {', '.join(unknown)}, which {DOCUMENT_ATTENTION} does not know; "
+            "load the model with its own attention"
+        )
 
 
 # Registered when this is imported, which `moeft._autoload` does as soon as transformers' own registry is there.
