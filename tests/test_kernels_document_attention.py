@@ -68,6 +68,15 @@ def test_dropout_drops_weights_and_leaves_documents_apart():
     assert not gradient[LENGTHS[0] :].any()
 
 
+@pytest.mark.parametrize("window", [1, 60, 128, 129, 200])
+def test_parts_of_a_long_document_see_the_window_before_them(window):
+    lengths = [300, 150]
+    leaves = inputs(lengths=lengths)
+    ours = with_gradients(lambda *x: attend_documents(*x, Documents(lengths), window=window, scale=0.3), leaves)
+    for found, expected in zip(ours, with_gradients(lambda *x: masked(*x, lengths, window, 0.3), leaves), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @given(st.lists(st.integers(1, 4096), min_size=1, max_size=60))
 def test_runs_are_all_documents_in_order_and_of_similar_length(lengths):
     runs = Documents(lengths).runs

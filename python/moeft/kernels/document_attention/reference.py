@@ -1,6 +1,6 @@
 """Attention inside documents, one after the other: the definition, and what computes on the CPU.
 
-T tokens, H heads of queries, G heads of keys and values, D and E widths of a head, L tokens of a document
+T tokens, H heads of queries, G heads of keys and values, D and E widths of a head, L tokens of a document, P of a part
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from moeft.kernels.document_attention.documents import Documents
+
+SMALLEST_PART = 128
+"""Queries of a long document that are computed together, or as many as its window has."""
 
 
 def attend_documents(
@@ -27,19 +30,26 @@ def attend_documents(
     rows = zip(*(x.split(lengths) for x in (q_THD, repeated(k_TGD, heads), repeated(v_TGE, heads))), strict=True)
     outputs = []
     for q_LHD, k_LHD, v_LHE in rows:
-        length = len(q_LHD)
-        near = None if window is None or window >= length else near_tokens(length, window, q_LHD.device)
-        q_HLD, k_HLD, v_HLE = (x.transpose(0, 1)[None] for x in (q_LHD, k_LHD, v_LHE))
-        out_HLE = F.scaled_dot_product_attention(
-            q_HLD, k_HLD, v_HLE, near, dropout, is_causal=near is None, scale=scale
-        )
-        outputs.append(out_HLE[0].transpose(0, 1))
+        near = min(window or len(q_LHD), len(q_LHD))
+        part = max(near, SMALLEST_PART)
+        for start in range(0, len(q_LHD), part):  # which sees its own tokens and a window before, no more
+            first, end = max(0, start - near + 1), min(start + part, len(q_LHD))
+            seen = None if end <= near else seen_in_window(start, first, end, near, q_LHD.device)
+            q_HPD, k_HLD, v_HLE = (
+                x.transpose(0, 1)[None] for x in (q_LHD[start:end], k_LHD[first:end], v_LHE[first:end])
+            )
+            out_HPE = F.scaled_dot_product_attention(
+                q_HPD, k_HLD, v_HLE, seen, dropout, is_causal=seen is None, scale=scale
+            )
+            outputs.append(out_HPE[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-def near_tokens(length: int, window: int, device: torch.device) -> Tensor:
-    """``[L, L]`` bool: the keys that a query sees, itself and ``window - 1`` before it."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril_().triu_(1 - window)
+def seen_in_window(start: int, first: int, end: int, window: int, device: torch.device) -> Tensor:
+    """``[end - start, end - first]`` bool: which keys from ``first`` on the queries from ``start`` on see."""
+    before = start - first
+    seen = torch.ones(end - start, end - first, dtype=torch.bool, device=device)
+    return seen.tril_(before).triu_(before - window + 1)
 
 
 def repeated(x_TGD: Tensor, heads: int) -> Tensor:
