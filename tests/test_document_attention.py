@@ -15,6 +15,7 @@ from moeft.data.collate import PackingCollator, PaddingCollator
 from moeft.data.packing import pack
 from moeft.data.pair_batches import PairCollator
 from moeft.errors import UnsupportedModelError
+from moeft.integration import document_reading
 from moeft.integration.checkpointing import POLICIES, apply_checkpointing
 from moeft.integration.document_reading import attend_inside_documents
 from moeft.kernels.document_attention import gpu
@@ -99,8 +100,11 @@ def test_generation_and_masks_of_a_caller_are_as_before(name):
     expected = found()
     assert attend_inside_documents(model) is None
     assert all(torch.equal(a, b) for a, b in zip(found(), expected, strict=True))
-    documents = {"documents": [[20], [20]]}  # which a call with a cache must not heed
+    documents = {"documents": [[20], [20]]}  # which a call with a cache, or with a mask of its own, must not heed
     assert torch.equal(model(input_ids=ids, attention_mask=mask, use_cache=True, **documents).logits, expected[1])
+    own = torch.ones(20, 20, dtype=torch.bool).tril().triu(-3).expand(2, 1, -1, -1)
+    masked = model(input_ids=ids, attention_mask=own, use_cache=False)
+    assert torch.equal(model(input_ids=ids, attention_mask=own, use_cache=False, **documents).logits, masked.logits)
 
 
 def test_model_can_be_copied_and_asked_again():
@@ -147,6 +151,20 @@ def test_what_attention_inside_documents_does_not_know_keeps_masks(model, reason
     assert re.search(reason, found), found
     assert model.config._attn_implementation == before
     assert not model.base_model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((7, 5), torch.bfloat16, "T4 is older than sm_80"),
+        ((8, 0), torch.float32, "it computes in torch.float32, not in 16 bits"),
+        ((8, 0), torch.float16, None),
+    ],
+)
+def test_gpus_and_types_without_kernels_keep_masks(capability, dtype, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    assert document_reading._obstacle(tiny_model("llama"), torch.device("cuda"), dtype) == reason
 
 
 @pytest.mark.parametrize(("name", "unknown"), [("gpt_oss", "s_aux"), ("gemma2", "softcap")])

@@ -128,6 +128,16 @@ def test_what_has_a_kernel_for_a_window(change, has_kernel):
     assert gpu.has_kernel(*leaves, is_causal=True) == (has_kernel or wide)
 
 
+def test_autocast_sets_the_type_as_it_does_for_attention_with_a_mask():
+    leaves = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attend_documents(*leaves, Documents(LENGTHS), scale=0.3)
+        theirs = masked(*leaves, LENGTHS, None, 0.3)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    # One rounding of an output is 0.0017 relative RMS; twice that.
+    assert (ours - theirs).float().norm() <= 2 * 0.0017 * theirs.float().norm()
+
+
 def test_unusable_arguments_are_refused():
     q, k, v = inputs()
     with pytest.raises(ValueError, match="documents have 39 tokens, the queries 40; give the padding too"):

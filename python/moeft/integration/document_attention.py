@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moeft.errors import UnsupportedModelError
 from moeft.integration.document_masks import DOCUMENT_ATTENTION, SLIDING, attention_kinds
-from moeft.kernels.document_attention import Documents, attend_documents, gpu
+from moeft.kernels.document_attention import Documents, as_computed, attend_documents, gpu
 
 UNKNOWN_TO_SDPA = ("s_aux", "softcap")
 """Sinks and a cap of scores: transformers' ``sdpa`` leaves some of them out without a word."""
@@ -65,6 +65,7 @@ def document_attention(
     out = attend_documents(q, k, v, documents, window=sliding_window, scale=scaling, dropout=dropout)
     if isinstance(documents, WatchedDocuments):
         documents.windows.append(sliding_window)
+        q, k, v = (as_computed(x) for x in (q, k, v))
         documents.has_kernel &= gpu.has_kernel(q, k, v, is_causal=sliding_window is None)
     return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
 
@@ -128,7 +129,10 @@ def _hand_down(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if "documents" not in kwargs:
         return None
     documents = kwargs.pop("documents")
-    if documents is None or kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+    given = kwargs.get("attention_mask")
+    has_mask = len(args) > 1 or isinstance(given, dict) or (given is not None and given.ndim > 2)
+    cached = kwargs.get("use_cache") or kwargs.get("past_key_values") is not None
+    if documents is None or has_mask or cached:
         return args, kwargs
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs["inputs_embeds"] if tokens is None else tokens

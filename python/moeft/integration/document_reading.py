@@ -32,8 +32,8 @@ def attend_inside_documents(model: Any, dtype: torch.dtype | None = None) -> str
     weight = base.get_input_embeddings().weight
     reason = _obstacle(base, weight.device, dtype or weight.dtype)
     if reason is None:
-        take_documents(base)
         try:
+            take_documents(base)
             reason = _fault(base, weight.device, dtype or weight.dtype)
         except (TypeError, ValueError, RuntimeError, UnsupportedModelError) as error:
             reason = str(error)

@@ -39,8 +39,11 @@ def wants_documents(model: Any, args: Any, packed: bool) -> bool:
     config = model.config.get_text_config()
     is_asked = config._attn_implementation == DOCUMENT_ATTENTION
     device = model.get_input_embeddings().weight.device
-    if not args.document_attention or args.n_gpu > 1 or not (is_asked or packed or device.type == "cuda"):
-        return False  # with several GPUs in one process, batches are cut into pieces
+    # The compiler cannot trace lists of lengths; with several GPUs in one process, batches are cut into pieces.
+    if not args.document_attention or args.torch_compile or args.n_gpu > 1:
+        return False
+    if not (is_asked or packed or device.type == "cuda"):
+        return False
     reason = attend_inside_documents(model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
     if reason is not None:
         level = logging.WARNING if is_asked else logging.INFO

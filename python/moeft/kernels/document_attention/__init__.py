@@ -42,13 +42,19 @@ def attend_documents(
         ValueError: If shapes do not fit each other, or the documents not the tokens.
     """
     _check(q_THD, k_TGD, v_TGE, documents, window)
-    device = q_THD.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # as scaled_dot_product_attention does by itself
-        q_THD, k_TGD, v_TGE = (x.to(torch.get_autocast_dtype(device)) for x in (q_THD, k_TGD, v_TGE))
+    q_THD, k_TGD, v_TGE = (as_computed(x) for x in (q_THD, k_TGD, v_TGE))
     is_causal = window is None or window >= documents.longest
     if not dropout and gpu.has_kernel(q_THD, k_TGD, v_TGE, is_causal):
         return gpu.attend_documents(q_THD, k_TGD, v_TGE, documents, window, scale)
     return reference.attend_documents(q_THD, k_TGD, v_TGE, documents, window, scale, dropout)
+
+
+def as_computed(x: Tensor) -> Tensor:
+    """Rows in the type that autocast asks for, as ``scaled_dot_product_attention`` takes them."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast knows no meta device
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> None:
