@@ -15,7 +15,6 @@ from moeft.data.collate import PackingCollator, PaddingCollator
 from moeft.data.packing import pack
 from moeft.data.pair_batches import PairCollator
 from moeft.errors import UnsupportedModelError
-from moeft.integration import document_reading
 from moeft.integration.checkpointing import POLICIES, apply_checkpointing
 from moeft.integration.document_reading import attend_inside_documents
 from moeft.kernels.document_attention import gpu
@@ -164,7 +163,22 @@ def test_what_attention_inside_documents_does_not_know_keeps_masks(model, reason
 def test_gpus_and_types_without_kernels_keep_masks(capability, dtype, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
-    assert document_reading._obstacle(tiny_model("llama"), torch.device("cuda"), dtype) == reason
+    model = tiny_model("llama", dtype)
+    assert attend_inside_documents(model, device=torch.device("cuda")) == reason  # to which it is moved later
+    assert model.config._attn_implementation == ("sdpa" if reason else "moeft_varlen")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "widths"),
+    [("llama", {"head_dim": 12}, r"\[\(12, 12\)\]"), ("gemma3", {"head_dim": 264}, r"\[\(264, 264\)\]")],
+    ids=["no multiple of 8", "wide, with a window"],
+)
+def test_heads_without_a_kernel_keep_masks_on_a_gpu(name, changes, widths, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    model = changed(name, **changes).to(torch.bfloat16)
+    reason = attend_inside_documents(model, device=torch.device("cuda"))
+    assert re.search(f"no kernel takes the widths of its heads, {widths}", reason), reason
+    assert attend_inside_documents(model) is None  # a CPU computes with any
 
 
 @pytest.mark.parametrize(("name", "unknown"), [("gpt_oss", "s_aux"), ("gemma2", "softcap")])

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moeft.errors import UnsupportedModelError
 from moeft.integration.document_masks import DOCUMENT_ATTENTION, SLIDING, attention_kinds
-from moeft.kernels.document_attention import Documents, as_computed, attend_documents, gpu
+from moeft.kernels.document_attention import Documents, attend_documents
 
 UNKNOWN_TO_SDPA = ("s_aux", "softcap")
 """Sinks and a cap of scores: transformers' ``sdpa`` leaves some of them out without a word."""
@@ -65,8 +65,7 @@ def document_attention(
     out = attend_documents(q, k, v, documents, window=sliding_window, scale=scaling, dropout=dropout)
     if isinstance(documents, WatchedDocuments):
         documents.windows.append(sliding_window)
-        q, k, v = (as_computed(x) for x in (q, k, v))
-        documents.has_kernel &= gpu.has_kernel(q, k, v, is_causal=sliding_window is None)
+        documents.widths.append((q.shape[2], v.shape[2]))
     return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
 
 
@@ -88,13 +87,13 @@ class WatchedDocuments(Documents):
 
     Attributes:
         windows: The window of each layer.
-        has_kernel: Whether each of them had a kernel of a GPU for it.
+        widths: Of each layer, that of a head's queries and keys, and that of its values.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
         super().__init__(lengths)
         self.windows: list[int | None] = []
-        self.has_kernel = True
+        self.widths: list[tuple[int, int]] = []
 
 
 def take_documents(model: Any) -> None:

@@ -15,7 +15,9 @@ from moeft.kernels.document_attention import gpu
 EXAMPLE_TOKENS = 4
 
 
-def attend_inside_documents(model: Any, dtype: torch.dtype | None = None) -> str | None:
+def attend_inside_documents(
+    model: Any, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> str | None:
     """Let a model take ``documents`` in place of masks, if it then computes what it computes with masks.
 
     A pack of two short examples is run: every layer must have attended inside documents, with the window that the
@@ -24,17 +26,19 @@ def attend_inside_documents(model: Any, dtype: torch.dtype | None = None) -> str
     Args:
         model: A causal language model of transformers, with or without adapters.
         dtype: Type in which attention will compute, where autocast sets another than that of the embeddings.
+        device: Where the model will compute, if it is not there yet.
 
     Returns:
         Why it does not; the model is then as it was, with transformers' attention if it had this one. None if it does.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     weight = base.get_input_embeddings().weight
-    reason = _obstacle(base, weight.device, dtype or weight.dtype)
+    device, dtype = device or weight.device, dtype or weight.dtype
+    reason = _obstacle(base, device, dtype)
     if reason is None:
         try:
             take_documents(base)
-            reason = _fault(base, weight.device, dtype or weight.dtype)
+            reason = _fault(base, device, dtype)
         except (TypeError, ValueError, RuntimeError, UnsupportedModelError) as error:
             reason = str(error)
     if reason is not None and base.config.get_text_config()._attn_implementation == DOCUMENT_ATTENTION:
@@ -64,19 +68,20 @@ def _obstacle(base: Any, device: torch.device, dtype: torch.dtype) -> str | None
 
 def _fault(base: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong when the model takes a pack of two documents."""
-    documents = WatchedDocuments([EXAMPLE_TOKENS] * 2)
+    documents, here = WatchedDocuments([EXAMPLE_TOKENS] * 2), base.get_input_embeddings().weight.device
     inputs = {
-        "input_ids": torch.arange(2 * EXAMPLE_TOKENS, device=device)[None] % 2 + 1,  # ids that any vocabulary has
-        "position_ids": torch.arange(EXAMPLE_TOKENS, device=device).repeat(2)[None],
+        "input_ids": torch.arange(2 * EXAMPLE_TOKENS, device=here)[None] % 2 + 1,  # ids that any vocabulary has
+        "position_ids": torch.arange(EXAMPLE_TOKENS, device=here).repeat(2)[None],
         "documents": documents,
     }
-    with torch.autocast(device.type, dtype, enabled=dtype in gpu.DTYPES and device.type == "cuda"):
+    with torch.autocast(here.type, dtype, enabled=dtype in gpu.DTYPES and here.type == "cuda"):
         gradient_SH = embedding_gradient(base, inputs, slice(EXAMPLE_TOKENS, None))
     expected = windows_of_layers(base.config)
     if documents.windows != expected:
         return f"its layers attend with windows {documents.windows}, expected {expected}"
-    if device.type == "cuda" and not documents.has_kernel:
-        return "no kernel takes the width of its heads"
+    layers = zip(documents.widths, documents.windows, strict=True)
+    if device.type == "cuda" and not all(gpu.knows(dtype, *widths, window is None) for widths, window in layers):
+        return f"no kernel takes the widths of its heads, {sorted(set(documents.widths))}, with its windows"
     if gradient_SH[:EXAMPLE_TOKENS].any() or not gradient_SH[EXAMPLE_TOKENS:].any():
         return "one example of a pack sees another one"
     return None

@@ -39,12 +39,14 @@ def wants_documents(model: Any, args: Any, packed: bool) -> bool:
     config = model.config.get_text_config()
     is_asked = config._attn_implementation == DOCUMENT_ATTENTION
     device = model.get_input_embeddings().weight.device
+    device = args.device if device.type == "cpu" else device  # where Trainer is about to move the model
     # The compiler cannot trace lists of lengths; with several GPUs in one process, batches are cut into pieces.
     if not args.document_attention or args.torch_compile or args.n_gpu > 1:
         return False
     if not (is_asked or packed or device.type == "cuda"):
         return False
-    reason = attend_inside_documents(model, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    reason = attend_inside_documents(model, dtype, device)
     if reason is not None:
         level = logging.WARNING if is_asked else logging.INFO
         logger.log(level, "this %s model attends with masks: %s", config.model_type, reason)

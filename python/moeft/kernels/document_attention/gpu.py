@@ -35,11 +35,16 @@ CAUSAL_FROM_TOP_LEFT = 1
 
 def has_kernel(q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, is_causal: bool) -> bool:
     """Whether one of the kernels takes these rows, on a device that has them; without a window if ``is_causal``."""
-    widths = q_THD.shape[2], v_TGE.shape[2]
-    known = {x.dtype for x in (q_THD, k_TGD, v_TGE)} in [{dtype} for dtype in DTYPES]
-    if q_THD.device.type not in ("cuda", "meta") or not known or any(width % ALIGNED for width in widths):
+    if q_THD.device.type not in ("cuda", "meta") or not q_THD.dtype == k_TGD.dtype == v_TGE.dtype:
         return False
-    return is_causal or takes_flash(*widths)
+    return knows(q_THD.dtype, q_THD.shape[2], v_TGE.shape[2], is_causal)
+
+
+def knows(dtype: torch.dtype, width: int, value_width: int, is_causal: bool) -> bool:
+    """Whether there is a kernel for such rows; without a window if ``is_causal``."""
+    if dtype not in DTYPES or width % ALIGNED or value_width % ALIGNED:
+        return False
+    return is_causal or takes_flash(width, value_width)
 
 
 def takes_flash(width: int, value_width: int) -> bool:
