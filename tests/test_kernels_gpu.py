@@ -97,8 +97,9 @@ def test_block_can_be_captured_in_a_cuda_graph():
     assert torch.equal(captured, expected)
 
 
-# Roundings of weights and of their gradients to 16 bits, each 0.0017 relative RMS, and of the output; twice that.
-ATTENTION = 2 * 0.0017 * 3**0.5
+# Rounded to 16 bits, each time by 0.0017 relative RMS, are weights, their gradients, the output that backward reads,
+# the gradient of keys for each head, and its sum over heads that share them; twice that.
+ATTENTION = 2 * 0.0017 * 5**0.5
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -112,7 +113,7 @@ def test_attention_inside_documents_equals_a_mask_in_float32(lengths, width, win
     ours = attend_documents(*leaves, Documents(lengths), window=window)
     theirs = masked(*exact, lengths, window, None)
     upstream = torch.randn(ours.shape, device="cuda").bfloat16()
-    pairs = [(ours, theirs)]
+    pairs = [(ours.detach(), theirs.detach())]
     pairs += zip(
         torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(theirs, exact, upstream.float()), strict=True
     )
@@ -120,7 +121,7 @@ def test_attention_inside_documents_equals_a_mask_in_float32(lengths, width, win
         assert float((a - b).double().norm() / b.double().norm()) <= ATTENTION
 
 
-@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_e4b", "llama"])
 def test_model_that_is_told_of_documents_computes_what_masks_give_and_waits_for_nothing(name):
     model = tiny_model(name, torch.bfloat16).cuda().train()
     ids, lengths = token_ids(2, 48).cuda(), [[30, 18], [41, 7]]  # the last 7 are padding
