@@ -1,7 +1,7 @@
 """Time the CPU kernels beside their peers and the machine's limits, interleaved; correctness first.
 
 usage: python benches/cpu.py [--out FILE.jsonl] [--rounds N] [--threads N ...] [--cpu-time]
-                             [--only nf4 routing experts optimizers]
+                             [--only nf4 routing experts optimizers attention]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cpu-time", action="store_true", help="time of the thread, for --threads 1 on a busy machine")
-    names = ["nf4", "routing", "experts", "optimizers"]
+    names = ["nf4", "routing", "experts", "optimizers", "attention"]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     arguments = parser.parse_args()
     if arguments.cpu_time and arguments.threads != [1]:
@@ -27,13 +27,20 @@ def main() -> None:
 
     import torch
 
+    import cpu_attention
     import cpu_experts
     import cpu_nf4
     import cpu_optimizers
     import cpu_routing
     import harness
 
-    groups = {"nf4": cpu_nf4, "routing": cpu_routing, "experts": cpu_experts, "optimizers": cpu_optimizers}
+    groups = {
+        "nf4": cpu_nf4,
+        "routing": cpu_routing,
+        "experts": cpu_experts,
+        "optimizers": cpu_optimizers,
+        "attention": cpu_attention,
+    }
     chosen = [groups[name] for name in arguments.only]
     harness.require_green(test for group in chosen for test in group.TESTS)
     print(harness.machine())

@@ -24,7 +24,19 @@ if TYPE_CHECKING:
     from gpu_harness import Bench
 
 # Most telling first: what comes last falls to the limit of time.
-SECTIONS = ("limits", "restoring", "products", "tuning", "model", "guard", "streaming", "loss_head", "thin", "routes")
+SECTIONS = (
+    "limits",
+    "restoring",
+    "products",
+    "tuning",
+    "attention",
+    "model",
+    "guard",
+    "streaming",
+    "loss_head",
+    "thin",
+    "routes",
+)
 
 
 def main() -> int:
@@ -81,6 +93,10 @@ def run_section(section: str, bench: Bench) -> None:
         import gpu_guard
 
         gpu_guard.run(bench)
+    elif section == "attention":
+        import gpu_attention
+
+        gpu_attention.run(bench)
     elif section == "streaming":
         import gpu_streaming
 

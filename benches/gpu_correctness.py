@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import gpu_attention
 from gpu_harness import Bench, relative
 from moeft.kernels import ExpertLora, LoraFactors, experts, linear_log_probs, nf4
 from moeft.kernels.grouped_linear import gpu as grouped
@@ -59,6 +60,9 @@ def _checks(bench: Bench) -> Iterator[Check]:
     for name, index in _decisions(bench):
         yield f"expert block, {name}", lambda i=index: _block(bench, up, down, i)
     yield "loss head", lambda: _loss_head(bench)
+    for layer in gpu_attention.layers(bench):
+        for rows, lengths in gpu_attention.packs(bench).items():
+            yield f"attention, {layer.name}, {rows}", lambda s=layer, n=lengths: _attention(bench, s, n)
 
 
 def _different_buckets(index: Tensor, experts: int) -> float:
@@ -147,6 +151,18 @@ def _block(bench: Bench, up: nf4.NF4Weight, down: nf4.NF4Weight, index: Tensor) 
     with _by_pytorch():
         theirs = results()
     return max(relative(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _attention(bench: Bench, layer: gpu_attention.Layer, lengths: Sequence[int]) -> float:
+    """The largest relative error among output and gradients, beside a mask in float32."""
+    inside, masked, leaves = gpu_attention.paths(bench, layer, lengths, 1)
+
+    def results(attend: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        out = attend(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, inputs[0].detach())]
+
+    exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    return max(relative(a, b) for a, b in zip(results(inside, leaves), results(masked, exact), strict=True))
 
 
 def _loss_head(bench: Bench) -> float:

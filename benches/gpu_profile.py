@@ -21,14 +21,14 @@ def profile(bench: Bench, model: nn.Module, trained: list[nn.Parameter], sequenc
     is_cuda = bench.device.type == "cuda"
     record: dict[str, Any] = {}
     try:
-        step(model, *inputs)
+        step(model, inputs)
         if is_cuda:
-            found = waits(lambda: step(model, *inputs))
+            found = waits(lambda: step(model, inputs))
             record |= {"host_synchronisations": found.total(), "waits_at": dict(found.most_common(10))}
         with torch_profiler.profile(
             activities=[torch_profiler.ProfilerActivity.CUDA if is_cuda else torch_profiler.ProfilerActivity.CPU]
         ) as profiler:
-            step(model, *inputs)
+            step(model, inputs)
             if is_cuda:
                 torch.cuda.synchronize()
     finally:

@@ -38,6 +38,7 @@ def tables(records: Iterable[Record]) -> str:
     parts = [_machine(by_section["machine"]), _limits(copy, dense, by_section["bus"])]
     parts.append(_dequantize(by_section["dequantize"], copy))
     parts.append(_products(by_section["products"], dense))
+    parts.append(_attention(by_section["attention"]))
     parts.append(_steps(by_section["step"]))
     parts.append(_launches(by_section["launches"]))
     parts.append(_profiles(by_section["profile"]))
@@ -88,6 +89,16 @@ def _products(records: Sequence[Record], dense: float | None) -> str:
         for (tokens, transpose), row in sorted(rates.items())
     ]
     return _table("gate/up of all experts, TFLOP/s and share of the dense rate:", ["tokens", "", *paths], rows)
+
+
+def _attention(records: Sequence[Record]) -> str:
+    rows = [
+        [r["layer"], r["rows"], r["path"]]
+        + [f"{r['milliseconds' + part]:,.2f} ({r['flops' + part] / 1e12:,.1f})" for part in ("", "_with_backward")]
+        for r in records
+    ]
+    title = "Attention of a layer, packed rows, ms and TFLOP/s of the pairs that are needed:"
+    return _table(title, ["layer", "rows", "path", "forward", "forward and backward"], rows)
 
 
 def _steps(records: Sequence[Record]) -> str:

@@ -1,4 +1,4 @@
-"""Steps of training, as the trainer runs them on packed rows: a pack in each row, masks made from positions.
+"""Steps of training, as the trainer runs them on packed rows: a pack in each row, attention told of documents.
 
 A step is forward and backward of a micro-batch. The optimiser of the plans is moeft's on the host, which takes no
 memory of the GPU and acts once for several micro-batches; its time is measured apart.
@@ -17,6 +17,7 @@ from torch import nn
 import gpu_model
 from gpu_harness import Bench
 from moeft.integration.document_masks import mask_documents
+from moeft.integration.document_reading import attend_inside_documents
 from moeft.integration.fused_loss import fuse_loss
 from moeft.integration.lora import add_lora
 from moeft.training.optim import HostAdamW
@@ -26,6 +27,8 @@ def prepare(bench: Bench, base: nn.Module, train_experts: bool) -> nn.Module:
     """A model as the trainer prepares it, with an adapter."""
     gpu_model.inject_routing(base, bench)
     mask_documents(base, on_host=False)
+    if reason := attend_inside_documents(base):
+        bench.write("model", skipped=f"attention inside documents, so masks are made: {reason}")
     fuse_loss(base)
     targets = ("attention", "experts") if train_experts else ("attention",)
     return add_lora(base, bench.shapes.rank, targets=targets, dtype=bench.shapes.dtype)
@@ -44,16 +47,22 @@ def attempt(bench: Bench, record: dict[str, Any], run: Callable[[], dict[str, An
     bench.give_memory_back()
 
 
-def step(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    loss = model(input_ids=tokens, position_ids=positions, labels=tokens, num_items_in_batch=tokens.numel()).loss
+Inputs = dict[str, Any]
+
+
+def step(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    loss = model(**inputs, labels=inputs["input_ids"], num_items_in_batch=inputs["input_ids"].numel()).loss
     loss.backward()
     return loss.detach()
 
 
-def inputs_of(bench: Bench, sequences: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of one sequence each, and their positions."""
-    tokens = torch.randint(3, bench.shapes.vocabulary, (sequences, length), device=bench.device)
-    return tokens, torch.arange(length, device=bench.device).expand(sequences, -1)
+def inputs_of(bench: Bench, sequences: int, length: int) -> Inputs:
+    """Rows of one sequence each, their positions, and the lengths of their documents."""
+    return {
+        "input_ids": torch.randint(3, bench.shapes.vocabulary, (sequences, length), device=bench.device),
+        "position_ids": torch.arange(length, device=bench.device).expand(sequences, -1),
+        "documents": [[length]] * sequences,
+    }
 
 
 def steps(
@@ -64,7 +73,7 @@ def steps(
     losses = []
 
     def run() -> None:
-        losses.append(step(model, *inputs))
+        losses.append(step(model, inputs))
         drop_gradients(trained)
 
     is_cuda = bench.device.type == "cuda"
@@ -95,7 +104,7 @@ def optimizer_step(
     losses, seconds = [], []
     try:
         for _ in range(3):  # the first makes the state
-            losses.append(step(model, *inputs))
+            losses.append(step(model, inputs))
             if bench.device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()

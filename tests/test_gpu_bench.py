@@ -119,7 +119,7 @@ def test_whole_bench_runs_at_tiny_sizes_and_its_file_fills_every_table(tmp_path,
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    kernels = ("limits", "restoring", "products", "tuning", "loss_head", "thin", "routes")
+    kernels = ("limits", "restoring", "products", "tuning", "attention", "loss_head", "thin", "routes")
     run("--only", *kernels, TRITON_INTERPRET="1", MOEFT_KERNELS="triton")
     run("--unchecked", "--only", "model", "streaming")  # by the core, since the interpreter takes a minute
     records = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
@@ -141,6 +141,7 @@ def test_whole_bench_runs_at_tiny_sizes_and_its_file_fills_every_table(tmp_path,
         "Limits of the machine",
         "Restoring NF4",
         "gate/up of all experts",
+        "Attention of a layer",
         "Training steps",
         "A step, forward",
     ):

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moeft.integration.document_masks import mask_documents
+from moeft.integration.document_reading import attend_inside_documents
 from moeft.kernels import experts, linear_cross_entropy, nf4
+from moeft.kernels.document_attention import Documents, attend_documents
 from moeft.kernels.experts import fused
 from moeft.kernels.grouped_linear import config
 from moeft.kernels.routing import bucket
+from tests.test_kernels_document_attention import masked
 from tests.test_kernels_experts import NAMES, TOLERANCE, Case
+from tests.tiny_models import tiny_model, token_ids
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,6 +95,58 @@ def test_block_can_be_captured_in_a_cuda_graph():
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+# Rounded to 16 bits, each time by 0.0017 relative RMS, are weights, their gradients, the output that backward reads,
+# the gradient of keys for each head, and its sum over heads that share them; twice that.
+ATTENTION = 2 * 0.0017 * 5**0.5
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("width", [64, 128, 256, 512])
+@pytest.mark.parametrize("lengths", [[512, 512], [300, 1, 150, 61, 400, 112], [17]])
+def test_attention_inside_documents_equals_a_mask_in_float32(lengths, width, window):
+    torch.manual_seed(0)
+    shapes = [(sum(lengths), heads, width) for heads in (4, 2, 2)]
+    leaves = [torch.randn(*shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+    exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    ours = attend_documents(*leaves, Documents(lengths), window=window)
+    theirs = masked(*exact, lengths, window, None)
+    upstream = torch.randn(ours.shape, device="cuda").bfloat16()
+    pairs = [(ours.detach(), theirs.detach())]
+    pairs += zip(
+        torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(theirs, exact, upstream.float()), strict=True
+    )
+    for a, b in pairs:
+        assert float((a - b).double().norm() / b.double().norm()) <= ATTENTION
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_e4b", "llama"])
+def test_model_that_is_told_of_documents_computes_what_masks_give_and_waits_for_nothing(name):
+    model = tiny_model(name, torch.bfloat16).cuda().train()
+    ids, lengths = token_ids(2, 48).cuda(), [[30, 18], [41, 7]]  # the last 7 are padding
+    positions = torch.tensor([[*range(30), *range(18)], [*range(41), *([0] * 7)]], device="cuda")
+    mask_documents(model)
+    real = torch.arange(48, device="cuda") < torch.tensor([[48], [41]], device="cuda")
+
+    def step(**options):
+        model.zero_grad()
+        states = model.model(input_ids=ids, position_ids=positions, use_cache=False, **options).last_hidden_state
+        (states * real[..., None]).float().square().sum().backward()
+        return [states.detach() * real[..., None], *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = step()
+    assert attend_inside_documents(model) is None
+    step(documents=lengths)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step(documents=lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(value.isfinite().all() for value in found)
+    # Roundings between layers, and a token that they send to another expert.
+    assert float((found[0] - expected[0]).double().norm() / expected[0].double().norm()) <= 0.05
 
 
 def test_weight_on_another_device_is_refused():

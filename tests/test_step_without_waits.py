@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import moeft
 from moeft.integration.checkpointing import POLICIES, apply_checkpointing
+from moeft.integration.document_reading import attend_inside_documents
 from moeft.integration.fused_loss import fuse_loss
 from moeft.kernels import dispatch, tuning
 from moeft.kernels.grouped_linear import config, gpu
@@ -37,18 +38,18 @@ def gpu_without_numbers(monkeypatch):
         yield names
 
 
-def trained(folder):
-    model = load(folder, quantization_config=moeft.NF4Config(attention=True))
+def trained(folder, dtype=torch.float32):
+    model = load(folder, quantization_config=moeft.NF4Config(attention=True)).to(dtype)
     check_document_isolation(model)
     fuse_loss(model)
     return moeft.add_lora(model, 4, targets=("attention", "experts")).train()
 
 
-def step(model):
+def step(model, **options):
     """Forward and backward of two packs of two examples each."""
     ids = torch.ones(2, TOKENS, dtype=torch.int64, device="meta")
     positions = torch.arange(TOKENS // 2, device="meta").repeat(2).expand(2, -1)
-    loss = model(input_ids=ids, position_ids=positions, labels=ids, num_items_in_batch=2 * TOKENS).loss
+    loss = model(input_ids=ids, position_ids=positions, labels=ids, num_items_in_batch=2 * TOKENS, **options).loss
     loss.backward()
     return loss
 
@@ -106,6 +107,33 @@ def test_step_of_the_trainer_reads_no_number_of_the_device(
     handler.on_step_end(*run)
     assert len(trainer.optimizer.state) == len([p for p in model.parameters() if p.requires_grad])
     assert trainer.guard._unread.step == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_moe"])
+def test_step_that_is_told_of_documents_reads_none_and_makes_no_mask(checkpoints, name, policy, gpu_without_numbers):
+    model = trained(checkpoints[name], torch.bfloat16)
+    assert attend_inside_documents(model) is None
+    apply_checkpointing(model, policy)
+    with SizesOfResults() as sizes:
+        step(model.to("meta"), documents=[[TOKENS // 2] * 2, [TOKENS - 1, 1]])
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert "torch_attn::_varlen_attn" in sizes.names
+    assert not [shape for shape in sizes.found if shape[-2:] == (TOKENS, TOKENS)]
+
+
+class SizesOfResults(TorchDispatchMode):
+    """Names and shapes of all that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.found = set(), set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        self.names.add(function.name())
+        self.found |= {x.shape for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
+        return result
 
 
 def test_layers_share_masks_that_attention_adds_as_they_are(checkpoints, gpu_without_numbers):

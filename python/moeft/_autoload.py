@@ -14,6 +14,7 @@ from types import ModuleType
 REGISTRIES = {
     "transformers.quantizers.auto": "moeft.integration.register",
     "transformers.integrations.moe": "moeft.integration.register_experts",
+    "transformers.modeling_utils": "moeft.integration.document_attention",
     "peft.tuners.lora.model": "moeft.integration.peft_lora",
 }
 

@@ -51,6 +51,7 @@ _OURS = (
     "check_frozen_base",
     "log_routing",
     "fused_norms",
+    "document_attention",
     "loraplus_lr_ratio",
     "min_lr_ratio",
     "activation_checkpointing",
@@ -217,8 +218,8 @@ class TuningRecipe(Recipe):
     training: dict[str, Any] = Field(
         default_factory=dict,
         description="Arguments of the trainer, by their names in transformers.TrainingArguments, and those that moeft "
-        "adds: max_skipped_steps, check_frozen_base, log_routing, fused_norms, loraplus_lr_ratio, min_lr_ratio, "
-        "activation_checkpointing (none, keep_norm_inputs, full, auto), activation_offload",
+        "adds: max_skipped_steps, check_frozen_base, log_routing, fused_norms, document_attention, loraplus_lr_ratio, "
+        "min_lr_ratio, activation_checkpointing (none, keep_norm_inputs, full, auto), activation_offload",
     )
     protection: Protection | None = Field(
         default=None, description="What training must leave alone; null leaves nothing alone"

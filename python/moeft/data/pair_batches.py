@@ -13,18 +13,15 @@ There are three layouts of a pair:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeft.config.sources import PairLayout
-from moeft.data.collate import filled
+from moeft.data.collate import document_lengths, filled
 from moeft.data.example import IGNORE_INDEX, Example
 from moeft.data.pairs import Pair
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PREFIX, CHOSEN, REJECTED, PADDING = range(4)
 """Values of ``segments``."""
@@ -37,25 +34,28 @@ class PairCollator:
     Args:
         pad_token_id: Id that fills ``input_ids``.
         layout: How the two answers of a pair lie.
+        documents: Say where answers lie, to a model that takes it; a shared prefix belongs to two, and is not told.
 
     Raises:
         ValueError: If the layout is unknown.
     """
 
-    def __init__(self, pad_token_id: int, layout: PairLayout) -> None:
+    def __init__(self, pad_token_id: int, layout: PairLayout, documents: bool = False) -> None:
         if layout not in get_args(PairLayout):
             raise ValueError(f"layout is {layout!r}, expected one of {', '.join(get_args(PairLayout))}")
         self.pad_token_id = pad_token_id
         self.layout = layout
+        self.documents = documents and layout != "shared_prefix"
 
-    def __call__(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         """Make a batch.
 
         Returns:
             ``input_ids`` and ``position_ids``, ``[B, S]``, or ``[B, 2, S]`` if padded, then with ``attention_mask``
             in place of positions; ``segments``, ``[B, S]``, if the prefix is shared. ``sources`` and ``targets``,
             ``[B, 2, M]``: place in a pair's tokens from which a compared token is predicted, and its id, -100 where
-            there is none. ``reference``, ``[B, 2]`` float64, and ``rows``, ``[B]``: places in the data set.
+            there is none. ``reference``, ``[B, 2]`` float64, and ``rows``, ``[B]``: places in the data set. With
+            documents, ``documents``: for each pair, the lengths of the documents of each of its rows.
         """
         import torch
 
@@ -71,7 +71,13 @@ class PairCollator:
                 made["sources"][place, index, : len(targets)] = self._sources(pair, index, targets, row_tokens)
         made["reference"] = np.stack([pair["reference"] for pair in pairs])
         made["rows"] = np.array([pair["row"] for pair in pairs])
-        return {name: torch.from_numpy(array) for name, array in made.items()}
+        batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in made.items()}
+        return batch | ({"documents": self._lengths(pairs, row_tokens)} if self.documents else {})
+
+    def _lengths(self, pairs: Sequence[Pair], row_tokens: int) -> list[list[list[int]]]:
+        answers = [[len(answer["input_ids"]) for answer in _answers(pair)] for pair in pairs]
+        rows = [[[length] for length in pair] if self.layout == "padded" else [pair] for pair in answers]
+        return [document_lengths(of_pair, row_tokens) for of_pair in rows]
 
     def _sources(self, pair: Pair, index: int, targets: NDArray[np.int64], row_tokens: int) -> NDArray[np.int64]:
         before = targets - 1

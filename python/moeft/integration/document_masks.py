@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-MASKED_ATTENTION = ("eager", "sdpa")
+DOCUMENT_ATTENTION = "moeft_varlen"
+"""Ours, which is ``sdpa`` where it is not told where documents lie (`document_attention.py`)."""
+MASKED_ATTENTION = ("eager", "sdpa", DOCUMENT_ATTENTION)
 """Implementations of attention that take a mask as a tensor."""
 ALIGNMENT = 8
 """Elements, of which the rows of a mask are to be multiples in memory."""

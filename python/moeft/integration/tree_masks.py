@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeft.integration.document_masks import FULL, SLIDING, as_added
+from moeft.integration.document_masks import FULL, MASKED_ATTENTION, SLIDING, as_added
 from moeft.integration.embedding_gradient import embedding_gradient
 
 
@@ -49,7 +49,7 @@ def reads_trees(model: Any) -> bool:
     # Attention that takes no mask, and layers that carry a state from token to token, cannot be told what to see.
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
-    if kinds or config._attn_implementation not in ("sdpa", "eager"):
+    if kinds or config._attn_implementation not in MASKED_ATTENTION:
         return False
     depth_S = torch.tensor([0, 1, 2, 3, 2, 3])
     ancestors_SS = torch.tensor(

@@ -45,6 +45,13 @@ class MoeConfig(TrainingArguments):
         default=False,
         metadata={"help": "Run float32 norms on the CPU in one pass; their last bits differ from transformers'."},
     )
+    document_attention: bool = field(
+        default=True,
+        metadata={
+            "help": "Let attention compute inside documents without a mask: on a GPU, and on a CPU for packed rows. "
+            "Models and types that it cannot serve keep masks."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Trainer's filter, which waits for the device twice a micro-batch; ours needs no wait."},

@@ -117,11 +117,14 @@ def _rows_of(batch: Batch) -> Iterator[tuple[int, dict[str, Any]]]:
     for place in range(size):
         yield (
             place,
-            {
-                key: value[place : place + 1] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
-                for key, value in batch.items()
-            },
+            {key: value[place : place + 1] if _is_by_row(value, size) else value for key, value in batch.items()},
         )
+
+
+def _is_by_row(value: Any, rows: int) -> bool:
+    return (isinstance(value, Tensor) and value.shape[:1] == (rows,)) or (
+        isinstance(value, list) and len(value) == rows
+    )
 
 
 def _rows_in(dataset: Any, batch: Batch, places: Sequence[int]) -> tuple[int, ...]:

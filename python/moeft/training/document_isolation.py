@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moeft.data.collate import PackingCollator
 from moeft.data.packing import Pack
 from moeft.errors import UnsupportedModelError
-from moeft.integration.document_masks import mask_documents
+from moeft.integration.document_masks import DOCUMENT_ATTENTION, mask_documents
+from moeft.integration.document_reading import attend_inside_documents
 from moeft.integration.embedding_gradient import embedding_gradient
 
 EXAMPLE_TOKENS = 4
+logger = logging.getLogger(__name__)
 
 
 def wants_flat_batches(model: Any) -> bool:
     """Whether the model's attention tells examples apart in a batch of one only, as flash attention does."""
     return "flash" in (model.config.get_text_config()._attn_implementation or "")
+
+
+def wants_documents(model: Any, args: Any, packed: bool) -> bool:
+    """Whether batches are to say where documents lie, since the model's attention then computes without masks.
+
+    Where nothing is to be gained, on a CPU for rows of one example, nothing changes. What speaks against it is in the
+    log, as a warning if the model was loaded with this attention.
+
+    Args:
+        model: The model, with or without adapters; its attention is set.
+        args: A :class:`moeft.training.arguments.MoeConfig`.
+        packed: Whether a row holds several examples.
+    """
+    config = model.config.get_text_config()
+    is_asked = config._attn_implementation == DOCUMENT_ATTENTION
+    device = model.get_input_embeddings().weight.device
+    device = args.device if device.type == "cpu" else device  # where Trainer is about to move the model
+    # The compiler cannot trace lists of lengths; with several GPUs in one process, batches are cut into pieces.
+    if not args.document_attention or args.torch_compile or args.n_gpu > 1:
+        return False
+    if not (is_asked or packed or device.type == "cuda"):
+        return False
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    reason = attend_inside_documents(model, dtype, device)
+    if reason is not None:
+        level = logging.WARNING if is_asked else logging.INFO
+        logger.log(level, "this %s model attends with masks: %s", config.model_type, reason)
+    return reason is None
 
 
 def check_document_isolation(model: Any) -> None:

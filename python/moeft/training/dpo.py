@@ -18,6 +18,7 @@ from moeft.data.pairs import EncodedPairs, Pair
 from moeft.integration.log_probs import linear_head
 from moeft.integration.token_divergences import token_divergences
 from moeft.progress_bar import step_bar
+from moeft.training.document_isolation import wants_documents
 from moeft.training.dpo_arguments import DPOConfig
 from moeft.training.preference.dataset import Dataset, check_encoded, encode_dataset
 from moeft.training.preference.figures import KEYS, PairFigures
@@ -89,6 +90,8 @@ class DPOTrainer(MoeTrainer):
             if encoded is not None:
                 check_encoded(encoded, processing_class, model)
         self.layout = usable_layout(model, args.layout)
+        # A prefix that two answers share is no document: its masks are made from segments.
+        documents = self.layout != "shared_prefix" and wants_documents(model, args, self.layout == "packed")
         self.preference_loss = args.preference_loss
         self.start = StartingPolicy(model)
         self.reference: ReferenceReport | None = None
@@ -99,7 +102,7 @@ class DPOTrainer(MoeTrainer):
             train_dataset=self.train_pairs.pairs,
             eval_dataset=None if self.eval_pairs is None else self.eval_pairs.pairs,
             processing_class=processing_class,
-            data_collator=PairCollator(padding_id(processing_class), self.layout),
+            data_collator=PairCollator(padding_id(processing_class), self.layout, documents),
             **kwargs,
         )
         # The loss is divided by the pairs of a step, over all its micro-batches.

@@ -18,7 +18,7 @@ from moeft.data.rows import Rows
 from moeft.data.trained_turns import check_options
 from moeft.data.vocabulary import check_ids, check_vocabulary
 from moeft.training.arguments import MoeConfig
-from moeft.training.document_isolation import check_document_isolation, wants_flat_batches
+from moeft.training.document_isolation import check_document_isolation, wants_documents, wants_flat_batches
 from moeft.training.trainer import MoeTrainer
 
 logger = logging.getLogger(__name__)
@@ -104,15 +104,17 @@ class SFTTrainer(MoeTrainer):
         self.train_packs: Packed | None = None
         train: Sequence[Any] = self.train_rows.examples
         held_out: Sequence[Any] | None = None if self.eval_rows is None else self.eval_rows.examples
-        collator: Any = PaddingCollator(padding_id(processing_class))
         if args.packing:
             check_document_isolation(model)
+        documents = wants_documents(model, args, args.packing)
+        collator: Any = PaddingCollator(padding_id(processing_class), documents=documents)
+        if args.packing:
             assert args.max_length is not None
             seed = args.seed if args.data_seed is None else args.data_seed
             self.train_packs = pack(train, args.max_length, seed)
             train = self.train_packs.packs
             held_out = None if held_out is None else pack(held_out, args.max_length, seed).packs
-            collator = PackingCollator(padding_id(processing_class), wants_flat_batches(model))
+            collator = PackingCollator(padding_id(processing_class), wants_flat_batches(model), documents)
         super().__init__(
             model=model,
             args=args,

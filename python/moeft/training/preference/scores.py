@@ -73,9 +73,10 @@ def chosen_rows(states_B2MH: Tensor, batch: Batch) -> Tensor:
 
 def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
     ids, positions = batch["input_ids"], batch.get("position_ids")
+    told = {"documents": [row for pair in batch["documents"] for row in pair]} if "documents" in batch else {}
     if positions is None:
-        return {"input_ids": ids.flatten(0, 1), "attention_mask": batch["attention_mask"].flatten(0, 1)}
-    inputs = {"input_ids": ids, "position_ids": positions}
+        return {"input_ids": ids.flatten(0, 1), "attention_mask": batch["attention_mask"].flatten(0, 1), **told}
+    inputs = {"input_ids": ids, "position_ids": positions, **told}
     if "segments" in batch:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         inputs["attention_mask"] = prefix_masks(base, batch["segments"], positions)
