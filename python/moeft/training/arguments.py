@@ -41,9 +41,12 @@ class MoeConfig(TrainingArguments):
         metadata={"help": "Hash what is frozen before and after training; a few seconds per GB and core."},
     )
     log_routing: bool = field(default=True, metadata={"help": "Count the tokens of every expert while training."})
-    fused_norms: bool = field(
-        default=False,
-        metadata={"help": "Run float32 norms on the CPU in one pass; their last bits differ from transformers'."},
+    fused_norms: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run norms in one pass: rows on a GPU, float32 rows on the CPU. They sum in another order than "
+            "transformers' do. None for a GPU alone."
+        },
     )
     logging_nan_inf_filter: bool = field(
         default=False,
