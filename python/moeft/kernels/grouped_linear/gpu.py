@@ -111,7 +111,8 @@ def chunks(
     chunk = num_experts
     if isinstance(weight, NF4Weight):
         stack_bytes = weight.shape.numel() * dtype.itemsize
-        chunk = max(1, config.workspace_bytes(weight.device) * num_experts // stack_bytes)
+        most = max(1, config.workspace_bytes(weight.device) * num_experts // stack_bytes)
+        chunk = -(-num_experts // -(-num_experts // most))  # even ones: as few, and a smaller buffer
     for first in range(0, num_experts, chunk):
         stop = min(first + chunk, num_experts)
         yield first, stop, (_dense(weight, first, stop, dtype), None, None, None, None, None)

@@ -21,7 +21,7 @@ from torch.nn import functional
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, rounds_before_weight: bool) -> Tensor:
     """As :func:`moeft.kernels.rms_norm.rms_norm`."""
     device = x.device.type
-    # Autocast of PyTorch 2.15, not of 2.11, makes this an operation of float32, output included; a model's norm is none.
+    # Autocast of PyTorch 2.15, not of 2.11, makes this an operation of float32, output included; models have none such.
     without_autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     with without_autocast:
         if weight is None or not (offset or rounds_before_weight):
