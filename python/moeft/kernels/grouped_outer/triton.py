@@ -18,8 +18,8 @@ def grouped_outer_kernel(
 ):  # fmt: skip
     """One tile of ``out[e] = scaling * g[rows of e]^T @ x[rows of e]``, ``[E, F, K]``; zero without rows.
 
-    Rows of an operand with a permutation are gathered from token ``permutation[r] // top_k``. With ``weights``, row r of
-    the narrower operand is multiplied by ``weights[weight_permutation[r]]`` and rounded.
+    Rows of an operand with a permutation are gathered from token ``permutation[r] // top_k``. With ``weights``, row r
+    of the narrower operand is multiplied by ``weights[weight_permutation[r]]`` and rounded.
     """
     expert = tl.program_id(0)
     f = tl.program_id(1) * FT + tl.arange(0, FT)
