@@ -17,7 +17,9 @@ from torch import nn
 import gpu_model
 from gpu_harness import Bench
 from moeft.integration.document_masks import mask_documents
+from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
+from moeft.integration.fused_norms import fuse_norms
 from moeft.integration.lora import add_lora
 from moeft.training.optim import HostAdamW
 
@@ -27,8 +29,12 @@ def prepare(bench: Bench, base: nn.Module, train_experts: bool) -> nn.Module:
     gpu_model.inject_routing(base, bench)
     mask_documents(base, on_host=False)
     fuse_loss(base)
+    if bench.device.type != "cpu":
+        fuse_norms(base)
     targets = ("attention", "experts") if train_experts else ("attention",)
-    return add_lora(base, bench.shapes.rank, targets=targets, dtype=bench.shapes.dtype)
+    model = add_lora(base, bench.shapes.rank, targets=targets, dtype=bench.shapes.dtype)
+    fuse_lora(model.get_base_model())
+    return model
 
 
 def attempt(bench: Bench, record: dict[str, Any], run: Callable[[], dict[str, Any]], section: str = "step") -> None:

@@ -85,19 +85,6 @@ def test_grouped_products_equal_the_definition(counts, rows, columns, block_size
     torch.testing.assert_close(outer, 2 * grouped_reference.grouped_outer(g, x, offsets), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("f", "k"), [(5, 40), (40, 5)])
-def test_outer_products_of_weighted_rows_equal_those_of_rows_that_were_multiplied(f, k):
-    counts, top_k = (7, 0, 14, 1), 2
-    offsets = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-    g, x, weights, permutation = torch.randn(22, f), torch.randn(11, k), torch.rand(11, top_k), torch.randperm(22)
-    found = grouped_outer(
-        g, x, offsets, x_permutation=permutation, top_k=top_k, weights=weights, weight_permutation=permutation
-    )
-    weighted = g * weights.view(-1)[permutation, None]
-    expected = grouped_reference.grouped_outer(weighted, x[permutation // top_k], offsets)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_gathered_rows_equal_copied_ones():
     counts, top_k = (7, 0, 14, 1), 2
     offsets = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)

@@ -104,22 +104,26 @@ def backward(
         grad_TH, down, tiles, transpose=True, permutation=permutation, top_k=top_k, low_rank=g_low
     )
     grad_h_R2I = torch.empty_like(saved.h)
-    act_RI = torch.empty_like(grad_act_RI) if down_factors else None
+    weighted_act_RI = torch.empty_like(grad_act_RI) if down_factors else None
+    weighted_low_Rr = torch.empty_like(saved.low_down) if down_factors else None
+    rank = saved.low_down.shape[1] if down_factors else 1
     weight_Tk = weight_Tk.contiguous()
     grad_weight_Tk = torch.empty_like(weight_Tk)
     if rows:
         kernels.activation_backward_kernel[(rows,)](
-            saved.h, grad_act_RI, grad_h_R2I, act_RI, weight_Tk, grad_weight_Tk, permutation,
-            INNER=inner, GATE=gate, SIZE=_columns(inner), num_warps=4, enable_fp_fusion=False,
+            saved.h, grad_act_RI, grad_h_R2I, weighted_act_RI, saved.low_down, weighted_low_Rr,
+            weight_Tk, grad_weight_Tk, permutation,
+            INNER=inner, GATE=gate, SIZE=_columns(inner), RANK=rank, RANKS=power_of_two(rank),
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+    del grad_act_RI  # what comes next is the largest of all: four times as wide
     # Tensors of their own: an operator's outputs may not share memory.
     grad_a_up, grad_b_up, grad_a_down, grad_b_down = (x_TH.new_empty(0) for _ in range(4))
-    if down_factors and g_low and act_RI is not None:
-        weighted = {"weights": weight_Tk, "weight_permutation": permutation}
-        grad_a_down = _grad_a(g_low.rows, act_RI, buckets.offsets, down_factors, **weighted)
-        grad_b_down = _grad_b(
-            grad_TH, saved.low_down, buckets.offsets, down_factors, g_permutation=permutation, top_k=top_k, **weighted
-        )
+    if down_factors and g_low and weighted_act_RI is not None and weighted_low_Rr is not None:
+        rows_of_tokens = {"g_permutation": permutation, "top_k": top_k}
+        grad_a_down = _grad_a(g_low.rows, weighted_act_RI, buckets.offsets, down_factors)
+        grad_b_down = _grad_b(grad_TH, weighted_low_Rr, buckets.offsets, down_factors, **rows_of_tokens)
+    del weighted_act_RI
     h_low = _restore(grad_h_R2I, up_factors, tiles, None, 1)
     grad_x_RH = grouped_linear(grad_h_R2I, gate_up, tiles, transpose=True, low_rank=h_low)
     grad_x_TH = combine(grad_x_RH, buckets.inverse, None, top_k)
@@ -214,7 +218,7 @@ def _by_expert(b: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
 
 
 def _grad_a(g_Rr: Tensor, x: Tensor, offsets: Tensor, factors: Factors, **rows: Any) -> Tensor:
-    """``rows``: how :func:`grouped_outer` gathers and weights them."""
+    """``rows``: how :func:`grouped_outer` gathers them."""
     grad = grouped_outer(g_Rr, x, offsets, scaling=factors.scaling, dtype=factors.a.dtype, **rows)
     return grad.view(factors.a.shape)
 

@@ -19,8 +19,6 @@ def grouped_outer(
     g_permutation: Tensor | None = None,
     x_permutation: Tensor | None = None,
     top_k: int = 1,
-    weights: Tensor | None = None,
-    weight_permutation: Tensor | None = None,
 ) -> Tensor:
     """As :func:`moeft.kernels.grouped_linear.grouped_outer`, scaled, summed in float32 and rounded once.
 
@@ -33,8 +31,6 @@ def grouped_outer(
         g_permutation: int64 ``[R]`` or None.
         x_permutation: int64 ``[R]`` or None.
         top_k: Rows of a token.
-        weights: ``[R]`` or None: factors of the rows, in the order of ``weight_permutation``.
-        weight_permutation: int64 ``[R]``: row r has the factor ``weights[weight_permutation[r]]``.
 
     Returns:
         ``[E, F, K]``; zero for an expert without rows.
@@ -54,8 +50,6 @@ def grouped_outer(
         g_permutation,
         x_permutation,
         top_k,
-        weights,
-        weight_permutation,
         scaling,
         F=f,
         K=k,

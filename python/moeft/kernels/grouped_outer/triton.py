@@ -13,13 +13,12 @@ from moeft.kernels.grouped_linear.triton import source_rows
 
 @triton.jit
 def grouped_outer_kernel(
-    g, x, out, offsets, g_permutation, x_permutation, top_k, weights, weight_permutation, scaling,
+    g, x, out, offsets, g_permutation, x_permutation, top_k, scaling,
     F: tl.constexpr, K: tl.constexpr, M: tl.constexpr, FT: tl.constexpr, KT: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``out[e] = scaling * g[rows of e]^T @ x[rows of e]``, ``[E, F, K]``; zero without rows.
 
-    Rows of an operand with a permutation are gathered from token ``permutation[r] // top_k``. With ``weights``, row r
-    of the narrower operand is multiplied by ``weights[weight_permutation[r]]`` and rounded.
+    Rows of an operand with a permutation are gathered from token ``permutation[r] // top_k``.
     """
     expert = tl.program_id(0)
     f = tl.program_id(1) * FT + tl.arange(0, FT)
@@ -33,13 +32,6 @@ def grouped_outer_kernel(
         x_place = source_rows(rows, mask, x_permutation, top_k)[:, None] * K + k[None, :]
         left = tl.load(g + g_place, mask=mask[:, None] & (f < F)[None, :], other=0.0)
         right = tl.load(x + x_place, mask=mask[:, None] & (k < K)[None, :], other=0.0)
-        if weights is not None:
-            place = tl.load(weight_permutation + rows, mask=mask, other=0)
-            weight = tl.load(weights + place, mask=mask, other=0.0).to(tl.float32)[:, None]
-            if F < K:
-                left = (left.to(tl.float32) * weight).to(left.dtype)
-            else:
-                right = (right.to(tl.float32) * weight).to(right.dtype)
         total = tl.dot(left.T, right.to(left.dtype), total, input_precision="ieee")
     out += expert.to(tl.int64) * (F * K) + f[:, None] * K + k[None, :]
     tl.store(out, (total * scaling).to(out.dtype.element_ty), mask=(f < F)[:, None] & (k < K)[None, :])

@@ -1,0 +1,217 @@
+"""Count what a training step of the 26B text model keeps, peaks at and launches on a GPU, where there is none.
+
+usage: python benches/gpu_meta.py [--sequences 4] [--length 4096] [--attention-only] [--stock-norms]
+           [--capability 9.0] [--card-gib 24]
+
+The step runs on the meta device, through the code that a GPU takes: tensors have shapes and no numbers, launches of
+Triton are counted instead of made. The peak is that of tensors, as ``torch.cuda.max_memory_allocated`` gives it but for
+what libraries allocate of themselves, such as cuBLAS's workspace. Attention counts as PyTorch's fused one, which keeps
+no scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
+
+import gpu_model
+from gpu_harness import Bench, Shapes
+from gpu_training import inputs_of, prepare
+from moeft.integration.checkpointing import POLICIES, apply_checkpointing
+from moeft.integration.fused_norms import FusedNorm
+from moeft.kernels import dispatch
+from moeft.kernels.experts import operator
+from moeft.kernels.grouped_linear import config
+from moeft.kernels.grouped_linear.gpu import release_workspaces
+from moeft.kernels.routing import gpu as routing
+
+ROUNDING = 512  # bytes to which CUDA's allocator rounds
+# Parts of the names of operations that launch nothing.
+VIEWS = ("view", "empty", "permute", "slice", "transpose", "detach", "expand", "t.default", "select.int", "split",
+         "squeeze", "alias", "as_strided", "unbind", "prim.", "lift_fresh")  # fmt: skip
+PERIOD = 6  # layers: five slide, one attends to everything
+
+
+def main() -> None:
+    """Print a line of JSON for each policy of checkpointing."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--attention-only", action="store_true", help="no factors on the experts")
+    parser.add_argument("--stock-norms", action="store_true", help="the norms of transformers")
+    parser.add_argument("--capability", default="9.0", help="compute capability of the GPU")
+    parser.add_argument("--card-gib", type=int, default=24, help="its memory, of which the workspace is a share")
+    arguments = parser.parse_args()
+    capability = tuple(int(part) for part in arguments.capability.split("."))
+    with as_on_a_gpu(capability, arguments.card_gib << 30) as allocations:
+        for policy in POLICIES:
+            # What a layer takes is the difference between models of two lengths.
+            short, long, whole = (
+                step(allocations, layers, policy, arguments) for layers in (PERIOD, 2 * PERIOD, Shapes().layers)
+            )
+            record = {
+                "policy": policy,
+                "norms": "stock" if arguments.stock_norms else "fused",
+                "torch": torch.__version__,
+                "kept_bytes_per_layer": (long["kept_bytes"] - short["kept_bytes"]) // PERIOD,
+                "launches_per_layer": round((long["launches"] - short["launches"]) / PERIOD, 1),
+                "resident_bytes": whole["resident_bytes"],
+                "peak_bytes": whole["peak_bytes"],
+            }
+            print(json.dumps(vars(arguments) | record), flush=True)
+
+
+def step(allocations: Allocations, layers: int, policy: str, arguments: argparse.Namespace) -> dict[str, int]:
+    """Forward and backward of a model with so many layers."""
+    release_workspaces()
+    bench = Bench(Shapes(layers=layers), Path("/dev/null"), 0)
+    bench.device = torch.device("meta")
+    base = gpu_model.build(bench)
+    model = prepare(bench, base, not arguments.attention_only)
+    if arguments.stock_norms:
+        for module in model.modules():
+            if isinstance(module, FusedNorm):
+                module.__class__ = type(module).__mro__[2]
+    apply_checkpointing(base, policy)
+    tokens, positions = inputs_of(bench, arguments.sequences, arguments.length)
+    resident = sum(tensor.untyped_storage().nbytes() for tensor in distinct(model))
+    with allocations:
+        allocations.start(resident)
+        loss = model(input_ids=tokens, position_ids=positions, labels=tokens, num_items_in_batch=tokens.numel()).loss
+        kept = allocations.live - resident
+        loss.backward()
+    return {
+        "resident_bytes": resident,
+        "kept_bytes": kept,
+        "peak_bytes": allocations.peak,
+        "launches": allocations.launches,
+    }
+
+
+def distinct(model: torch.nn.Module) -> list[Tensor]:
+    """Parameters and buffers, tied ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return list({tensor.untyped_storage()._cdata: tensor for tensor in tensors}.values())
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the tensors that were made and are alive, the most there were, and launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.launches = 0
+        self._alive: set[int] = set()
+
+    def start(self, resident_bytes: int) -> None:
+        """Count from here on; so many bytes were there before."""
+        self.live = self.peak = resident_bytes
+        self.launches = 0
+        self._alive.clear()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        before = {storage._cdata for storage in storages((arguments, keywords))}
+        out = function(*arguments, **(keywords or {}))
+        self.launches += not any(part in str(function) for part in VIEWS)
+        for storage in storages(out):
+            if storage._cdata not in before and storage._cdata not in self._alive:
+                size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+                self._alive.add(storage._cdata)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage._cdata, size)
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        if key in self._alive:
+            self._alive.remove(key)
+            self.live -= size
+
+
+def storages(tree: Any) -> list[torch.UntypedStorage]:
+    """Memory of the tensors on the meta device."""
+    leaves = tree_leaves(tree)
+    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "meta"]
+
+
+@contextmanager
+def as_on_a_gpu(capability: tuple[int, ...], memory_bytes: int) -> Iterator[Allocations]:
+    """Let tensors on the meta device take the way of a GPU with so much memory."""
+    allocations = Allocations()
+
+    def count(*_: Any, **__: Any) -> None:
+        allocations.launches += 1
+
+    def constant(value: Any) -> Any:
+        return lambda *_, **__: value
+
+    fused = torch.library.Library("aten", "IMPL")
+    fused.impl("rms_norm", lambda x, shape, weight=None, eps=None: _Norm.apply(x, weight), "AutogradMeta")
+    fused.impl(
+        "scaled_dot_product_attention", lambda q, k, v, *rest, **_: _Attention.apply(q, k, v, *rest), "AutogradMeta"
+    )
+    # Operators are opaque, and on the meta device stand-ins for them run: their code is to be seen.
+    patches = [
+        (dispatch, "_obstacle", constant(None)),
+        (config, "capability_of", constant(capability)),
+        (config, "workspace_bytes", constant(config.share_of(memory_bytes))),
+        (operator, "experts_forward", operator.experts_forward._init_fn),
+        (operator, "experts_backward", operator.experts_backward._init_fn),
+        (routing, "bucket", routing.sort_rows),
+        (JITFunction, "run", count),
+        (torch, "is_autocast_enabled", constant(False)),  # knows no meta device
+        (torch, "autocast", lambda *_, **__: nullcontext()),
+    ]
+    with ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield allocations
+    fused._destroy()
+
+
+# What is one operation on CUDA, PyTorch composes of many on the meta device. These keep and make what is kept and made
+# there; ``zeros`` stands for a launch, ``empty`` for memory alone.
+class _Norm(torch.autograd.Function):
+    """``torch.nn.functional.rms_norm``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return x.new_zeros(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, _, _ = ctx.saved_tensors
+        return x.new_zeros(x.shape), None
+
+
+class _Attention(torch.autograd.Function):
+    """``torch.nn.functional.scaled_dot_product_attention`` in rows of blocks: it keeps no scores, ``[B, H, S, D]``."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *_: Any) -> Tensor:
+        rows, heads, length, width = q.shape
+        out = q.new_zeros(rows, length, heads, width).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, mask, out, q.new_empty(rows, heads, length, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_, logsumexp = ctx.saved_tensors
+        _ = torch.zeros_like(logsumexp)  # products of outputs and their gradients
+        return torch.empty_like(q), torch.empty_like(k), torch.zeros_like(v), *[None] * 4
+
+
+if __name__ == "__main__":
+    main()
