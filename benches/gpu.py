@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gpu_harness import Bench
 
 # Most telling first: what comes last falls to the limit of time.
-SECTIONS = ("limits", "restoring", "products", "tuning", "model", "streaming", "loss_head", "thin", "routes")
+SECTIONS = ("limits", "restoring", "products", "tuning", "model", "streaming", "loss_head", "norms", "thin", "routes")
 
 
 def main() -> int:

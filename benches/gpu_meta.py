@@ -170,6 +170,7 @@ def as_on_a_gpu(capability: tuple[int, ...], memory_bytes: int) -> Iterator[Allo
         (operator, "experts_backward", operator.experts_backward._init_fn),
         (routing, "bucket", routing.sort_rows),
         (JITFunction, "run", count),
+        (gpu_model, "inject_routing", constant(None)),  # decisions have no numbers here
         (torch, "is_autocast_enabled", constant(False)),  # knows no meta device
         (torch, "autocast", lambda *_, **__: nullcontext()),
     ]

@@ -39,6 +39,7 @@ def tables(records: Iterable[Record]) -> str:
     parts.append(_dequantize(by_section["dequantize"], copy))
     parts.append(_products(by_section["products"], dense))
     parts.append(_steps(by_section["step"]))
+    parts.append(_norms(by_section["norms"], copy))
     parts.append(_launches(by_section["launches"]))
     parts.append(_profiles(by_section["profile"]))
     parts.append(_streaming(by_section["streaming"]))
@@ -87,6 +88,16 @@ def _products(records: Sequence[Record], dense: float | None) -> str:
         for (tokens, transpose), row in sorted(rates.items())
     ]
     return _table("gate/up of all experts, TFLOP/s and share of the dense rate:", ["tokens", "", *paths], rows)
+
+
+def _norms(records: Sequence[Record], copy: float | None) -> str:
+    if not copy:
+        return ""
+    rates = ("bytes_per_second", "backward_bytes_per_second")
+    rows = [
+        [r["what"], r["path"], *(f"{r[rate] / 1e9:,.0f} ({r[rate] / copy:.0%})" for rate in rates)] for r in records
+    ]
+    return _table("Norms, GB/s of rows and share of a copy:", ["rows", "path", "forward", "backward"], rows)
 
 
 def _steps(records: Sequence[Record]) -> str:

@@ -88,9 +88,9 @@ def test_weight_that_does_not_fit_is_refused(weight, message):
         rms_norm(torch.ones(2, 8), weight, EPS)
 
 
-def norm_of_transformers(variant, dtype):
+def norm_of_transformers(variant, dtype, width=WIDTH):
     name, kind = variant.split(".")
-    norm = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), kind)(WIDTH, eps=EPS)
+    norm = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), kind)(width, eps=EPS)
     torch.nn.init.normal_(norm.weight)
     return norm.to(dtype)
 
