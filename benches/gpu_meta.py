@@ -38,9 +38,12 @@ from moeft.kernels.grouped_linear.gpu import release_workspaces
 from moeft.kernels.routing import gpu as routing
 
 ROUNDING = 512  # bytes to which CUDA's allocator rounds
-# Parts of the names of operations that launch nothing.
-VIEWS = ("view", "empty", "permute", "slice", "transpose", "detach", "expand", "t.default", "select.int", "split",
-         "squeeze", "alias", "as_strided", "unbind", "prim.", "lift_fresh")  # fmt: skip
+# Operations that launch nothing.
+NOTHING = {f"aten::{name}" for name in (
+    "view", "_unsafe_view", "permute", "transpose", "t", "expand", "slice", "select", "split", "split_with_sizes",
+    "squeeze", "unsqueeze", "unbind", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided",
+    "new_empty", "new_empty_strided",
+)}  # fmt: skip
 PERIOD = 6  # layers: five slide, one attends to everything
 
 
@@ -123,7 +126,8 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         before = {storage._cdata for storage in storages((arguments, keywords))}
         out = function(*arguments, **(keywords or {}))
-        self.launches += not any(part in str(function) for part in VIEWS)
+        name = function._schema.name
+        self.launches += name.startswith("aten::") and name not in NOTHING
         for storage in storages(out):
             if storage._cdata not in before and storage._cdata not in self._alive:
                 size = -(-storage.nbytes() // ROUNDING) * ROUNDING

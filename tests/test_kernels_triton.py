@@ -141,7 +141,7 @@ def test_main_loops_stay_in_their_instruction_budget(compiled):
 class OperationCount(TorchDispatchMode):
     """PyTorch's operations that launch something."""
 
-    NOTHING = ("view", "empty", "permute", "slice", "transpose", "detach", "expand", "t.default", "select.int")
+    NOTHING = ("view", "empty", "permute", "slice", "transpose", "detach", "expand", "unsqueeze", "select.int")
 
     def __init__(self):
         super().__init__()
@@ -149,14 +149,14 @@ class OperationCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         name = str(function).removeprefix("aten.")
-        if not any(part in name for part in self.NOTHING):
+        if name != "t.default" and not any(part in name for part in self.NOTHING):
             self.names.append(name)
         return function(*arguments, **(keywords or {}))
 
 
 @pytest.mark.parametrize(
     ("capability", "gib", "tokens", "launches"),
-    [((8, 6), 24, 4096, 30), ((8, 6), 24, 16384, 58), ((8, 0), 80, 16384, 38), ((9, 0), 141, 16384, 41)],
+    [((8, 6), 24, 4096, 30), ((8, 6), 24, 16384, 58), ((8, 0), 80, 16384, 38), ((9, 0), 141, 16384, 43)],
     ids=["decoding products", "RTX 3090", "A100", "H200"],
 )
 def test_layer_of_experts_takes_at_most_sixty_launches(monkeypatch, capability, gib, tokens, launches):
