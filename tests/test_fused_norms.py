@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from moeft.integration import fused_norms
 from moeft.integration.fused_norms import FusedNorm, fuse_norms
 from moeft.kernels.rms_norm import gpu
+from moeft.training.arguments import MoeConfig
 from tests.tiny_models import tiny_model, token_ids
 from tests.tiny_training import load, packed_with_lora, sft_trainer
 
@@ -88,6 +90,15 @@ def test_trainer_fuses_norms_on_the_cpu_only_if_asked(checkpoints, asked, tmp_pa
     model = packed_with_lora(checkpoints["qwen3_moe"])
     sft_trainer(model, tmp_path, fused_norms=asked)
     assert any(isinstance(norm, FusedNorm) for norm in norms(model)) is bool(asked)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "fused"),
+    [("cuda", None, True), ("cuda", False, False), ("cpu", None, False), ("cpu", True, True)],
+)
+def test_norms_are_fused_by_default_on_a_gpu_alone(device, asked, fused):
+    arguments = SimpleNamespace(device=torch.device(device), fused_norms=asked)
+    assert MoeConfig.fuses_norms.fget(arguments) is fused
 
 
 @pytest.mark.parametrize("name", [*WITH_BOTH_OFFSETS, "gemma3"])

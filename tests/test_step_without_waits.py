@@ -10,6 +10,7 @@ import torch
 import moeft
 from moeft.integration.checkpointing import POLICIES, apply_checkpointing
 from moeft.integration.fused_loss import fuse_loss
+from moeft.integration.fused_norms import fuse_norms
 from moeft.kernels import dispatch
 from moeft.training.document_isolation import check_document_isolation
 from tests.tiny_training import load
@@ -33,6 +34,7 @@ def trained(folder):
     model = load(folder, quantization_config=moeft.NF4Config(attention=True))
     check_document_isolation(model)
     fuse_loss(model)
+    assert fuse_norms(model)
     return moeft.add_lora(model, 4, targets=("attention", "experts")).train()
 
 

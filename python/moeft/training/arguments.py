@@ -101,3 +101,8 @@ class MoeConfig(TrainingArguments):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         self.gradient_checkpointing = bool(self.activation_checkpointing)
+
+    @property
+    def fuses_norms(self) -> bool:
+        """Whether norms run in one pass: as asked, else on a GPU alone."""
+        return bool(self.device.type == "cuda" if self.fused_norms is None else self.fused_norms)
