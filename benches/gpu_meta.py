@@ -1,7 +1,7 @@
 """Count what a training step of the 26B text model keeps, peaks at and launches on a GPU, where there is none.
 
 usage: python benches/gpu_meta.py [--sequences 4] [--length 4096] [--attention-only] [--stock-norms]
-           [--capability 9.0] [--card-gib 24]
+           [--capability 9.0] [--card-gib 141]
 
 The step runs on the meta device, through the code that a GPU takes: tensors have shapes and no numbers, launches of
 Triton are counted instead of made. The peak is that of tensors, as ``torch.cuda.max_memory_allocated`` gives it but for
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--attention-only", action="store_true", help="no factors on the experts")
     parser.add_argument("--stock-norms", action="store_true", help="the norms of transformers")
     parser.add_argument("--capability", default="9.0", help="compute capability of the GPU")
-    parser.add_argument("--card-gib", type=int, default=24, help="its memory, of which the workspace is a share")
+    parser.add_argument("--card-gib", type=int, default=141, help="its memory, of which the workspace is a share")
     arguments = parser.parse_args()
     capability = tuple(int(part) for part in arguments.capability.split("."))
     with as_on_a_gpu(capability, arguments.card_gib << 30) as allocations:
@@ -179,10 +179,10 @@ def as_on_a_gpu(capability: tuple[int, ...], memory_bytes: int) -> Iterator[Allo
         (torch, "autocast", lambda *_, **__: nullcontext()),
     ]
     with ExitStack() as stack:
+        stack.callback(fused._destroy)
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield allocations
-    fused._destroy()
 
 
 # What is one operation on CUDA, PyTorch composes of many on the meta device. These keep and make what is kept and made

@@ -114,11 +114,15 @@ def test_16_bit_model_on_the_way_of_a_gpu_is_that_of_transformers(name, monkeypa
     assert fuse_norms(fused) == len(norms(model))
     (loss, gradients), (expected_loss, expected) = loss_and_gradients(fused), loss_and_gradients(model)
     assert len(calls) >= len(norms(model))
-    torch.testing.assert_close(loss, expected_loss, rtol=2**-8, atol=0)
     assert gradients.keys() == expected.keys()
+    if name != "gemma4":
+        assert torch.equal(loss, expected_loss)
+        assert all(torch.equal(gradient, expected[key]) for key, gradient in gradients.items())
+    # A power of -0.5 differs from a root by a rounding of float32, which may turn a rounding to 16 bits.
+    torch.testing.assert_close(loss, expected_loss, rtol=2**-8, atol=0)
     for key, gradient in gradients.items():
         error = (gradient - expected[key]).float().norm() / expected[key].float().norm().clamp(min=1e-6)
-        assert error < 0.05, key
+        assert error < 0.02, key
 
 
 def test_norm_that_rounds_in_another_order_runs_its_own_forward_in_16_bits():
