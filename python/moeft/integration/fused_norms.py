@@ -106,9 +106,10 @@ def _formula(norm: nn.Module) -> Formula | None:
     if not isinstance(eps, float) or others or (weight is not None and weight.ndim != 1):
         return None
     width = PROBE_WIDTH if weight is None else len(weight) or PROBE_WIDTH  # sharded ones are empty here
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(PROBE_ROWS, width, generator=generator)
-    drawn = None if weight is None else torch.randn(width, generator=generator)
+    # Said in full, since a program may have other defaults.
+    drawing: Any = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu", "dtype": torch.float32}
+    rows = torch.randn(PROBE_ROWS, width, **drawing)
+    drawn = None if weight is None else torch.randn(width, **drawing)
     theirs = _own_output(norm, rows, drawn)
     for offset in (0.0, 1.0) if weight is not None else (0.0,):
         ours = reference.rms_norm(rows, drawn, eps, offset)
