@@ -34,6 +34,7 @@ SECTIONS = (
     "guard",
     "streaming",
     "loss_head",
+    "norms",
     "thin",
     "routes",
 )

@@ -20,6 +20,8 @@ from moeft.kernels.grouped_linear import reference as grouped_reference
 from moeft.kernels.grouped_outer.gpu import grouped_outer
 from moeft.kernels.nf4 import gpu as nf4_gpu
 from moeft.kernels.nf4 import reference as nf4_reference
+from moeft.kernels.rms_norm import gpu as rms_norm_gpu
+from moeft.kernels.rms_norm import reference as rms_norm_reference
 from moeft.kernels.routing import gpu as routing
 from moeft.kernels.routing import reference as routing_reference
 
@@ -63,6 +65,9 @@ def _checks(bench: Bench) -> Iterator[Check]:
     for layer in gpu_attention.layers(bench):
         for rows, lengths in gpu_attention.packs(bench).items():
             yield f"attention, {layer.name}, {rows}", lambda s=layer, n=lengths: _attention(bench, s, n)
+    for name, offset, rounds in (("", 0.0, False), (" less one", 1.0, False), (" rounded before", 0.0, True)):
+        for shape in ((333, shapes.hidden), (64, 16, 256)):
+            yield f"norm{name} of {shape[-1]}", lambda n=shape, o=offset, r=rounds: _norm(bench, n, o, r)
 
 
 def _different_buckets(index: Tensor, experts: int) -> float:
@@ -183,6 +188,20 @@ def _loss_head(bench: Bench) -> float:
     with _by_pytorch():
         theirs = results()
     return max(relative(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _norm(bench: Bench, shape: tuple[int, ...], offset: float, rounds_before_weight: bool) -> float:
+    """The largest relative error of output and gradients, of the weight too, beside the definition."""
+    x, grad, weight = bench.randn(*shape), bench.randn(*shape), bench.randn(shape[-1])
+
+    def results(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        out = function(*leaves, 1e-6, offset, rounds_before_weight)
+        out.backward(grad)
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    found, expected = (results(path.rms_norm) for path in (rms_norm_gpu, rms_norm_reference))
+    return max(relative(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @contextmanager

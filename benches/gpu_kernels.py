@@ -1,4 +1,4 @@
-"""Time the kernels: restoring, grouped products by every path, thin products, routing, loss head."""
+"""Time the kernels: restoring, grouped products by every path, thin products, routing, loss head, norms."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from moeft.kernels.grouped_linear import config
 from moeft.kernels.grouped_linear import gpu as grouped
 from moeft.kernels.grouped_outer.gpu import grouped_outer
 from moeft.kernels.nf4 import gpu as nf4_gpu
+from moeft.kernels.rms_norm import gpu as rms_norm_gpu
+from moeft.kernels.rms_norm import reference as rms_norm_reference
 from moeft.kernels.routing import Buckets
 from moeft.kernels.routing import gpu as routing
 from moeft.kernels.routing import reference as routing_reference
@@ -132,6 +134,29 @@ def products(bench: Bench) -> None:
                         bench.write("products", **record, error=f"{type(error).__name__}: {error}"[:300])
                         continue
                     bench.write("products", **record, seconds=seconds, flops=flops / seconds, default=path == chosen)
+
+
+def norms(bench: Bench) -> None:
+    """Norms of the hidden states and of heads, forward and backward, in bytes of rows read and written per second.
+
+    The fused operation takes a block of threads for each row, so that heads, which are short, tell whether it suffices.
+    """
+    s = bench.shapes
+    tokens = s.tokens[-1]
+    for what, shape in (
+        ("hidden", (tokens, s.hidden)),
+        ("heads of 256", (tokens, 16, 256)),
+        ("heads of 512", (tokens, 16, 512)),
+    ):
+        weight, x, grad = bench.randn(shape[-1]), bench.randn(*shape).requires_grad_(), bench.randn(*shape)
+        for path, function in (("fused", rms_norm_gpu.rms_norm), ("spelled out", rms_norm_reference.rms_norm)):
+            out = function(x, weight, 1e-6, 0.0, False)
+            forward = bench.seconds(lambda f=function, a=x, w=weight: f(a, w, 1e-6, 0.0, False))
+            backward = bench.seconds(lambda o=out, g=grad, a=x: torch.autograd.grad(o, a, g, retain_graph=True))
+            size = x.numel() * x.element_size()
+            record = {"what": what, "path": path, "tokens": tokens, "seconds": forward, "backward_seconds": backward}
+            rates = {"bytes_per_second": 2 * size / forward, "backward_bytes_per_second": 3 * size / backward}
+            bench.write("norms", **record, **rates)
 
 
 def thin(bench: Bench) -> None:

@@ -38,7 +38,7 @@ def memory_cap(bench: Bench, gib: int) -> Iterator[None]:
 def workspace_of(memory_bytes: int) -> Iterator[None]:
     """Restore experts through the buffer that a card of so much memory gets, instead of this one's."""
     before = os.environ.get(config.WORKSPACE_VARIABLE)
-    os.environ[config.WORKSPACE_VARIABLE] = str(max(64, memory_bytes // 128 >> 20))
+    os.environ[config.WORKSPACE_VARIABLE] = str(config.share_of(memory_bytes) >> 20)
     config.workspace_bytes.cache_clear()
     release_workspaces()
     try:

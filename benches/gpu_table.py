@@ -40,6 +40,7 @@ def tables(records: Iterable[Record]) -> str:
     parts.append(_products(by_section["products"], dense))
     parts.append(_attention(by_section["attention"]))
     parts.append(_steps(by_section["step"]))
+    parts.append(_norms(by_section["norms"], copy))
     parts.append(_launches(by_section["launches"]))
     parts.append(_profiles(by_section["profile"]))
     parts.append(_guard(by_section["guard"]))
@@ -99,6 +100,16 @@ def _attention(records: Sequence[Record]) -> str:
     ]
     title = "Attention of a layer, packed rows, ms and TFLOP/s of the pairs that are needed:"
     return _table(title, ["layer", "rows", "path", "forward", "forward and backward"], rows)
+
+
+def _norms(records: Sequence[Record], copy: float | None) -> str:
+    if not copy:
+        return ""
+    rates = ("bytes_per_second", "backward_bytes_per_second")
+    rows = [
+        [r["what"], r["path"], *(f"{r[rate] / 1e9:,.0f} ({r[rate] / copy:.0%})" for rate in rates)] for r in records
+    ]
+    return _table("Norms, GB/s of rows and share of a copy:", ["rows", "path", "forward", "backward"], rows)
 
 
 def _steps(records: Sequence[Record]) -> str:

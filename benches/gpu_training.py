@@ -18,7 +18,9 @@ import gpu_model
 from gpu_harness import Bench
 from moeft.integration.document_masks import mask_documents
 from moeft.integration.document_reading import attend_inside_documents
+from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
+from moeft.integration.fused_norms import fuse_norms
 from moeft.integration.lora import add_lora
 from moeft.training.optim import HostAdamW
 
@@ -30,8 +32,12 @@ def prepare(bench: Bench, base: nn.Module, train_experts: bool) -> nn.Module:
     if reason := attend_inside_documents(base):
         bench.write("model", skipped=f"attention inside documents, so masks are made: {reason}")
     fuse_loss(base)
+    if bench.device.type != "cpu":
+        fuse_norms(base)
     targets = ("attention", "experts") if train_experts else ("attention",)
-    return add_lora(base, bench.shapes.rank, targets=targets, dtype=bench.shapes.dtype)
+    model = add_lora(base, bench.shapes.rank, targets=targets, dtype=bench.shapes.dtype)
+    fuse_lora(model.get_base_model())
+    return model
 
 
 def attempt(bench: Bench, record: dict[str, Any], run: Callable[[], dict[str, Any]], section: str = "step") -> None:

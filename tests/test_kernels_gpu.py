@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from moeft.integration.document_masks import mask_documents
 from moeft.integration.document_reading import attend_inside_documents
+from moeft.integration.fused_norms import fuse_norms
 from moeft.kernels import experts, linear_cross_entropy, nf4
 from moeft.kernels.document_attention import Documents, attend_documents
 from moeft.kernels.experts import fused
 from moeft.kernels.grouped_linear import config
+from moeft.kernels.rms_norm import rms_norm
 from moeft.kernels.routing import bucket
 from tests.test_kernels_document_attention import masked
 from tests.test_kernels_experts import NAMES, TOLERANCE, Case
+from tests.test_kernels_rms_norm import VARIANTS, norm_of_transformers
 from tests.tiny_models import tiny_model, token_ids
 
 pytestmark = [
@@ -153,3 +158,32 @@ def test_weight_on_another_device_is_refused():
     case = GpuCase(hidden=64, inner=64)
     with pytest.raises(ValueError, match=r"gate_up is on cpu, but x on cuda:0; move the layer to one device"):
         experts(case.x, case.index, case.weights, nf4.dequantize(case.gate_up).cpu(), case.down, GELU)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(37, 2816), (5, 16, 256), (3, 7, 2, 512), (11, 90)], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+def test_norm_and_gradients_are_those_of_transformers(variant, shape, trained):
+    norm = norm_of_transformers(variant, torch.bfloat16, shape[-1]).cuda().requires_grad_(trained)
+    fused = copy.deepcopy(norm)
+    assert fuse_norms(fused) == 1
+    rows, grad = torch.randn(2, *shape, device="cuda").bfloat16()
+    results, kept = [], []
+    for function in (norm, fused):
+        x = rows.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            out = function(x)
+        out.backward(grad)
+        results.append([out.detach(), x.grad, *([function.weight.grad] if trained else [])])
+        if function is norm:
+            kept.clear()
+    assert sum(t.numel() for t in kept if t.dtype == torch.float32) <= rows.numel() // shape[-1]
+    for ours, theirs in zip(*results, strict=True):
+        assert float((ours - theirs).double().norm() / theirs.double().norm()) <= TOLERANCE[torch.bfloat16]
+
+
+def test_gradient_of_a_norm_s_weight_is_the_same_each_time():
+    rows, grad = torch.randn(2, 70000, 256, device="cuda").bfloat16()
+    weight = torch.randn(256, device="cuda").bfloat16().requires_grad_()
+    first, second = (torch.autograd.grad(rms_norm(rows, weight, 1e-6), weight, grad)[0] for _ in range(2))
+    assert torch.equal(first, second)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,8 +11,10 @@ from transformers import AutoModelForCausalLM
 import moeft
 from moeft import families
 from moeft.config.sft import Lora
+from moeft.integration import fused_norms as norms
 from moeft.integration.fused_lora import fuse_lora
 from moeft.integration.fused_loss import fuse_loss
+from moeft.kernels.rms_norm import gpu
 from moeft.planning.activations import head_gradient_bytes, saved_bytes
 from moeft.planning.layers import decoder_layers, traits_of
 from moeft.planning.model import read_model
@@ -44,6 +48,15 @@ def bytes_kept(model, batch_size, length):
     return bytes_saved(model, lambda: model(input_ids=ids, attention_mask=mask, labels=ids))
 
 
+class KeptAsOnCuda(torch.autograd.Function):
+    """The norm on a GPU, which keeps its input and a number of each row (tests/test_kernels_rms_norm.py traces it)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+
 def predicted(checkpoint, settings):
     model = read_model(checkpoint)
     family = families.for_model_type(model.config["model_type"])
@@ -54,12 +67,19 @@ def predicted(checkpoint, settings):
 @pytest.mark.parametrize("family", sorted(LAYERS))
 @pytest.mark.parametrize("policy", ["none", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_forecast_is_within_a_tenth_of_what_is_kept(family, checkpoint, dtype, policy):
+@pytest.mark.parametrize("fused_norms", [False, True])
+def test_forecast_is_within_a_tenth_of_what_is_kept(family, checkpoint, dtype, policy, fused_norms, monkeypatch):
     targets = ("attention", "experts", "mlp") if family == "gemma4" else ("attention", "experts")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=moeft.NF4Config())
     model = moeft.add_lora(model, 4, targets=targets, seed=0).train()
     fuse_loss(model.get_base_model())
     fuse_lora(model)
+    if fused_norms:
+        for module in (norms, sys.modules["moeft.kernels.rms_norm"]):
+            monkeypatch.setattr(module, "in_core", lambda x: False)
+            monkeypatch.setattr(module, "in_triton", lambda x: True)
+        monkeypatch.setattr(gpu, "rms_norm", lambda x, weight, eps, *_: KeptAsOnCuda.apply(x, weight, eps))
+        norms.fuse_norms(model)
     if policy == "full":
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -70,6 +90,7 @@ def test_forecast_is_within_a_tenth_of_what_is_kept(family, checkpoint, dtype, p
             max_length=length,
             batch_size=batch_size,
             checkpointing=policy,
+            fused_norms=fused_norms,
         )
         kept = bytes_kept(model, batch_size, length)
         assert predicted(checkpoint, settings) == pytest.approx(kept, rel=0.1)

@@ -67,6 +67,7 @@ def test_a_micro_batch_of_pairs_keeps_what_is_forecast(checkpoints, layout, poli
             max_length=length,
             batch_size=num_pairs,
             pairs=layout,
+            fused_norms=False,
             checkpointing=policy,
         )
         kept = bytes_saved(model, lambda batch=batch: score_pairs(model, batch))

@@ -15,6 +15,7 @@ import moeft
 from moeft.integration.checkpointing import POLICIES, apply_checkpointing
 from moeft.integration.document_reading import attend_inside_documents
 from moeft.integration.fused_loss import fuse_loss
+from moeft.integration.fused_norms import fuse_norms
 from moeft.kernels import dispatch, tuning
 from moeft.kernels.grouped_linear import config, gpu
 from moeft.kernels.nf4 import gpu as nf4_gpu
@@ -42,6 +43,7 @@ def trained(folder, dtype=torch.float32):
     model = load(folder, quantization_config=moeft.NF4Config(attention=True)).to(dtype)
     check_document_isolation(model)
     fuse_loss(model)
+    assert fuse_norms(model)
     return moeft.add_lora(model, 4, targets=("attention", "experts")).train()
 
 

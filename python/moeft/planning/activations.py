@@ -1,8 +1,8 @@
 """Bytes that the forward pass keeps for the backward pass, from the structure of a layer.
 
-Counted tensor by tensor as PyTorch saves them: a norm keeps its input in float32, scaled-dot-product attention its
-operands and output, a product both factors, a frozen linear layer nothing. LoRA keeps the input of a layer and the
-rank-sized product. The tests hold the sums to
+Counted tensor by tensor as PyTorch saves them: a norm of transformers keeps its input in float32, a fused one as it is,
+scaled-dot-product attention its operands and output, a product both factors, a frozen linear layer nothing. LoRA keeps
+the input of a layer and the rank-sized product. The tests hold the sums to
 ``torch.autograd.graph.saved_tensors_hooks``.
 
 T tokens, S tokens per row, e bytes per element of the compute type.
@@ -26,14 +26,14 @@ def saved_bytes(layers: Sequence[Layer], traits: Traits, settings: Settings) -> 
     """Bytes alive when the forward pass of a micro-batch ends, without the loss head's own gradient."""
     tokens, element = settings.tokens, FLOAT_BYTES[settings.dtype]
     hidden = layers[-1].hidden
-    last_norm = _norm(tokens, hidden, 1, traits)
+    last_norm = _norm(tokens, hidden, 1, traits, settings)
     if settings.checkpointing == "full":
         return len(layers) * element * tokens * hidden + last_norm
     if settings.checkpointing == "keep_norm_inputs":
         return sum(_kept_outputs(layer, traits, settings) for layer in layers) + last_norm
     rotary = 2 * element * settings.row_tokens * sum({layer.window: layer.head_dim for layer in layers}.values())
     # The first norm reads embeddings, which need no gradient.
-    unneeded = _norm(tokens, hidden, 1, traits)
+    unneeded = _norm(tokens, hidden, 1, traits, settings)
     return sum(layer_bytes(layer, traits, settings) for layer in layers) + last_norm + rotary - unneeded
 
 
@@ -66,9 +66,16 @@ def is_masked(layer: Layer, settings: Settings) -> bool:
     return settings.masked or (layer.window is not None and settings.row_tokens > layer.window)
 
 
-def _norm(tokens: int, width: int, rows: int, traits: Traits) -> int:
-    """Input in float32 and the statistics of every row."""
+def _norm(tokens: int, width: int, rows: int, traits: Traits, settings: Settings) -> int:
+    """Input, in float32 unless the norm is fused, and the statistics of every row."""
+    if settings.fused_norms:
+        return tokens * (FLOAT_BYTES[settings.dtype] * width + F32 * rows)
     return F32 * tokens * (width + rows * traits.norm_statistics)
+
+
+def _keeps_what_it_reads(settings: Settings) -> bool:
+    """Whether a norm keeps the very tensor that it reads, which others may keep as well, and no copy of its own."""
+    return settings.fused_norms or settings.dtype == "float32"
 
 
 def _kept_outputs(layer: Layer, traits: Traits, settings: Settings) -> int:
@@ -87,9 +94,8 @@ def _norms(layer: Layer, traits: Traits, settings: Settings) -> int:
     tokens = settings.tokens
     router = traits.router_norm and layer.experts > 0
     total = layer.norms + router
-    # In float32 a norm keeps the tensor it reads; otherwise each makes a copy of its own.
-    inputs = _norm_inputs(layer, traits) if settings.dtype == "float32" else total
-    return F32 * tokens * (inputs * layer.hidden + total * traits.norm_statistics)
+    inputs = _norm_inputs(layer, traits) if _keeps_what_it_reads(settings) else total
+    return _norm(tokens, inputs * layer.hidden, total, traits, settings)
 
 
 def _attention(layer: Layer, traits: Traits, settings: Settings) -> int:
@@ -101,10 +107,10 @@ def _attention(layer: Layer, traits: Traits, settings: Settings) -> int:
     if masked:
         saved += element * settings.rows * settings.row_tokens**2
     if layer.qk_norm_rows:
-        saved += _norm(tokens, layer.query + layer.key, layer.qk_norm_rows, traits)
+        saved += _norm(tokens, layer.query + layer.key, layer.qk_norm_rows, traits, settings)
         if traits.value_norm:
-            own_input = layer.value_projection or settings.dtype != "float32"
-            saved += _norm(tokens, layer.key * own_input, layer.key // layer.head_dim, traits)
+            own_input = layer.value_projection or not _keeps_what_it_reads(settings)
+            saved += _norm(tokens, layer.key * own_input, layer.key // layer.head_dim, traits, settings)
     if "attention" in settings.lora.targets:
         inputs = 2 + layer.value_projection
         ranks = rank_of(settings.lora, "attention") * (inputs + 1)

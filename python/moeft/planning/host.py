@@ -7,7 +7,7 @@ of restored weights and gathered rows does not exist here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeft.planning import activations, pairs, transients
 from moeft.planning.adapters import host_optimizer_bytes
@@ -75,6 +75,7 @@ def forecast(
         trained: Parameters of adapters, and of the model itself, that train.
         head: Vocabulary and hidden size.
     """
+    settings = replace(settings, fused_norms=False)
     vocabulary, hidden = head
     element = FLOAT_BYTES[settings.dtype]
     always = resident_bytes

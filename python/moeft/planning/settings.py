@@ -43,6 +43,7 @@ class Settings:
         memory: Where experts wait.
         protected_rank: Directions of the instruct subspace that ``protection`` holds for every matrix; None without it.
         card_bytes: Memory of the card, of which its kernels take a share as workspace; None if it is not known.
+        fused_norms: Whether norms on a card keep what they read as it is, and not as a float32 copy.
     """
 
     quantization: Quantization | None = field(default_factory=Quantization)
@@ -61,6 +62,7 @@ class Settings:
     memory: Memory = field(default_factory=Memory)
     protected_rank: int | None = None
     card_bytes: int | None = None
+    fused_norms: bool = True
 
     def __post_init__(self) -> None:
         if self.checkpointing not in CHECKPOINTING:
@@ -129,6 +131,7 @@ def read_settings(recipe: str | Path | SftRecipe | DpoRecipe | Settings | None) 
         optimizer=str(training.get("optim") or default or TRANSFORMERS_OPTIMIZER),
         memory=recipe.memory if isinstance(recipe, SftRecipe) else Memory(),
         protected_rank=_protected_rank(recipe.protection),
+        fused_norms=bool(_asked(recipe, "fused_norms", True)),
     )
 
 

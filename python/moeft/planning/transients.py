@@ -17,7 +17,7 @@ from moeft.planning.weights import FLOAT_BYTES, Weight
 LOSS_CHUNK_ELEMENTS = 1 << 25
 MOST_LOSS_CHUNK_ROWS = 1024
 WORKSPACE_BYTES = 64 << 20
-CARD_PER_WORKSPACE = 128  # of a card's memory, unless that is less
+CARD_PER_WORKSPACE = 120  # of a card's memory, unless that is less
 LOGIT_BUFFERS = 2  # float32 buffers of a chunk of logits that serve all chunks
 
 

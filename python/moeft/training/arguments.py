@@ -41,9 +41,12 @@ class MoeConfig(TrainingArguments):
         metadata={"help": "Hash what is frozen before and after training; a few seconds per GB and core."},
     )
     log_routing: bool = field(default=True, metadata={"help": "Count the tokens of every expert while training."})
-    fused_norms: bool = field(
-        default=False,
-        metadata={"help": "Run float32 norms on the CPU in one pass; their last bits differ from transformers'."},
+    fused_norms: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run norms in one pass: rows on a GPU, float32 rows on the CPU. They sum in another order than "
+            "transformers' do. None for a GPU alone."
+        },
     )
     document_attention: bool = field(
         default=True,
@@ -105,3 +108,8 @@ class MoeConfig(TrainingArguments):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         self.gradient_checkpointing = bool(self.activation_checkpointing)
+
+    @property
+    def fuses_norms(self) -> bool:
+        """Whether norms run in one pass: as asked, else on a GPU alone."""
+        return bool(self.device.type == "cuda" if self.fused_norms is None else self.fused_norms)

@@ -80,7 +80,7 @@ class MoeTrainer(TrainableCheckpoints):
         sharded = self.is_sharded
         if not sharded:  # else the modules of the factors must be called, which gathers them
             fuse_lora(base)
-        if self.args.fused_norms:
+        if self.args.fuses_norms:
             fuse_norms(base)
         self.model_accepts_loss_kwargs: bool = self.model_accepts_loss_kwargs or self.loss_is_fused
         self.throughput = Throughput()

@@ -6,7 +6,7 @@ Shapes: T tokens, k experts per token, R = T * k rows sorted by expert, E expert
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,28 +104,32 @@ def backward(
         grad_TH, down, tiles, transpose=True, permutation=permutation, top_k=top_k, low_rank=g_low
     )
     grad_h_R2I = torch.empty_like(saved.h)
-    act_RI = torch.empty_like(grad_act_RI) if down_factors else None
+    weighted_act_RI = torch.empty_like(grad_act_RI) if down_factors else None
+    weighted_low_Rr = torch.empty_like(saved.low_down) if down_factors else None
+    rank = saved.low_down.shape[1] if down_factors else 1
     weight_Tk = weight_Tk.contiguous()
     grad_weight_Tk = torch.empty_like(weight_Tk)
     if rows:
         kernels.activation_backward_kernel[(rows,)](
-            saved.h, grad_act_RI, grad_h_R2I, act_RI, weight_Tk, grad_weight_Tk, permutation,
-            INNER=inner, GATE=gate, SIZE=_columns(inner), num_warps=4, enable_fp_fusion=False,
+            saved.h, grad_act_RI, grad_h_R2I, weighted_act_RI, saved.low_down, weighted_low_Rr,
+            weight_Tk, grad_weight_Tk, permutation,
+            INNER=inner, GATE=gate, SIZE=_columns(inner), RANK=rank, RANKS=power_of_two(rank),
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+    del grad_act_RI  # what comes next is the largest of all: four times as wide
     # Tensors of their own: an operator's outputs may not share memory.
     grad_a_up, grad_b_up, grad_a_down, grad_b_down = (x_TH.new_empty(0) for _ in range(4))
-    if down_factors and g_low and act_RI is not None:
-        weight_R1 = weight_Tk.view(-1)[permutation, None]
-        low_R = (saved.low_down * weight_R1).to(x_TH.dtype)
-        g_R = (g_low.rows * weight_R1).to(x_TH.dtype)
-        grad_a_down = _grad_a(g_R, act_RI, buckets.offsets, down_factors)
-        grad_b_down = _grad_b(grad_TH, low_R, buckets, down_factors, top_k)
+    if down_factors and g_low and weighted_act_RI is not None and weighted_low_Rr is not None:
+        rows_of_tokens = {"g_permutation": permutation, "top_k": top_k}
+        grad_a_down = _grad_a(g_low.rows, weighted_act_RI, buckets.offsets, down_factors)
+        grad_b_down = _grad_b(grad_TH, weighted_low_Rr, buckets.offsets, down_factors, **rows_of_tokens)
+    del weighted_act_RI
     h_low = _restore(grad_h_R2I, up_factors, tiles, None, 1)
     grad_x_RH = grouped_linear(grad_h_R2I, gate_up, tiles, transpose=True, low_rank=h_low)
     grad_x_TH = combine(grad_x_RH, buckets.inverse, None, top_k)
     if up_factors and h_low:
-        grad_a_up = _grad_a(h_low.rows, x_TH, buckets.offsets, up_factors, permutation, top_k)
-        grad_b_up = _grad_b(grad_h_R2I, saved.low_up, buckets, up_factors)
+        grad_a_up = _grad_a(h_low.rows, x_TH, buckets.offsets, up_factors, x_permutation=permutation, top_k=top_k)
+        grad_b_up = _grad_b(grad_h_R2I, saved.low_up, buckets.offsets, up_factors)
     return Gradients(grad_x_TH, grad_weight_Tk, grad_a_up, grad_b_up, grad_a_down, grad_b_down)
 
 
@@ -193,7 +197,7 @@ def _reduce(x: Tensor, factors: Factors | None, tiles: Tiles, permutation: Tenso
     num_experts = tiles.offsets.numel() - 1
     a_ErK = split_a(factors.a.to(x.dtype), num_experts)
     rows = grouped_linear(x, a_ErK, tiles, permutation=permutation, top_k=top_k, path="workspace")
-    return LowRank(rows, split_b(factors.b.to(x.dtype), num_experts).contiguous(), factors.scaling)
+    return LowRank(rows, _by_expert(factors.b, num_experts, x.dtype), factors.scaling)
 
 
 def _restore(
@@ -203,28 +207,24 @@ def _restore(
     if factors is None:
         return None
     num_experts = tiles.offsets.numel() - 1
-    b_EFr = split_b(factors.b.to(g.dtype), num_experts).contiguous()
+    b_EFr = _by_expert(factors.b, num_experts, g.dtype)
     rows = grouped_linear(g, b_EFr, tiles, transpose=True, permutation=permutation, top_k=top_k, path="workspace")
     return LowRank(rows, split_a(factors.a.to(g.dtype), num_experts), factors.scaling)
 
 
-def _grad_a(
-    g_Rr: Tensor, x: Tensor, offsets: Tensor, factors: Factors, permutation: Tensor | None = None, top_k: int = 1
-) -> Tensor:
-    a, scaling = factors.a, factors.scaling
-    grad = grouped_outer(g_Rr, x, offsets, scaling=scaling, dtype=a.dtype, x_permutation=permutation, top_k=top_k)
-    return grad.view(a.shape)
+def _by_expert(b: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """A factor B as ``[E, out, r]``, cast and laid out in one copy."""
+    return split_b(b, num_experts).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
-def _grad_b(g: Tensor, low_Rr: Tensor, buckets: Buckets, factors: Factors, top_k: int | None = None) -> Tensor:
-    """With ``top_k``, ``g`` are tokens."""
-    permutation = None if top_k is None else buckets.permutation
-    b, scaling = factors.b, factors.scaling
-    return join_b(
-        grouped_outer(
-            g, low_Rr, buckets.offsets, scaling=scaling, dtype=b.dtype, g_permutation=permutation, top_k=top_k or 1
-        )
-    )
+def _grad_a(g_Rr: Tensor, x: Tensor, offsets: Tensor, factors: Factors, **rows: Any) -> Tensor:
+    """``rows``: how :func:`grouped_outer` gathers them."""
+    grad = grouped_outer(g_Rr, x, offsets, scaling=factors.scaling, dtype=factors.a.dtype, **rows)
+    return grad.view(factors.a.shape)
+
+
+def _grad_b(g: Tensor, low_Rr: Tensor, offsets: Tensor, factors: Factors, **rows: Any) -> Tensor:
+    return join_b(grouped_outer(g, low_Rr, offsets, scaling=factors.scaling, dtype=factors.b.dtype, **rows))
 
 
 def _columns(size: int) -> int:

@@ -110,12 +110,14 @@ def activation_kernel(h, act, INNER: tl.constexpr, GATE: tl.constexpr, SIZE: tl.
 
 @triton.jit
 def activation_backward_kernel(
-    h, grad_act, grad_h, act, weights, grad_weights, permutation,
-    INNER: tl.constexpr, GATE: tl.constexpr, SIZE: tl.constexpr,
+    h, grad_act, grad_h, act, low, weighted_low, weights, grad_weights, permutation,
+    INNER: tl.constexpr, GATE: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """A row of ``grad_h`` and ``act`` (or None), and the gradient ``<grad_act, act>`` of its routing weight.
+    """A row of ``grad_h``, and the gradient ``<grad_act, act>`` of its routing weight.
 
     ``grad_act`` is that of a routing weight of one. ``weights`` and ``grad_weights`` are in the order of the tokens.
+    Unless ``act`` is None, it becomes the row that the gradients of the low-rank factors need: times its weight, and so
+    is ``weighted_low`` of ``low [R, r]``.
     """
     row = tl.program_id(0).to(tl.int64)
     choice = tl.load(permutation + row)
@@ -135,7 +137,13 @@ def activation_backward_kernel(
         tl.store(place, (grad * up * slope).to(grad_h.dtype.element_ty), mask=mask)
         tl.store(place + INNER, (grad * activated).to(grad_h.dtype.element_ty), mask=mask)
         if act is not None:
-            tl.store(act + row * INNER + column, product, mask=mask)
+            weighted = (product.to(tl.float32) * weight).to(act.dtype.element_ty)
+            tl.store(act + row * INNER + column, weighted, mask=mask)
+    if act is not None:
+        rank = tl.arange(0, RANKS)
+        place = row * RANK + rank
+        value = tl.load(low + place, mask=rank < RANK, other=0.0).to(tl.float32) * weight
+        tl.store(weighted_low + place, value.to(weighted_low.dtype.element_ty), mask=rank < RANK)
     tl.store(grad_weights + choice, tl.sum(total, 0).to(grad_weights.dtype.element_ty))
 
 

@@ -17,6 +17,9 @@ from moeft.kernels.power_of_two import power_of_two
 Path = Literal["fused", "workspace", "grouped_mm"]
 
 WORKSPACE_VARIABLE = "MOEFT_WORKSPACE_MIB"
+# Of a device's memory. Cards of 24 GiB then restore gate_up of gemma-4-26B in five parts, which are 197 MiB.
+WORKSPACE_SHARE = 120
+LEAST_WORKSPACE = 64 << 20
 NARROW = 64  # outputs of a product with a rank
 ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm refuses other strides
 A100 = (8, 0)
@@ -111,7 +114,7 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 def workspace_bytes(device: torch.device) -> int:
     """Most bytes of the buffer for restored experts, which all layers share.
 
-    A 128th of the device's memory (192 MiB of 24 GiB), or what ``MOEFT_WORKSPACE_MIB`` says.
+    A 120th of the device's memory (205 MiB of 24 GiB), or what ``MOEFT_WORKSPACE_MIB`` says.
 
     Raises:
         ValueError: If the variable is not a positive number.
@@ -122,4 +125,9 @@ def workspace_bytes(device: torch.device) -> int:
             raise ValueError(f"{WORKSPACE_VARIABLE} is {given!r}, expected a positive number of mebibytes")
         return int(given) << 20
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return max(64 << 20, total // 128)
+    return share_of(total)
+
+
+def share_of(memory_bytes: int) -> int:
+    """The workspace of a device with so much memory, bytes."""
+    return max(LEAST_WORKSPACE, memory_bytes // WORKSPACE_SHARE)

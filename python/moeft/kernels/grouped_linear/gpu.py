@@ -87,17 +87,23 @@ def grouped_linear(
         path: How the weight is read, by default as :func:`config.path_of_weight` says.
     """
     num_experts, out_features, in_features = weight.shape
-    y = x.new_empty(tiles.rows, in_features if transpose else out_features)
+    shape = tiles.rows, in_features if transpose else out_features
     if not tiles.rows:
-        return y
+        return x.new_empty(shape)
     x = x.contiguous()
-    call = _Call(x, y, tiles, transpose, permutation, top_k, low_rank)
     path = path or config.path_of_weight(weight, tiles.rows, x)
     if path == "grouped_mm" and config.fits_grouped_mm(weight, x.dtype):
-        return _grouped_mm(call, _dense(weight, 0, num_experts, x.dtype))
+        dense = _dense(weight, 0, num_experts, x.dtype)
+        y = _grouped_mm(x, dense, tiles, transpose, permutation, top_k)
+        if low_rank is not None:
+            _Call(x, y, tiles, transpose, permutation, top_k, low_rank).launch(
+                "add", dense, (None,) * 6, 0, num_experts
+            )
+        return y
+    call = _Call(x, x.new_empty(shape), tiles, transpose, permutation, top_k, low_rank)
     for first, stop, pointers in chunks(weight, path, x.dtype):
         call.launch("packed" if path == "fused" else "dense", weight, pointers, first, stop)
-    return y
+    return call.y
 
 
 def chunks(
@@ -111,7 +117,8 @@ def chunks(
     chunk = num_experts
     if isinstance(weight, NF4Weight):
         stack_bytes = weight.shape.numel() * dtype.itemsize
-        chunk = max(1, config.workspace_bytes(weight.device) * num_experts // stack_bytes)
+        most = max(1, config.workspace_bytes(weight.device) * num_experts // stack_bytes)
+        chunk = -(-num_experts // -(-num_experts // most))  # even ones: as few, and a smaller buffer
     for first in range(0, num_experts, chunk):
         stop = min(first + chunk, num_experts)
         yield first, stop, (_dense(weight, first, stop, dtype), None, None, None, None, None)
@@ -196,11 +203,9 @@ def release_workspaces() -> None:
     _workspaces.clear()
 
 
-def _grouped_mm(call: _Call, weight: Tensor) -> Tensor:
-    x = call.x
-    if call.permutation is not None:
-        x = x.index_select(0, call.permutation // call.top_k)
-    y = functional.grouped_mm(x, weight if call.transpose else weight.mT, offs=call.tiles.offsets[1:])
-    if call.low_rank is not None:
-        call._replace(y=y).launch("add", weight, (None,) * 6, 0, weight.shape[0])
-    return y
+def _grouped_mm(
+    x: Tensor, weight: Tensor, tiles: Tiles, transpose: bool, permutation: Tensor | None, top_k: int
+) -> Tensor:
+    if permutation is not None:
+        x = x.index_select(0, permutation // top_k)
+    return functional.grouped_mm(x, weight if transpose else weight.mT, offs=tiles.offsets[1:])
