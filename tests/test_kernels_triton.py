@@ -117,7 +117,9 @@ def test_exact_rows_and_large_ranks_fit_the_smallest_gpu(monkeypatch, dtype, ran
 @pytest.mark.slow
 def test_restoring_a_weight_reads_a_scale_once_for_a_run_of_values(compiled):
     (code,) = (code for (capability, name), code in compiled.items() if capability == 86 and "dequantize" in name)
-    assert code.ptx.count("ld.global") <= 8  # codes, scale and its statistics, table: of 32 values a thread
+    # Of 32 values a thread: codes, table and offset, and three loads for a scale. Triton 3.6 gives a thread four runs.
+    runs = 4 if triton.__version__.startswith("3.6.") else 1
+    assert code.ptx.count("ld.global") == 3 + 3 * runs
 
 
 @pytest.mark.slow
