@@ -48,12 +48,14 @@ class PaddingCollator:
             padding has mask 0 and label -100. With documents, ``documents`` as :func:`document_lengths` gives them.
         """
         width = _width(examples, self.pad_to_multiple_of)
-        lengths = [[len(example["input_ids"])] for example in examples]
-        return ({"documents": document_lengths(lengths, width)} if self.documents else {}) | {
+        batch: dict[str, Any] = {
             "input_ids": _padded([example["input_ids"] for example in examples], width, self.pad_token_id),
             "attention_mask": _padded([np.ones(len(example["input_ids"])) for example in examples], width, 0),
             "labels": _padded([example["labels"] for example in examples], width, IGNORE_INDEX),
         }
+        if self.documents:
+            batch["documents"] = document_lengths([[len(example["input_ids"])] for example in examples], width)
+        return batch
 
 
 class PackingCollator:
@@ -93,12 +95,14 @@ class PackingCollator:
                 }
             ]
         width = _width(packs, 1)
-        lengths = [_lengths(pack["position_ids"]) for pack in packs]
-        return ({"documents": document_lengths(lengths, width)} if self.documents else {}) | {
+        batch: dict[str, Any] = {
             "input_ids": _padded([pack["input_ids"] for pack in packs], width, self.pad_token_id),
             "position_ids": _padded([pack["position_ids"] for pack in packs], width, 0),
             "labels": _padded([pack["labels"] for pack in packs], width, IGNORE_INDEX),
         }
+        if self.documents:
+            batch["documents"] = document_lengths([_lengths(pack["position_ids"]) for pack in packs], width)
+        return batch
 
 
 def count_tokens(batch: dict[str, Any]) -> int:

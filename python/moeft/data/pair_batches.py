@@ -72,7 +72,9 @@ class PairCollator:
         made["reference"] = np.stack([pair["reference"] for pair in pairs])
         made["rows"] = np.array([pair["row"] for pair in pairs])
         batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in made.items()}
-        return batch | ({"documents": self._lengths(pairs, row_tokens)} if self.documents else {})
+        if self.documents:
+            batch["documents"] = self._lengths(pairs, row_tokens)
+        return batch
 
     def _lengths(self, pairs: Sequence[Pair], row_tokens: int) -> list[list[list[int]]]:
         answers = [[len(answer["input_ids"]) for answer in _answers(pair)] for pair in pairs]
