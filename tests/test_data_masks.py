@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -50,12 +50,13 @@ def trained_text(tokenizer, example):
     st.text(st.sampled_from("ab \n\té€😀👋🏽xyz") | st.characters(codec="utf-8"), min_size=1, max_size=30),
     st.tuples(st.integers(0, 30), st.integers(0, 30)),
 )
+@example("byte fallback", "00ER", (3, 3))
 def test_tokens_with_a_character_in_the_span_are_trained(name, text, bounds):
     start, stop = sorted(min(bound, len(text)) for bound in bounds)
     with as_written(fast_tokenizer(TOKENIZERS[name])) as backend:
         encoding = backend.encode(text, add_special_tokens=False)
-    # The definition, over all offsets.
-    expected = [begin < stop and start < end for begin, end in encoding.offsets]
+    # The definition, over all offsets; an empty span has no character, inside of a token too.
+    expected = [start < stop and begin < stop and start < end for begin, end in encoding.offsets]
     assert trained_tokens(encoding, [Span(start, stop)]).tolist() == expected
     # Every character of the text is in a token: no offset was cut.
     assert {c for begin, end in encoding.offsets for c in range(begin, end)} == set(range(len(text)))
