@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from harness import Case, Subject
 from moeft.kernels.document_attention import Documents, attend_documents
 from moeft.kernels.document_attention.reference import repeated
+from pack_mask import visible
 
 TESTS = ("test_kernels_document_attention.py",)
 HEADS, GROUPS, WIDTH = 8, 2, 64
@@ -35,7 +35,7 @@ def cases() -> Iterator[Case]:
 def _case(name: str, lengths: list[int], dtype: torch.dtype, window: int | None) -> Case:
     tokens = sum(lengths)
     leaves = [torch.randn(tokens, heads, WIDTH, dtype=dtype).requires_grad_() for heads in (HEADS, GROUPS, GROUPS)]
-    documents, mask = Documents(lengths), _mask(lengths, window)
+    documents, mask = Documents(lengths), visible(lengths, 1, window)[None]
 
     def inside() -> Tensor:
         return attend_documents(*leaves, documents, window=window)
@@ -51,12 +51,3 @@ def _case(name: str, lengths: list[int], dtype: torch.dtype, window: int | None)
     windowed = f", window {window}" if window else ""
     subjects = {"documents": Subject(both(inside), tokens), "mask": Subject(both(masked), tokens)}
     return Case(f"attention, {str(dtype).removeprefix('torch.')}, {name}{windowed}", "tokens/s", subjects)
-
-
-def _mask(lengths: list[int], window: int | None) -> Tensor:
-    """``[1, 1, S, S]`` bool, as transformers makes it."""
-    place = torch.arange(sum(lengths))
-    document = torch.bucketize(place, torch.tensor(list(accumulate(lengths))), right=True)
-    distance = place[:, None] - place
-    seen = (document[:, None] == document) & (distance >= 0) & (distance < (window or len(place)))
-    return seen[None, None]

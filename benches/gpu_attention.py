@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -13,6 +12,7 @@ from gpu_harness import Bench
 from moeft.integration.document_masks import as_added
 from moeft.kernels.document_attention import Documents, attend_documents
 from moeft.kernels.document_attention.reference import repeated
+from pack_mask import visible
 
 FORWARD_AND_BACKWARD = 3.5
 """Operations by those of a forward: two products of all pairs there, five in backward."""
@@ -75,7 +75,7 @@ def paths(
     heads = (layer.heads, layer.groups, layer.groups)
     leaves = [bench.randn(tokens, number, layer.width).requires_grad_() for number in heads]
     documents = Documents(lengths)
-    mask = mask_of(bench, lengths, rows, layer.window)
+    mask = as_added(visible(lengths, rows, layer.window, bench.device), bench.shapes.dtype)
 
     def inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_documents(q, k, v, documents, window=layer.window)
@@ -85,16 +85,6 @@ def paths(
         return F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype)).transpose(1, 2).flatten(0, 1)
 
     return inside, masked, leaves
-
-
-def mask_of(bench: Bench, lengths: Sequence[int], rows: int, window: int | None) -> Tensor:
-    """``[rows, 1, S, S]``, what is added to scores."""
-    counts = torch.tensor(lengths, device=bench.device)
-    document = torch.arange(len(lengths), device=bench.device).repeat_interleave(counts).view(rows, -1)
-    place = torch.arange(document.shape[1], device=bench.device)
-    distance = place[:, None] - place
-    seen = (document[:, :, None] == document[:, None]) & (distance >= 0) & (distance < (window or len(place)))
-    return as_added(seen, bench.shapes.dtype)
 
 
 def needed_pairs(length: int, window: int | None) -> int:
